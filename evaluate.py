@@ -1,0 +1,175 @@
+"""Measure an adapter against its base model on the rows that it was not trained on.
+
+    python evaluate.py                                           # output/lora-adapter on its own validation rows
+    python evaluate.py --adapter_path output/checkpoints/checkpoint-40
+    python evaluate.py --validation_dataset_path data/other.json
+
+Writes metrics.json, samples.json and samples.csv to output/evaluation.
+"""
+
+import random
+import sys
+
+from run_utils import (
+    UserError,
+    build_parser,
+    check_writable,
+    display_path,
+    make_settings,
+    parse_command_line,
+    quiet_libraries,
+    resolve_path,
+    run_script,
+    say,
+    write_json,
+)
+
+BANDS = ((10, "excellent"), (20, "good"), (30, "acceptable"), (float("inf"), "needs improvement"))
+
+
+def main(argv):
+    parser = build_parser("evaluate.py", __doc__)
+    parser.add_argument("--adapter_path", help="adapter to measure (default: OUTPUT_DIR/lora-adapter)")
+    options, given = parse_command_line(parser, argv)
+    quiet_libraries()
+    output_dir = resolve_path(given.get("output_dir", "output"))
+    adapter_path = resolve_path(options.adapter_path or output_dir / "lora-adapter")
+    evaluate(adapter_path, given)
+
+
+def evaluate(adapter_path, given):
+    """The phases: settings, rows, model, figures and answers of base and tuned, report."""
+    import data_utils
+    import generation_utils
+    import model_utils
+
+    settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
+    target = resolve_path(settings.output_dir) / "evaluation"
+    check_writable(target)
+    conversations = load_validation_rows(settings)
+    model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
+    rows, _ = data_utils.tokenize_conversations(tokenizer, conversations, settings.max_seq_length, "validation data")
+    say(f"Measuring base and tuned model on {len(rows)} rows")
+    metrics = measure(model, rows, settings.batch_size * settings.max_seq_length)
+    generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
+    samples = answer_side_by_side(model, tokenizer, conversations[: settings.eval_samples], generation)
+    metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name, "seed": settings.seed}
+    write_report(target, metrics, samples)
+    print_report(target, metrics, samples)
+
+
+def load_validation_rows(settings):
+    """The rows that training held out, or those of VALIDATION_DATASET_PATH: [(row number, messages), ...]."""
+    import data_utils
+
+    if settings.validation_dataset_path is not None:
+        path = resolve_path(settings.validation_dataset_path)
+        conversations, report = data_utils.load_conversations(path, settings.dataset_columns)
+        say(f"Validation data: {report.line()}")
+        return conversations
+    path = resolve_path(settings.output_dir) / "validation.jsonl"
+    if not path.exists():
+        raise UserError(
+            f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"
+            " give rows of your own by --validation_dataset_path"
+        )
+    return data_utils.load_conversations(path)[0]
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+def measure(model, rows, max_tokens):
+    """Token-weighted loss and perplexity of base and tuned over the same answers, and a verdict."""
+    import training_utils
+
+    tuned = training_utils.score_rows(model, rows, max_tokens)
+    with model.disable_adapter():
+        base = training_utils.score_rows(model, rows, max_tokens)
+    metrics = {"rows": len(rows), "answer_tokens": sum(tokens for _, tokens in base)}
+    for name, scores in (("base", base), ("tuned", tuned)):
+        loss = training_utils.mean_loss(scores)
+        metrics[f"{name}_loss"] = loss
+        metrics[f"{name}_perplexity"] = training_utils.perplexity(loss)
+        metrics[f"{name}_band"] = band(metrics[f"{name}_perplexity"])
+    low, high = bootstrap_interval(base, tuned)
+    metrics |= {"loss_change_low": low, "loss_change_high": high}
+    metrics["verdict"] = "better" if high < 0 else "worse" if low > 0 else "no different"
+    return metrics
+
+
+def band(perplexity):
+    """The customary name of a perplexity: below 10 excellent, 20 good, 30 acceptable, else needs improvement."""
+    return next(name for limit, name in BANDS if perplexity < limit or limit == float("inf"))
+
+
+def bootstrap_interval(base, tuned, resamples=2000, seed=0):
+    """95 % interval of (tuned loss - base loss) in nats a token, over rows drawn again with replacement."""
+    draw = random.Random(seed)
+    pairs = [(t[0] - b[0], b[1]) for b, t in zip(base, tuned, strict=True)]
+    changes = []
+    for _ in range(resamples):
+        chosen = draw.choices(pairs, k=len(pairs))
+        changes.append(sum(change for change, _ in chosen) / sum(tokens for _, tokens in chosen))
+    changes.sort()
+    return changes[int(0.025 * resamples)], changes[int(0.975 * resamples) - 1]
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+def answer_side_by_side(model, tokenizer, conversations, generation):
+    """Let base and tuned answer the last question of each conversation; returns one dict a row."""
+    import generation_utils
+    import training_utils
+
+    if not conversations:
+        return []
+    ends = [training_utils.last_answer(messages) for _, messages in conversations]
+    prompts = [messages[:end] for (_, messages), end in zip(conversations, ends, strict=True)]
+    say(f"Letting both answer {len(prompts)} of them")
+    tuned = generation_utils.generate_replies(model, tokenizer, prompts, generation)
+    with model.disable_adapter():
+        base = generation_utils.generate_replies(model, tokenizer, prompts, generation)
+    return [
+        {
+            "row": number,
+            "prompt": messages[end - 1]["content"],
+            "expected": messages[end]["content"],
+            "base": base_reply,
+            "tuned": tuned_reply,
+        }
+        for (number, messages), end, base_reply, tuned_reply in zip(conversations, ends, base, tuned, strict=True)
+    ]
+
+
+# ---- Report ----------------------------------------------------------------------------------------------------------
+def write_report(target, metrics, samples):
+    """Write metrics.json, samples.json and samples.csv; cells that a spreadsheet would run as formulas are defused."""
+    import pandas as pd
+
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / "metrics.json", metrics)
+    write_json(target / "samples.json", samples)
+    table = pd.DataFrame(samples, columns=["row", "prompt", "expected", "base", "tuned"])
+    texts = table.columns.drop("row")
+    table[texts] = table[texts].map(lambda cell: "'" + cell if cell.startswith(("=", "+", "-", "@", "\t")) else cell)
+    table.to_csv(target / "samples.csv", index=False, encoding="utf-8-sig")
+
+
+def print_report(target, metrics, samples):
+    from generation_utils import printable
+
+    for sample in samples[:3]:
+        print(f"\nPrompt:   {printable(sample['prompt'])}")
+        print(f"Base:     {printable(sample['base'])}")
+        print(f"Tuned:    {printable(sample['tuned'])}")
+        print(f"Expected: {printable(sample['expected'])}")
+    print(f"\n{metrics['rows']} held-out rows, {metrics['answer_tokens']:,} answer tokens")
+    print("        loss   perplexity")
+    for name in ("base", "tuned"):
+        figures = f"{metrics[f'{name}_loss']:.4f}  {metrics[f'{name}_perplexity']:10.2f}"
+        print(f"{name:<6}{figures}  {metrics[f'{name}_band']}")
+    low, high = metrics["loss_change_low"], metrics["loss_change_high"]
+    print(f"Verdict: the tuned model is {metrics['verdict']} (loss {low:+.3f} to {high:+.3f}, 95 % of resampled rows)")
+    print(f"Written to {display_path(target)}: metrics.json, samples.json, samples.csv", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""Replies: in batches for evaluation, streamed for chat. Shared by train.py, evaluate.py and inference.py."""
+
+from threading import Thread
+
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer
+
+from data_utils import encode_prompt, find_end_token
+
+# C0 and C1 control characters except tab and newline: a model's output must not be able to steer the terminal
+CONTROL_CHARACTERS = dict.fromkeys([c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n"])
+
+
+def printable(text):
+    """The text without terminal control characters. Without ESC no escape sequence can form, also across chunks."""
+    return text.translate(CONTROL_CHARACTERS)
+
+
+def build_generation_config(tokenizer, settings):
+    """Sampling settings; a reply ends at EOS or at the token that the chat template writes after an answer."""
+    end_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))}
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.do_sample,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=sorted(end_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **sampling,
+    )
+
+
+def autocast(model):
+    """Compute in the model's half precision as training did; does nothing for a float32 model."""
+    dtype = model.dtype
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+
+
+def trim_history(prompt_ids, limit):
+    """Keep a prompt's first token (BOS) and its newest tokens, `limit` in all."""
+    return prompt_ids if len(prompt_ids) <= limit else [prompt_ids[0], *prompt_ids[len(prompt_ids) - limit + 1 :]]
+
+
+def prompt_limit(model, max_new_tokens):
+    """Tokens of prompt that leave room for the reply within the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None) or 2**20
+    return max(context - max_new_tokens, context // 4)
+
+
+def left_pad(prompts, pad_id, device):
+    """Batch prompts of token ids with padding on the left, where generation needs it; (rows, longest) each."""
+    longest = max(len(ids) for ids in prompts)
+    input_ids = [[pad_id] * (longest - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+@torch.no_grad()
+def generate_replies(model, tokenizer, conversations, generation_config, batch_size=8):
+    """Answer conversations (lists of messages that end with the user's turn) in batches; returns the replies' texts."""
+    limit = prompt_limit(model, generation_config.max_new_tokens)
+    prompts = [trim_history(encode_prompt(tokenizer, messages), limit) for messages in conversations]
+    replies = []
+    for start in range(0, len(prompts), batch_size):
+        batch = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, model.device)
+        with autocast(model):
+            output = model.generate(**batch, generation_config=generation_config)
+        replies += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [reply.strip() for reply in replies]
+
+
+def stream_reply(model, tokenizer, messages, generation_config):
+    """Yield a reply in printable chunks as it is generated; closing the generator stops the model after its token."""
+    limit = prompt_limit(model, generation_config.max_new_tokens)
+    prompt = trim_history(encode_prompt(tokenizer, messages), limit)
+    batch = left_pad([prompt], tokenizer.pad_token_id, model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop = StopFlag()
+    failures = []
+
+    def generate():
+        try:
+            with torch.no_grad(), autocast(model):
+                model.generate(
+                    **batch, generation_config=generation_config, streamer=streamer, stopping_criteria=[stop]
+                )
+        except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread below
+            failures.append(error)
+        finally:
+            streamer.end()
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    try:
+        for chunk in streamer:
+            if chunk:
+                yield printable(chunk)
+    finally:
+        stop.set = True
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+class StopFlag:
+    """A stopping criterion that ends generation once `set` is true."""
+
+    set = False
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.set, dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,145 @@
+"""Talk to the tuned model.
+
+    python inference.py                                        # chat; /help lists the commands
+    python inference.py "Explain how photosynthesis works"     # one answer to stdout, then exit
+    python inference.py --demo                                 # predefined examples
+    python inference.py --base_only                            # the base model, without the adapter
+
+Replies go to stdout, everything else to stderr.
+"""
+
+import sys
+
+from run_utils import (
+    UserError,
+    build_parser,
+    make_settings,
+    parse_command_line,
+    quiet_libraries,
+    resolve_path,
+    run_script,
+    say,
+)
+
+DEMO_PROMPTS = (
+    "Explain how photosynthesis works",
+    "How do I repair a flat tyre?",
+    "What are your opening hours?",
+    "Write a short thank-you note to a friend.",
+    "My order has not arrived yet. What should I do?",
+)
+HELP = """/help     this list
+/clear    forget the conversation
+/history  remember earlier turns, or stop doing so
+/quit     leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+def main(argv):
+    parser = build_parser("inference.py", __doc__)
+    parser.add_argument("instruction", nargs="?", help="answer this once and exit")
+    parser.add_argument("--demo", action="store_true", help="answer the predefined examples and exit")
+    parser.add_argument("--base_only", action="store_true", help="talk to the base model, without the adapter")
+    parser.add_argument("--adapter_path", help="adapter to talk to (default: OUTPUT_DIR/lora-adapter)")
+    options, given = parse_command_line(parser, argv)
+    if options.instruction is not None and not options.instruction.strip():
+        raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
+    quiet_libraries()
+    output_dir = resolve_path(given.get("output_dir", "output"))
+    adapter_path = resolve_path(options.adapter_path or output_dir / "lora-adapter")
+    model, tokenizer, settings = load(adapter_path, given, options.base_only)
+    if options.instruction is not None:
+        print_reply(model, tokenizer, [{"role": "user", "content": options.instruction}], settings)
+    elif options.demo:
+        run_demo(model, tokenizer, settings)
+    else:
+        chat(model, tokenizer, settings)
+
+
+def load(adapter_path, given, base_only):
+    """Return (model, tokenizer, settings); with base_only the adapter need not exist, and if it does names the base."""
+    import model_utils
+
+    if not base_only:
+        settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
+        return (*model_utils.load_trained_model(adapter_path, settings), settings)
+    recorded = model_utils.read_recorded_settings(adapter_path) if adapter_path.is_dir() else {}
+    settings = make_settings(given, recorded)
+    models_dir = resolve_path(settings.models_dir)
+    base = model_utils.locate_model(settings.base_model_name, models_dir)
+    device = model_utils.resolve_device(settings.device)
+    dtype = model_utils.choose_dtype(device, settings.use_fp16)
+    quantization = model_utils.build_quantization_config(settings, dtype)
+    say(f"Base model: {settings.base_model_name}, no adapter")
+    model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
+    return model, model_utils.load_tokenizer(base, models_dir), settings
+
+
+def print_reply(model, tokenizer, messages, settings):
+    """Stream one reply to stdout and return it; Ctrl-C ends the reply, not the program."""
+    import generation_utils
+
+    generation = generation_utils.build_generation_config(tokenizer, settings)
+    chunks = []
+    stream = generation_utils.stream_reply(model, tokenizer, messages, generation)
+    try:
+        for chunk in stream:
+            chunk = chunk if chunks else chunk.lstrip()
+            if chunk:
+                chunks.append(chunk)
+                print(chunk, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+        say(" [stopped]")
+    print(flush=True)
+    return "".join(chunks).strip()
+
+
+def run_demo(model, tokenizer, settings):
+    for prompt in DEMO_PROMPTS:
+        print(f"\nYou:   {prompt}\nModel: ", end="", flush=True)
+        print_reply(model, tokenizer, [{"role": "user", "content": prompt}], settings)
+
+
+def chat(model, tokenizer, settings):
+    """Read, answer, repeat, until /quit or the end of the input.
+
+    Earlier turns are remembered where the tokenizer came with a chat template of its own; our Alpaca template is mostly
+    trained on single turns, so there it is off until /history.
+    """
+    import torch
+
+    from data_utils import ALPACA_TEMPLATE
+
+    torch.manual_seed(settings.seed)
+    messages, keep_history = [], tokenizer.chat_template != ALPACA_TEMPLATE
+    interactive = sys.stdin.isatty()
+    say(f"Type an instruction; /help lists the commands. Earlier turns are {'kept' if keep_history else 'not kept'}.")
+    while True:
+        try:
+            text = input("\nYou:   " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            say("")
+            return
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/help":
+            say(HELP)
+        elif text == "/clear":
+            messages = []
+            say("The conversation is forgotten.")
+        elif text == "/history":
+            messages, keep_history = [], not keep_history
+            say(f"Earlier turns are {'kept' if keep_history else 'not kept'} from now on.")
+        elif text.startswith("/"):
+            say(f"Unknown command {text.split()[0]}; /help lists the commands")
+        elif text:
+            earlier = messages if keep_history else []
+            messages = [*earlier, {"role": "user", "content": text}]
+            if interactive:
+                print("Model: ", end="", flush=True)
+            reply = print_reply(model, tokenizer, messages, settings)
+            messages = [*messages, {"role": "assistant", "content": reply}]
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -1,0 +1,403 @@
+"""Tokenizer, base model, quantization and LoRA: load, train-ready, save and merge.
+
+    from model_utils import load_trained_model, merge_and_save_model
+    model, tokenizer = load_trained_model("output/lora-adapter")
+    merge_and_save_model(model, tokenizer, "output/merged-model")
+
+What cannot be loaded is a UserError with its remedy.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+
+from data_utils import ALPACA_TEMPLATE
+from run_utils import (
+    DEFAULTS,
+    PROJECT_DIR,
+    UserError,
+    display_path,
+    make_settings,
+    read_json,
+    resolve_path,
+    say,
+    write_json,
+)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SETTINGS_FILE = "settings.json"
+PROBE_TEXT = "### Instruction:\nWhat does a good answer look like?\n\n### Response:\nIt is short, clear and true."
+
+
+# ---- Devices and number formats --------------------------------------------------------------------------------------
+def resolve_device(device):
+    """Return the torch.device to run on: "cuda" falls back to MPS or the CPU, and says so; "cpu" forces the CPU.
+
+    Under accelerate or torchrun each process takes the GPU of its local rank.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    fallback = "mps" if torch.backends.mps.is_available() else "cpu"
+    say(f"Running on {fallback.upper()}: no CUDA GPU found")
+    return torch.device(fallback)
+
+
+def choose_dtype(device, use_fp16):
+    """On CUDA bfloat16 where the GPU computes in it (Ampere and newer), else float16; float32 on other devices."""
+    if not use_fp16 or device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+# ---- Finding a model: local folders and the Hub ----------------------------------------------------------------------
+def locate_model(name, models_dir):
+    """Return a local folder's path, or the Hub id after making sure that the Hub serves it.
+
+    Raises UserError with the remedy for a mistyped path, an unknown or gated model, and a Hub that cannot be reached.
+    """
+    local = resolve_path(name)
+    if (local / "config.json").is_file():
+        return str(local)
+    if local.is_dir():
+        raise UserError(f"base model folder {name} holds no config.json; give the folder that holds the model's files")
+    first, *rest = Path(name).parts
+    if name.startswith((".", "~", os.sep)) or len(rest) > 1 or (PROJECT_DIR / first).is_dir():
+        raise UserError(f"base model folder {display_path(local)} does not exist; correct the path or give a Hub id")
+    with hub_errors(name):
+        say(f"Looking up {name} (cache: {display_path(models_dir)})")
+        hf_hub_download(name, "config.json", cache_dir=models_dir)
+    return name
+
+
+class hub_errors:
+    """Context manager that turns the Hub's and the loaders' failures over one model into UserErrors."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None or not issubclass(kind, (OSError, ValueError, SafetensorError)):
+            return False
+        raise UserError(self.explain(error)) from error
+
+    def explain(self, error):
+        status = None
+        cause = error
+        while cause is not None:
+            status = status or getattr(getattr(cause, "response", None), "status_code", None)
+            if isinstance(cause, OfflineModeIsEnabled):
+                return f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder"
+            cause = cause.__cause__
+        if isinstance(error, HFValidationError):
+            return f"{self.name!r} is neither a folder nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
+        if status in (401, 403):
+            return (
+                f"the Hub refuses {self.name} ({status}): it is gated, private or does not exist; accept its licence at"
+                f" https://huggingface.co/{self.name} and set HF_TOKEN to a token that may read it"
+            )
+        if status == 404:
+            return f"the Hub knows no model {self.name} (404); check the spelling, or give a local folder"
+        if status is not None or "Errno" in str(error.__cause__) or "connection" in str(error).lower():
+            reason = f"it answered {status}" if status else "no connection"
+            return (
+                f"the Hub cannot be reached for {self.name} ({reason}); check the network and try again, give a local"
+                " folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base"
+            )
+        first_line = str(error).strip().split("\n")[0]
+        return f"{self.name} cannot be loaded: {first_line}; give a causal language model with safetensors weights"
+
+
+# ---- Tokenizer -------------------------------------------------------------------------------------------------------
+def load_tokenizer(path, models_dir=None):
+    """Load a tokenizer ready for training: a pad token other than EOS, a chat template, padding on the right."""
+    with hub_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=models_dir)
+    if not tokenizer.is_fast:
+        raise UserError(f"{path} has only a slow tokenizer, without character offsets; choose another base model")
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {path} has no end-of-text token; choose another base model")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.pad_token = choose_pad_token(tokenizer)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = ALPACA_TEMPLATE
+    return tokenizer
+
+
+def choose_pad_token(tokenizer):
+    """An existing token to pad with: a new one would resize the embeddings, EOS would be masked by other tools."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = [token for token in special if "pad" in token or "reserved" in token or "unused" in token]
+    # the last resort is harmless here: labels and masks of this project go by position, never by token
+    return next(iter([*filter(None, [tokenizer.unk_token]), *spare]), tokenizer.eos_token)
+
+
+# ---- Base model and LoRA ---------------------------------------------------------------------------------------------
+def build_quantization_config(settings, dtype):
+    """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off."""
+    if not settings.use_4bit_quantization:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_base_model(path, device, dtype, quantization_config=None, models_dir=None):
+    """Load a causal LM in eval mode onto one device; a 4-bit model on a CPU works, slowly, and is announced."""
+    if quantization_config is not None and device.type == "cpu":
+        say("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here")
+    if quantization_config is not None and device.type == "mps":
+        raise UserError("4-bit quantization needs CUDA or the CPU; add --use_4bit_quantization false or --device cpu")
+    with hub_errors(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            device_map={"": device},
+            cache_dir=models_dir,
+            use_safetensors=True,
+        )
+    return model.eval()
+
+
+def share_token_ids(model, tokenizer):
+    """Tell the model's configs the tokenizer's pad id, as the Trainer would, with a notice, at its start."""
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def build_lora_config(settings):
+    modules = settings.lora_target_modules
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=modules if modules == "all-linear" else [name.strip() for name in modules.split(",")],
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach_lora(model, settings):
+    """Freeze the base and add fresh adapters, whose first weights are fixed by the seed.
+
+    peft keeps the LoRA weights in float32 for the optimizer. Nothing else is cast: prepare_model_for_kbit_training
+    would turn every 16-bit weight of the base to float32, about 1 GiB on 7B.
+    """
+    set_seed(settings.seed)
+    try:
+        peft_model = get_peft_model(model, build_lora_config(settings))
+    except ValueError as error:
+        linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            f"--lora_target_modules {settings.lora_target_modules} matches no layer of the model;"
+            f" its linear layers are {', '.join(linear)}"
+        ) from error
+    # as the user gave it, not as it was resolved: a path inside the project stays valid when the project moves
+    peft_model.peft_config["default"].base_model_name_or_path = settings.base_model_name
+    return peft_model
+
+
+def count_parameters(path, settings, models_dir=None):
+    """Return (total, trainable) parameters of the model with its adapter, from its config alone, without memory."""
+    with hub_errors(path):
+        model_config = AutoConfig.from_pretrained(path, cache_dir=models_dir)
+        with torch.device("meta"):
+            model = attach_lora(AutoModelForCausalLM.from_config(model_config), settings)
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+# ---- Saved adapters --------------------------------------------------------------------------------------------------
+def save_adapter(model, tokenizer, path):
+    """Write the adapter, and the tokenizer with its chat template, as safetensors and JSON only."""
+    # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
+    model.save_pretrained(path, save_embedding_layers=False)
+    tokenizer.save_pretrained(path)
+
+
+def save_finished_adapter(model, tokenizer, path, settings, record):
+    """Save an adapter with its settings, run record and model card; the folder appears only when it is complete."""
+    staged = path.with_name(path.name + ".incomplete")
+    shutil.rmtree(staged, ignore_errors=True)
+    save_adapter(model, tokenizer, staged)
+    write_recorded_settings(staged, settings)
+    write_json(staged / "run.json", record)
+    (staged / "README.md").write_text(model_card(settings, record), encoding="utf-8")
+    os.replace(staged, path)
+
+
+def model_card(settings, record):
+    """A model card for the Hub: what the adapter is, how it was trained and how to use it."""
+    loss = record["validation_loss"]
+    figures = f"Validation loss {loss:.4f} on {record['validation_rows']} held-out rows." if loss is not None else ""
+    return f"""---
+base_model: {settings.base_model_name}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora]
+---
+# LoRA adapter for {settings.base_model_name}
+
+Trained on {record["training_rows"]} rows for {record["steps"]} steps (r={settings.lora_r}, alpha={settings.lora_alpha},
+learning rate {settings.learning_rate}, rows of at most {settings.max_seq_length} tokens). {figures}
+The tokenizer in this folder carries the chat template that it was trained with. All settings are in settings.json,
+the figures of the run in run.json.
+
+```python
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def check_adapter_folder(path):
+    """Return the folder's resolved path, or raise UserError unless it holds an adapter's config and weights."""
+    folder = resolve_path(path)
+    if not folder.is_dir():
+        raise UserError(f"adapter folder {path} does not exist; train one first with python train.py")
+    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"adapter folder {path} holds no {name}; train again, or give the folder that holds it")
+    return folder
+
+
+def read_recorded_settings(adapter_path):
+    """The settings that an adapter was trained with, as {name: value}; the base model is the adapter's own."""
+    folder = check_adapter_folder(adapter_path)
+    recorded = {}
+    if (folder / SETTINGS_FILE).is_file():
+        recorded = read_json(folder / SETTINGS_FILE, "the adapter's settings")
+    adapter_config = read_json(folder / "adapter_config.json", "the adapter's configuration")
+    base = adapter_config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{adapter_path}/adapter_config.json names no base model; train again or restore the file")
+    return recorded | {"base_model_name": base}
+
+
+def write_recorded_settings(adapter_path, settings):
+    write_json(Path(adapter_path) / SETTINGS_FILE, settings._asdict())
+
+
+def load_trained_model(adapter_path, settings=None):
+    """Load an adapter onto its base model, as it was trained: returns (model, tokenizer), the model in eval mode.
+
+    The settings are the adapter's own unless others are passed. Raises UserError if the folder, the weights or the
+    base model are missing or do not fit each other.
+    """
+    folder = check_adapter_folder(adapter_path)
+    settings = settings or make_settings(recorded=read_recorded_settings(folder))
+    models_dir = resolve_path(settings.models_dir)
+    tokenizer = load_tokenizer(str(folder))
+    device = resolve_device(settings.device)
+    dtype = choose_dtype(device, settings.use_fp16)
+    say(f"Base model: {settings.base_model_name}, adapter: {display_path(folder)}")
+    base = load_base_model(
+        locate_model(settings.base_model_name, models_dir),
+        device,
+        dtype,
+        build_quantization_config(settings, dtype),
+        models_dir,
+    )
+    return load_adapter(base, folder).eval(), tokenizer
+
+
+def load_adapter(base, folder):
+    """Put a saved adapter on a base model; every weight must be there and fit, else UserError."""
+    name = display_path(folder)
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            saved = set(file.keys())
+        model = PeftModel.from_pretrained(base, folder)
+    except SafetensorError as error:
+        raise UserError(f"{name}/{ADAPTER_WEIGHTS} is damaged ({error}); train again or restore it") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"adapter {name} does not fit its base model {base.name_or_path}; it was trained on another one"
+        ) from error
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if saved != expected:
+        raise UserError(
+            f"adapter {name} does not fit its base model {base.name_or_path}: {len(expected - saved)} weights are"
+            f" missing and {len(saved - expected)} are unknown; it was trained on another one"
+        )
+    return model
+
+
+# ---- Merging ---------------------------------------------------------------------------------------------------------
+def merge_and_save_model(model, tokenizer, path):
+    """Merge the adapter into its base model and save a folder that plain transformers loads.
+
+    The base is loaded again in the number format of its own files, never merged in 4 bits. The merged model is scored
+    against base + adapter before anything is written, and the folder appears under its name only when it is complete.
+    """
+    target = resolve_path(path)
+    if target.exists():
+        raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
+    base = reload_base(model)
+    with_adapter = get_peft_model(base, model.peft_config["default"])
+    set_peft_model_state_dict(with_adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = probe_loss(with_adapter, tokenizer)
+    merged = with_adapter.merge_and_unload(safe_merge=True)
+    found = probe_loss(merged, tokenizer)
+    if not abs(found - expected) < 0.05:
+        raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
+    merged.config.use_cache = True
+    tidy_generation_config(merged.generation_config)
+    staged = target.with_name(target.name + ".incomplete")
+    shutil.rmtree(staged, ignore_errors=True)
+    merged.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    os.replace(staged, target)
+    say(f"Merged model saved to {display_path(target)}")
+
+
+def reload_base(model):
+    """Load the adapter's base model without quantization, on the model's GPU if it has room, else on the CPU."""
+    name = model.peft_config["default"].base_model_name_or_path
+    models_dir = resolve_path(DEFAULTS["models_dir"])
+    path = locate_model(name, models_dir)
+    device = model.device
+    if device.type == "cuda":
+        # a 4-bit weight counts as half a byte in its module, so ask the config
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, cache_dir=models_dir))
+        needed = 2 * sum(parameter.numel() for parameter in plain.parameters())
+        if torch.cuda.mem_get_info(device)[0] < 1.15 * needed:
+            device = torch.device("cpu")
+    say(f"Reloading {name} without quantization, on {device.type.upper()}, to merge into it")
+    return load_base_model(path, device, "auto", models_dir=models_dir)
+
+
+@torch.no_grad()
+def probe_loss(model, tokenizer):
+    """Mean next-token loss of a fixed text, in nats: a fingerprint of the model."""
+    ids = torch.tensor([tokenizer(PROBE_TEXT)["input_ids"]], device=model.device)
+    return model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+
+
+def tidy_generation_config(generation_config):
+    """Some hub models ship a temperature without do_sample, which save_pretrained refuses."""
+    if not generation_config.do_sample and (
+        generation_config.temperature not in (None, 1.0) or generation_config.top_p not in (None, 1.0)
+    ):
+        generation_config.do_sample = True

@@ -1,0 +1,213 @@
+"""Fine-tune a causal language model with LoRA or QLoRA on your instructions and answers.
+
+    python train.py --dry_run                                  # the plan and one decoded example, then stop
+    python train.py                                            # data/demo.json, or what config.py says
+    python train.py --custom_dataset_path data/mine.json --num_epochs 2
+
+The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
+"""
+
+import platform
+import sys
+import time
+from importlib.metadata import version
+
+from run_utils import (
+    build_parser,
+    check_writable,
+    display_path,
+    format_duration,
+    make_settings,
+    parse_command_line,
+    quiet_libraries,
+    resolve_path,
+    run_script,
+    say,
+    set_aside_previous_run,
+)
+
+# What a run leaves in OUTPUT_DIR; an earlier run's are moved to OUTPUT_DIR/previous
+ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validation.jsonl"
+RUN_FOLDERS = (ADAPTER, CHECKPOINTS, VALIDATION_ROWS, "evaluation", "merged-model")
+
+
+def main(argv):
+    parser = build_parser("train.py", __doc__)
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and one decoded example, then stop")
+    options, given = parse_command_line(parser, argv)
+    quiet_libraries()
+    settings = make_settings(given)
+    check_writable(resolve_path(settings.output_dir))
+    check_writable(resolve_path(settings.logs_dir))
+    train(settings, options.dry_run)
+
+
+def train(settings, dry_run=False):
+    """The phases of a run: tokenizer, data, plan, model, trainer, training, saving."""
+    # imported here, seconds of work, so that --help and a mistyped flag answer at once
+    import model_utils
+    import training_utils
+
+    started = time.time()
+    models_dir = resolve_path(settings.models_dir)
+    device = model_utils.resolve_device(settings.device)
+    dtype = model_utils.choose_dtype(device, settings.use_fp16)
+    train_set, validation_set = load_data(settings)
+    base = model_utils.locate_model(settings.base_model_name, models_dir)
+    tokenizer = model_utils.load_tokenizer(base, models_dir)
+    train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
+    arguments = training_utils.build_training_arguments(
+        settings, resolve_path(settings.output_dir) / CHECKPOINTS, device, dtype, bool(validation_rows)
+    )
+    parameters = model_utils.count_parameters(base, settings, models_dir)
+    training_utils.print_plan(
+        settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
+    )
+    if dry_run:
+        show_example(tokenizer, train_rows[0])
+        return
+    quantization = model_utils.build_quantization_config(settings, dtype)
+    model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
+    model_utils.share_token_ids(model, tokenizer)
+    model = model_utils.attach_lora(model, settings)
+    run_name = settings.run_name or time.strftime("%Y%m%d-%H%M%S")
+    callbacks = build_callbacks(settings, tokenizer, validation_set, resolve_path(settings.logs_dir) / run_name)
+    trainer = training_utils.build_trainer(
+        model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks
+    )
+    prepare_output(trainer, settings, validation_set)
+    say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
+    trainer.train()
+    finish(trainer, settings, validation_rows, started)
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+def load_data(settings):
+    """Return (train, validation) conversations, each [(row number, messages), ...], after saying what was read."""
+    import data_utils
+
+    path = resolve_path(settings.custom_dataset_path or "data/demo.json")
+    conversations, report = data_utils.load_conversations(path, settings.dataset_columns)
+    say(f"Data: {report.line()}")
+    if settings.max_train_rows:
+        conversations = data_utils.split_conversations(conversations, 0, settings.seed)[0][: settings.max_train_rows]
+    if settings.validation_dataset_path is None:
+        return data_utils.split_conversations(conversations, settings.validation_split, settings.seed)
+    path = resolve_path(settings.validation_dataset_path)
+    validation, report = data_utils.load_conversations(path, settings.dataset_columns)
+    say(f"Validation data: {report.line()}")
+    return data_utils.remove_overlap(conversations, validation), validation
+
+
+def tokenize_data(tokenizer, train_set, validation_set, settings):
+    """Tokenize both sets and say what the sequence length did to them."""
+    import data_utils
+
+    examples = []
+    for name, conversations in (("training", train_set), ("validation", validation_set)):
+        rows, report = data_utils.tokenize_conversations(
+            tokenizer, conversations, settings.max_seq_length, f"{name} data"
+        )
+        if report.kept < report.rows:
+            say(f"At {settings.max_seq_length} tokens a row, {report.line()}; a larger --max_seq_length cuts fewer")
+        examples.append(rows)
+    return examples
+
+
+def show_example(tokenizer, example):
+    """Print one example as the model sees it, its trained tokens marked."""
+    import data_utils
+
+    color = sys.stdout.isatty()
+    start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
+    marks = "green" if color else "[ ]"
+    print(f"\nRow {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
+    print(data_utils.mark_trained_tokens(tokenizer, example, start, end))
+
+
+# ---- Before and after training ---------------------------------------------------------------------------------------
+def build_callbacks(settings, tokenizer, validation_set, log_dir):
+    import generation_utils
+    import training_utils
+
+    board = training_utils.RunBoard(log_dir, settings)
+    generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
+    prompts = [conversation for _, conversation in validation_set[: settings.sample_prompts]]
+    return [
+        training_utils.ProgressLine(),
+        board,
+        training_utils.SampleAnswers(tokenizer, prompts, generation, board),
+        training_utils.CheckpointSettings(settings),
+    ]
+
+
+def prepare_output(trainer, settings, validation_set):
+    """Move an earlier run out of the way and keep this run's validation rows, which evaluate.py measures on."""
+    import data_utils
+
+    if not trainer.is_world_process_zero():
+        return
+    output_dir = resolve_path(settings.output_dir)
+    moved_to = set_aside_previous_run(output_dir, RUN_FOLDERS)
+    if moved_to:
+        say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if validation_set:
+        data_utils.write_conversations(output_dir / VALIDATION_ROWS, validation_set)
+
+
+def finish(trainer, settings, validation_rows, started):
+    """Save the adapter with its record, and say how the run went and what to type next."""
+    import model_utils
+    import training_utils
+
+    validation_loss = None
+    if validation_rows:
+        scores = training_utils.score_rows(trainer.model, validation_rows, trainer.max_pass_tokens)
+        validation_loss = training_utils.mean_loss(scores)
+    if not trainer.is_world_process_zero():
+        return
+    state = trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    record = {
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seconds": round(time.time() - started, 1),
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "validation_loss": validation_loss,
+        "peak_memory_gib": round(training_utils.peak_memory_gib(trainer.args.device), 3),
+        "training_rows": len(trainer.train_dataset),
+        "validation_rows": len(validation_rows),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "python": platform.python_version(),
+    }
+    adapter_dir = resolve_path(settings.output_dir) / ADAPTER
+    model_utils.save_finished_adapter(trainer.model, trainer.processing_class, adapter_dir, settings, record)
+    print_summary(settings, adapter_dir, record)
+
+
+def print_summary(settings, adapter_dir, record):
+    import training_utils
+
+    validation = ""
+    if record["validation_loss"] is not None:
+        perplexity = training_utils.perplexity(record["validation_loss"])
+        validation = f", validation loss {record['validation_loss']:.4f} (perplexity {perplexity:.2f})"
+        if record["best_step"]:
+            validation += f" from step {record['best_step']}"
+    where = "" if settings.output_dir == "output" else f" --output_dir {settings.output_dir}"
+    print(
+        f"\nDone in {format_duration(record['seconds'])}: {record['steps']} steps, training loss"
+        f" {record['first_loss']:.4f} -> {record['last_loss']:.4f}{validation},"
+        f" peak memory {record['peak_memory_gib']:.2f} GiB.\n"
+        f"Adapter: {display_path(adapter_dir)}\n"
+        f"Next: python evaluate.py{where}    base versus tuned, in figures and answers\n"
+        f"      python inference.py{where}   talk to it",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

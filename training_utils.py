@@ -1,0 +1,357 @@
+"""The Trainer subclass with its exact, padding-free passes, its callbacks, and the plan shown before training."""
+
+import contextlib
+import math
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from data_utils import build_pass, count_trained_tokens, pack_rows
+from generation_utils import autocast, generate_replies
+from model_utils import save_adapter, write_recorded_settings
+from run_utils import say
+
+
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+def pass_losses(model, rows):
+    """Cross entropy of every trained token of rows laid end to end; returns (losses, row of each), (targets,) each.
+
+    use_cache=False and no attention mask: only then do transformers' masks keep the rows apart. Logits are computed
+    only where a trained token follows.
+    """
+    batch = {name: tensor.to(model.device) for name, tensor in build_pass(rows).items()}
+    logits = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        logits_to_keep=batch["predicting"],
+        use_cache=False,
+    ).logits
+    return F.cross_entropy(logits[0].float(), batch["targets"], reduction="none"), batch["row_of_target"]
+
+
+@torch.no_grad()
+def score_rows(model, rows, max_tokens):
+    """Return [(negative log-likelihood in nats, trained tokens) for each row], whatever the batching."""
+    scores = [None] * len(rows)
+    model.eval()
+    for indices in pack_rows([len(row["input_ids"]) for row in rows], max_tokens):
+        group = [rows[index] for index in indices]
+        with autocast(model):
+            losses, row_of_target = pass_losses(model, group)
+        sums = torch.zeros(len(group), dtype=torch.float64)
+        sums.index_add_(0, row_of_target.cpu(), losses.double().cpu())
+        for index, row, total in zip(indices, group, sums.tolist(), strict=True):
+            scores[index] = (total, count_trained_tokens([row]))
+    return scores
+
+
+def mean_loss(scores):
+    """Token-weighted mean of score_rows' result, in nats a token; exp of it is the perplexity."""
+    return sum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
+
+
+def perplexity(loss):
+    """exp(loss), infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+class LoraTrainer(Trainer):
+    """A Trainer whose optimizer step sees one batch of rows and cuts it into passes of at most max_pass_tokens tokens.
+
+    The batch is BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS rows; the Trainer itself accumulates nothing. The loss is the
+    sum over trained tokens divided by the step's number of trained tokens over all passes and processes, so that the
+    gradient does not depend on how the rows were cut.
+    """
+
+    def __init__(self, *args, max_pass_tokens, **kwargs):
+        super().__init__(*args, data_collator=list, **kwargs)
+        self.max_pass_tokens = max_pass_tokens
+        self.tokens_trained = 0  # real tokens of this process and seconds of training, both since the last log
+        self.seconds_trained = 0.0
+        self.clock = time.perf_counter()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward over one step's rows; returns the step's mean loss a token."""
+        self.clock = time.perf_counter()
+        model.train()
+        processes = self.accelerator.num_processes
+        trained = torch.tensor(count_trained_tokens(inputs), device=self.args.device)
+        trained = self.accelerator.reduce(trained, "sum")
+        step_loss = torch.zeros((), device=self.args.device)
+        passes = pack_rows([len(row["input_ids"]) for row in inputs], self.max_pass_tokens)
+        for number, indices in enumerate(passes, start=1):
+            sync = contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(model)
+            with sync:
+                losses, _ = pass_losses(model, [inputs[index] for index in indices])
+                # DDP averages the gradients of the processes, hence the factor
+                loss = losses.sum() * processes / trained
+                self.accelerator.backward(loss)
+            step_loss += loss.detach()
+        self.tokens_trained += sum(len(row["input_ids"]) for row in inputs)
+        return step_loss
+
+    def _count_time(self):
+        """Add the time since the step began, or since the last call, to the time spent in training."""
+        now = time.perf_counter()
+        self.seconds_trained += now - self.clock
+        self.clock = now
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._count_time()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""
+        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        scores = score_rows(self.model, mine, self.max_pass_tokens)
+        sums = torch.tensor([sum(nll for nll, _ in scores), sum(n for _, n in scores)], device=self.args.device)
+        nll, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        loss = nll / tokens
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs, start_time=None):
+        """Add speed and memory to the training losses. Speed counts real tokens and training time only."""
+        if "loss" in logs:
+            self._count_time()  # reading the loss waited for the GPU to finish its steps
+            processes = self.accelerator.num_processes
+            logs["tokens_per_second"] = round(processes * self.tokens_trained / self.seconds_trained, 1)
+            logs["peak_memory_gib"] = round(peak_memory_gib(self.args.device), 3)
+            self.tokens_trained, self.seconds_trained = 0, 0.0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs):
+        """Not counted: the Trainer's estimate needs padded batches."""
+        return 0
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_adapter(self.model, self.processing_class, output_dir)
+
+
+def peak_memory_gib(device):
+    """Peak memory of this process in GiB: reserved by PyTorch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows has no such figure in the standard library
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def build_training_arguments(settings, output_dir, device, dtype, has_validation):
+    """Trainer's arguments; evaluation and checkpoints fall on the same steps, so that the best one can be kept."""
+    strategy = "steps" if has_validation else "no"
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=settings.batch_size * settings.gradient_accumulation_steps,
+        num_train_epochs=settings.num_epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_ratio,  # below 1 it is a share of the steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="paged_adamw_8bit" if settings.optimizer == "paged_adamw_8bit" else fused_adamw(device),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # True would log a diverged loss as 0
+        eval_strategy=strategy,
+        eval_steps=settings.eval_steps,
+        save_strategy="steps",
+        save_steps=settings.eval_steps,
+        save_total_limit=settings.save_total_limit,
+        load_best_model_at_end=has_validation,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        seed=settings.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to=[],
+    )
+    # Without a launcher the Trainer would scale the loss by the number of visible GPUs (trainer.py, n_gpu)
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def fused_adamw(device):
+    return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
+
+
+def build_trainer(model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks):
+    if settings.early_stopping_patience and validation_rows:
+        callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping_patience)]
+    trainer = LoraTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows or None,
+        processing_class=tokenizer,
+        max_pass_tokens=settings.batch_size * settings.max_seq_length,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+# ---- Callbacks -------------------------------------------------------------------------------------------------------
+class ProgressLine(ProgressCallback):
+    """A progress bar with one dense line for each logged loss and each evaluation above it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            line = (
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+                f"  gradient {logs.get('grad_norm', 0):.2f}  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
+            )
+        elif "eval_loss" in logs:
+            line = (
+                f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
+                f"  perplexity {logs['eval_perplexity']:.2f}"
+            )
+        else:
+            return
+        self.training_bar.write(line, file=sys.stderr)
+
+
+class RunBoard(TrainerCallback):
+    """Writes a run to TensorBoard: losses, learning rate, gradient, speed, memory, sample answers and settings."""
+
+    NAMES: ClassVar = {
+        "loss": "train/loss",
+        "learning_rate": "train/learning_rate",
+        "grad_norm": "train/gradient_norm",
+        "tokens_per_second": "train/tokens_per_second",
+        "peak_memory_gib": "train/peak_memory_gib",
+        "eval_loss": "validation/loss",
+        "eval_perplexity": "validation/perplexity",
+    }
+
+    def __init__(self, log_dir, settings):
+        self.log_dir = log_dir
+        self.settings = settings
+        self.writer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.log_dir))
+            rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
+            self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.writer is not None:
+            for name in self.NAMES.keys() & logs.keys():
+                self.writer.add_scalar(self.NAMES[name], logs[name], state.global_step)
+            self.writer.flush()
+
+    def add_samples(self, prompts, expected, replies, step):
+        """Show each prompt with the reply of this step and the answer in the data."""
+        if self.writer is not None:
+            parts = [
+                f"**Prompt** {prompt}\n\n**Reply** {reply}\n\n**Answer in the data** {answer}"
+                for prompt, reply, answer in zip(prompts, replies, expected, strict=True)
+            ]
+            self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
+            self.writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+class SampleAnswers(TrainerCallback):
+    """Answers a few validation prompts at each evaluation, so that progress can be read and not only plotted."""
+
+    def __init__(self, tokenizer, conversations, generation_config, board):
+        self.tokenizer = tokenizer
+        self.prompts = [conversation[: last_answer(conversation)] for conversation in conversations]
+        self.expected = [conversation[last_answer(conversation)]["content"] for conversation in conversations]
+        self.generation_config = generation_config
+        self.board = board
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero or not self.prompts:
+            return
+        # the replies must not move the random numbers that dropout and shuffling draw from
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            replies = generate_replies(model, self.tokenizer, self.prompts, self.generation_config)
+        self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, replies, state.global_step)
+
+
+def last_answer(conversation):
+    """Index of a conversation's last assistant message."""
+    return max(index for index, message in enumerate(conversation) if message["role"] == "assistant")
+
+
+class CheckpointSettings(TrainerCallback):
+    """Puts the settings beside the adapter of each checkpoint, so that it can be evaluated and talked to as it is."""
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_recorded_settings(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.settings)
+
+
+# ---- The plan --------------------------------------------------------------------------------------------------------
+def count_steps(rows, settings, processes=1):
+    """Optimizer steps of a run, as the Trainer counts them."""
+    rows_a_step = settings.batch_size * settings.gradient_accumulation_steps * processes
+    steps = settings.num_epochs * math.ceil(rows / rows_a_step)
+    return min(steps, settings.max_steps) if settings.max_steps else steps
+
+
+def print_plan(settings, device, dtype, rows, validation_rows, parameters, processes=1):
+    """Say, before any weight is loaded, what the run will do and what it needs."""
+    total, trainable = parameters
+    steps = count_steps(len(rows), settings, processes)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    trained = count_trained_tokens(rows)
+    quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
+    # adapter in float32, and with each checkpoint the two moments of AdamW
+    disk = trainable * 4 * (1 + 3 * settings.save_total_limit) / 2**20
+    say(
+        f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(dtype).removeprefix('torch.')}"
+        f" on {device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
+    )
+    say(
+        f"Plan: {len(rows)} rows ({tokens:,} tokens, {trained / tokens:.0%} trained), {len(validation_rows)} held out;"
+        f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
+        f" about {disk:,.0f} MiB on disk"
+    )
