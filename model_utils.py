@@ -7,6 +7,7 @@
 What cannot be loaded is a UserError with its remedy.
 """
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -31,6 +32,7 @@ from run_utils import (
     UserError,
     display_path,
     make_settings,
+    quiet_libraries,
     read_json,
     resolve_path,
     say,
@@ -233,6 +235,15 @@ def save_adapter(model, tokenizer, path):
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
     model.save_pretrained(path, save_embedding_layers=False)
     tokenizer.save_pretrained(path)
+    make_readable(path)
+
+
+def make_readable(folder):
+    """Give a folder's files the usual permissions; safetensors writes weights that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in Path(folder).iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def save_finished_adapter(model, tokenizer, path, settings, record):
@@ -304,6 +315,7 @@ def load_trained_model(adapter_path, settings=None):
     The settings are the adapter's own unless others are passed. Raises UserError if the folder, the weights or the
     base model are missing or do not fit each other.
     """
+    quiet_libraries()
     folder = check_adapter_folder(adapter_path)
     settings = settings or make_settings(recorded=read_recorded_settings(folder))
     models_dir = resolve_path(settings.models_dir)
@@ -347,14 +359,18 @@ def load_adapter(base, folder):
 def merge_and_save_model(model, tokenizer, path):
     """Merge the adapter into its base model and save a folder that plain transformers loads.
 
-    The base is loaded again in the number format of its own files, never merged in 4 bits. The merged model is scored
-    against base + adapter before anything is written, and the folder appears under its name only when it is complete.
+    The base is loaded again unquantized, in the number format that `model` computes in, so that the merged model
+    answers like it. It is scored against base + adapter before anything is written, and the folder appears under its
+    name only when it is complete.
     """
+    quiet_libraries()
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
     base = reload_base(model)
-    with_adapter = get_peft_model(base, model.peft_config["default"])
+    lora_config = copy.copy(model.peft_config["default"])
+    lora_config.base_model_name_or_path = base.name_or_path
+    with_adapter = get_peft_model(base, lora_config)
     set_peft_model_state_dict(with_adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
     expected = probe_loss(with_adapter, tokenizer)
     merged = with_adapter.merge_and_unload(safe_merge=True)
@@ -367,6 +383,7 @@ def merge_and_save_model(model, tokenizer, path):
     shutil.rmtree(staged, ignore_errors=True)
     merged.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
+    make_readable(staged)
     os.replace(staged, target)
     say(f"Merged model saved to {display_path(target)}")
 
@@ -378,14 +395,14 @@ def reload_base(model):
     path = locate_model(name, models_dir)
     device = model.device
     if device.type == "cuda":
-        # a 4-bit weight counts as half a byte in its module, so ask the config
+        # counted from the config, since the model's own 4-bit weights are packed
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, cache_dir=models_dir))
-        needed = 2 * sum(parameter.numel() for parameter in plain.parameters())
+        needed = model.dtype.itemsize * sum(parameter.numel() for parameter in plain.parameters())
         if torch.cuda.mem_get_info(device)[0] < 1.15 * needed:
             device = torch.device("cpu")
     say(f"Reloading {name} without quantization, on {device.type.upper()}, to merge into it")
-    return load_base_model(path, device, "auto", models_dir=models_dir)
+    return load_base_model(path, device, model.dtype, models_dir=models_dir)
 
 
 @torch.no_grad()

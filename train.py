@@ -72,10 +72,10 @@ def train(settings, dry_run=False):
     model = model_utils.attach_lora(model, settings)
     run_name = settings.run_name or time.strftime("%Y%m%d-%H%M%S")
     callbacks = build_callbacks(settings, tokenizer, validation_set, resolve_path(settings.logs_dir) / run_name)
+    prepare_output(arguments, settings, validation_set)
     trainer = training_utils.build_trainer(
         model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks
     )
-    prepare_output(trainer, settings, validation_set)
     say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
     trainer.train()
     finish(trainer, settings, validation_rows, started)
@@ -141,11 +141,11 @@ def build_callbacks(settings, tokenizer, validation_set, log_dir):
     ]
 
 
-def prepare_output(trainer, settings, validation_set):
+def prepare_output(arguments, settings, validation_set):
     """Move an earlier run out of the way and keep this run's validation rows, which evaluate.py measures on."""
     import data_utils
 
-    if not trainer.is_world_process_zero():
+    if arguments.process_index != 0:
         return
     output_dir = resolve_path(settings.output_dir)
     moved_to = set_aside_previous_run(output_dir, RUN_FOLDERS)

@@ -111,6 +111,8 @@ class LoraTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self._count_time()
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -293,7 +295,10 @@ class RunBoard(TrainerCallback):
 
 
 class SampleAnswers(TrainerCallback):
-    """Answers a few validation prompts at each evaluation, so that progress can be read and not only plotted."""
+    """Answers a few validation prompts at each evaluation, so that progress can be read and not only plotted.
+
+    Greedily: the replies must not move the random numbers that dropout and shuffling draw from.
+    """
 
     def __init__(self, tokenizer, conversations, generation_config, board):
         self.tokenizer = tokenizer
@@ -305,11 +310,8 @@ class SampleAnswers(TrainerCallback):
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero or not self.prompts:
             return
-        # the replies must not move the random numbers that dropout and shuffling draw from
-        devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            model.eval()
-            replies = generate_replies(model, self.tokenizer, self.prompts, self.generation_config)
+        model.eval()
+        replies = generate_replies(model, self.tokenizer, self.prompts, self.generation_config)
         self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, replies, state.global_step)
 
 

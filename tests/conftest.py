@@ -1,0 +1,41 @@
+"""Fixtures that several test files share: the bundled tokenizer, tiny models, and a way to run the scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import model_utils
+from run_utils import quiet_libraries
+
+PROJECT = Path(__file__).resolve().parent.parent
+TINY_BASE = str(PROJECT / "models" / "tiny-base")
+
+
+@pytest.fixture(autouse=True)
+def no_network_and_quiet(monkeypatch):
+    """No test may reach the Hub; those that play one set HF_ENDPOINT themselves."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    quiet_libraries()
+
+
+@pytest.fixture
+def tokenizer():
+    """The bundled tokenizer, ready for training; loaded afresh, since tests change its template."""
+    return model_utils.load_tokenizer(TINY_BASE)
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess."""
+
+    def run_script(script, *arguments, cwd=PROJECT, stdin=None, **environment):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+        command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=600
+        )
+
+    return run_script

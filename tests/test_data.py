@@ -1,0 +1,632 @@
+"""Readers, rows to conversations, de-duplication and the split: texts are kept, and faults are one plain line each."""
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_utils
+from data_utils import load_conversations
+from run_utils import UserError
+
+ODD_TEXTS = (
+    "None",
+    "NA",
+    "null",
+    "nan",
+    "007",
+    "1.50",
+    "1e5",
+    "2024-01-31",
+    "2024-01-31T10:00:00Z",
+    "True",
+    " nan ",
+    "  two spaces before and after  ",
+    "\ttab",
+    "first line\nsecond line\n\nfourth line",
+    "windows\r\nline",
+    'a "quoted" word',
+    "a, b; c\td",
+    "=1+1",
+    "\\n stays two characters",
+    "\u2028 line separator \x85 and \u00a0",
+    "naïve 日本語 ☃ 👩‍👩‍👧",
+)
+JSON_ROWS = '[{"instruction": "q", "response": "a"}]'
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write("rows.csv", text or bytes) -> path."""
+
+    def write_file(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    return write_file
+
+
+def one_line(message):
+    assert message
+    assert "\n" not in message
+    assert "\r" not in message
+    return message
+
+
+def refusal(path, mapping=None):
+    """The one-line message of the UserError with which a file is refused."""
+    with pytest.raises(UserError) as caught:
+        load_conversations(path, mapping)
+    return one_line(str(caught.value))
+
+
+def pairs(path, mapping=None):
+    """[(prompt, answer), ...] of a file of single turns."""
+    conversations, _ = load_conversations(path, mapping)
+    return [tuple(message["content"] for message in messages) for _, messages in conversations]
+
+
+def csv_cell(text):
+    return '"' + text.replace('"', '""') + '"'
+
+
+def rows_of(*contents):
+    return [[{"role": "user", "content": text}, {"role": "assistant", "content": "a"}] for text in contents]
+
+
+# ---- Texts are kept --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_every_text_is_read_exactly_as_it_was_written(write, suffix):
+    rows = [(text, f"{text}!") for text in ODD_TEXTS] + [(f"{text}?", text) for text in ODD_TEXTS]
+    objects = [json.dumps({"instruction": q, "response": a}, ensure_ascii=False) for q, a in rows]
+    content = {
+        ".json": "[" + ",\n".join(objects) + "]",
+        ".jsonl": "\n".join(objects),
+        ".csv": "instruction,response\r\n" + "\r\n".join(f"{csv_cell(q)},{csv_cell(a)}" for q, a in rows),
+    }[suffix]
+    assert pairs(write(f"rows{suffix}", content)) == rows
+
+
+def test_a_nul_inside_a_json_text_is_kept(write):
+    assert pairs(write("rows.json", json.dumps([{"instruction": "nul \x00 inside", "response": "a"}]))) == [
+        ("nul \x00 inside", "a")
+    ]
+
+
+def test_unquoted_csv_cells_keep_their_blanks_and_zeros(write):
+    assert pairs(write("rows.csv", "instruction,response\n 007 ,NA\n2024-01-31, nan \n")) == [
+        (" 007 ", "NA"),
+        ("2024-01-31", " nan "),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", JSON_ROWS),
+        ("rows.jsonl", '{"instruction": "q", "response": "a"}\n'),
+        ("rows.csv", "instruction,response\nq,a\n"),
+        ("ROWS.JSON", JSON_ROWS),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_dropped(write, name, content, mark):
+    assert pairs(write(name, mark + content.encode())) == [("q", "a")]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_columns_may_be_separated_by_commas_semicolons_and_tabs(write, delimiter):
+    content = f'instruction{delimiter}response\n"a, b; c\td"{delimiter}done\n'
+    assert pairs(write("rows.csv", content)) == [("a, b; c\td", "done")]
+
+
+def test_blank_lines_of_jsonl_and_csv_are_no_rows(write):
+    assert pairs(write("rows.jsonl", '\n{"instruction": "q", "response": "a"}\r\n\n \n')) == [("q", "a")]
+    assert pairs(write("rows.csv", "instruction,response\n\nq,a\n\n")) == [("q", "a")]
+
+
+def test_json_rows_nested_under_one_key_are_found(write):
+    assert pairs(write("rows.json", f'{{"version": 2, "data": {JSON_ROWS}}}')) == [("q", "a")]
+
+
+def test_jsonl_rows_are_numbered_by_their_lines(write):
+    conversations, _ = load_conversations(write("rows.jsonl", '\n\n{"instruction": "q", "response": "a"}'))
+    assert [number for number, _ in conversations] == [3]
+
+
+# ---- Files that cannot be read ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("instruction,response\nq,a\n".encode("utf-16"), 1),
+        ("instruction,response\nq,a\ncafé,b\n".encode("latin-1"), 3),
+        (b"instruction,response\nq,a\n\nd,\x80", 4),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json"])
+def test_another_encoding_than_utf_8_is_refused_with_its_line(write, suffix, content, line):
+    message = refusal(write(f"rows{suffix}", content))
+    assert f"line {line}:" in message
+    assert "UTF-8" in message
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_said_to_be_empty(write, suffix, content):
+    message = refusal(write(f"rows{suffix}", content))
+    assert f"rows{suffix} is empty" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rows.json", "[]"), ("rows.json", '{"data": []}'), ("rows.csv", "instruction,response\n"), ("rows.csv", "a,b")],
+)
+def test_a_file_without_rows_is_said_to_hold_none(write, name, content):
+    assert "holds no rows" in refusal(write(name, content))
+
+
+def test_a_missing_file_a_folder_and_an_unknown_type_are_three_messages(write, tmp_path):
+    assert "absent.json does not exist" in refusal(tmp_path / "absent.json")
+    assert "is a folder" in refusal(tmp_path)
+    message = refusal(write("rows.xml", "<rows/>"))
+    assert "'.xml'" in message
+    assert ".jsonl" in message
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.json.gz"])
+def test_a_binary_file_of_an_unknown_type_is_not_said_to_be_badly_encoded(write, name):
+    assert "unknown file type" in refusal(write(name, b"PK\x03\x04\xff\xfe\x80\x00"))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('[\n{"instruction": "q", "response": "a"},\n{"instruction": "q" "response"}\n]', 3),
+        ('[\n{"instruction": "q", "response": "a"}\n', 3),
+        ('[{"instruction": "q", "response": "line\nbreak"}]', 1),
+        ("instruction,response\nq,a", 1),
+    ],
+)
+def test_invalid_json_names_its_line(write, content, line):
+    message = refusal(write("rows.json", content))
+    assert f"line {line}:" in message
+    assert "invalid JSON" in message
+
+
+def test_a_truncated_jsonl_file_names_its_last_line(write):
+    row = '{"instruction": "q", "response": "a"}'
+    message = refusal(write("rows.jsonl", f"{row}\n\n{row}\n{row[:-9]}"))
+    assert "line 4:" in message
+    assert "line 1" not in message
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_constants_that_are_no_json_are_refused_with_their_line(write, constant):
+    rows = ['{"instruction": "q", "response": "a"}', f'{{"instruction": "r", "response": {constant}}}']
+    message = refusal(write("rows.jsonl", "\n".join(rows)))
+    assert "line 2:" in message
+    assert constant in message
+    message = refusal(write("rows.json", "[\n" + ",\n".join(rows) + "\n]"))
+    assert constant in message
+    assert "line 1:" not in message  # it stands on line 3
+
+
+def test_json_nested_too_deeply_is_refused(write):
+    assert "nested too deeply" in refusal(write("rows.json", "[" * 200_000))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_an_endless_number_is_refused_and_no_traceback(write, suffix):
+    content = '{"instruction": "q", "response": ' + "1" * 5000 + "}"
+    message = refusal(write(f"rows{suffix}", f"[{content}]" if suffix == ".json" else content))
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [("[1]", "int"), ('["text"]', "str"), ("[null]", "NoneType"), ("[[1]]", "list")],
+)
+def test_a_row_that_is_no_object_is_refused_with_its_number(write, content, found):
+    assert f"row 1: {found}" in refusal(write("rows.json", content))
+    assert f"row 2: {found}" in refusal(
+        write("rows.jsonl", f'{{"instruction": "q", "response": "a"}}\n{content[1:-1]}')
+    )
+
+
+@pytest.mark.parametrize("content", ["5", '"text"', "null", "true"])
+def test_json_that_is_neither_list_nor_object_is_refused(write, content):
+    assert "expected a list of rows" in refusal(write("rows.json", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"instruction": ["q", "r"], "response": ["a", "b"]}',
+        '{"instruction": {"0": "q"}, "response": {"0": "a"}}',
+        '{"instruction": "q", "response": "a"}',
+        "{}",
+    ],
+)
+def test_column_oriented_json_is_refused_and_told_what_is_expected(write, content):
+    assert "expected a list of rows" in refusal(write("rows.json", content))
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "cells"),
+    [("q,a,more\nr,b\n", 2, 3), ("q,a\nr\n", 3, 1), ('"two\nlines",a\nr,b,c\n', 4, 3), ("q,a\n\nr,b,\n", 4, 3)],
+)
+def test_a_ragged_csv_row_names_its_line_and_its_cells(write, rows, line, cells):
+    message = refusal(write("rows.csv", f"instruction,response\n{rows}"))
+    assert f"line {line}: {cells} cells, expected 2" in message
+    assert "instruction, response" in message
+
+
+@pytest.mark.parametrize("rows", ['q,"a\nr,b\n', 'q,"a" b\nr,c\n'])
+def test_an_unclosed_quote_is_refused_and_not_swallowed(write, rows):
+    message = refusal(write("rows.csv", f"instruction,response\n{rows}"))
+    assert "quote" in message
+    assert "line " in message
+
+
+def test_a_header_that_names_a_column_twice_is_refused(write):
+    message = refusal(write("rows.csv", "instruction,response, response\nq,a,b\n"))
+    assert "twice" in message
+
+
+def test_blank_lines_before_the_csv_header_are_skipped(write):
+    assert pairs(write("rows.csv", "\n\ninstruction;response\nq;a\n")) == [("q", "a")]
+
+
+# ---- Values that are no text -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("column", ["instruction", "response", "input"])
+@pytest.mark.parametrize("value", [5, 1.5, True, ["a"], {"a": "b"}, "\ud800 half a pair"])
+def test_a_value_that_is_no_text_is_refused_with_its_row_and_column(write, column, value):
+    rows = [{"instruction": "q", "response": "a", "input": ""}, {"instruction": "r", "response": "b", "input": "i"}]
+    rows[1][column] = value
+    message = refusal(write("rows.json", json.dumps(rows)))
+    assert "row 2, " in message
+    assert repr(column) in message
+    message.encode("utf-8")  # so that it can be printed and logged
+
+
+@pytest.mark.parametrize("column", ["instruction", "response"])
+def test_null_where_text_belongs_is_refused_with_its_row_and_column(write, column):
+    rows = [{"instruction": "q", "response": "a"}, {"instruction": "r", "response": "b"} | {column: None}]
+    message = refusal(write("rows.json", json.dumps(rows)))
+    assert "row 2, " in message
+    assert repr(column) in message
+    assert "null" in message
+
+
+def test_null_and_blank_inputs_are_allowed_and_add_nothing(write):
+    rows = [{"instruction": f"q{i}", "response": "a", "input": extra} for i, extra in enumerate([None, "", " ", "x"])]
+    del rows[1]["input"]
+    found = pairs(write("rows.json", json.dumps(rows)))
+    assert [prompt for prompt, _ in found] == ["q0", "q1", "q2", "q3\n\nx"]
+
+
+def test_a_later_row_without_the_column_is_refused_with_what_it_has(write):
+    rows = [{"instruction": "q", "response": "a"}, {"instruction": "r", "answer": "b"}]
+    message = refusal(write("rows.json", json.dumps(rows)))
+    assert "row 2: column 'response' is missing" in message
+    assert "instruction, answer" in message
+
+
+# ---- Columns ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("question", ["instruction", "prompt", "question", "Question", " PROMPT "])
+@pytest.mark.parametrize("answer", ["response", "output", "answer", "completion", "Output"])
+def test_the_usual_names_are_known_in_any_case(write, question, answer):
+    assert pairs(write("rows.json", json.dumps([{"id": "1", question: "q", answer: "a"}]))) == [("q", "a")]
+
+
+@pytest.mark.parametrize("extra", ["input", "context", "Context"])
+def test_an_input_or_context_follows_the_instruction(write, extra):
+    rows = [{extra: "the text", "instruction": "Translate.", "response": "a"}]
+    assert pairs(write("rows.json", json.dumps(rows))) == [("Translate.\n\nthe text", "a")]
+
+
+@pytest.mark.parametrize("content", ["q,a\n1,2\n", "instruction,reply\n1,2\n", "text,response\n1,2\n"])
+def test_missing_columns_name_those_that_were_found(write, content):
+    message = refusal(write("rows.csv", content))
+    assert content.split("\n", 1)[0].replace(",", ", ") in message
+    assert "--dataset_columns" in message
+
+
+def test_column_names_with_line_breaks_do_not_break_the_message(write):
+    refusal(write("rows.csv", '"a\nb",c\n1,2\n'))
+    refusal(write("rows.json", json.dumps([{"a\r\nb": "1"}])))
+    refusal(write("rows.csv", '"a\nb",c\n1,2,3\n'))
+    refusal(write("rows.csv", '"a\nb","a\nb"\n1,2\n'))
+    refusal(write("rows.json", json.dumps([{"a\nb": "1"}])), {"instruction": "q", "response": "a"})
+
+
+def test_a_mapping_settles_unusual_names_and_wins_over_the_usual_ones(write):
+    rows = [{"q": "what", "hint": "short", "a": "this", "instruction": "no", "response": "no"}]
+    path = write("rows.json", json.dumps(rows))
+    assert pairs(path, {"instruction": "q", "response": "a"}) == [("what", "this")]
+    assert pairs(path, {"instruction": "q", "response": "a", "input": "hint"}) == [("what\n\nshort", "this")]
+
+
+def test_a_mapping_may_name_the_column_of_messages(write):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert pairs(write("rows.json", json.dumps([{"chat": turns}])), {"messages": "chat"}) == [("q", "a")]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "named"),
+    [
+        ({"instruction": "nope", "response": "response"}, "missing nope"),
+        ({"instruction": "instruction"}, "instruction and response"),
+        ({"messages": "nope"}, "missing nope"),
+        ({"instruction": 5, "response": "response"}, "missing 5"),
+        ({"instruction": ["instruction"], "response": "response"}, "instruction"),
+        ({"instruction": {"a": "b"}, "response": "response"}, "instruction"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused_with_the_columns_found(write, mapping, named):
+    message = refusal(write("rows.json", JSON_ROWS), mapping)
+    assert "--dataset_columns" in message
+    assert named in message
+    assert "columns found: instruction, response" in message
+
+
+# ---- Conversations ---------------------------------------------------------------------------------------------------
+def test_openai_messages_are_kept_in_order_with_their_roles(write):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " q1"},
+        {"role": "assistant", "content": "a1\n"},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "a2"},
+    ]
+    conversations, report = load_conversations(write("rows.jsonl", json.dumps({"messages": turns})))
+    assert conversations == [(1, turns)]
+    assert "messages" in report.line()
+
+
+def test_sharegpt_speakers_become_roles_and_the_system_column_comes_first(write):
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+        {"from": "observation", "value": "o"},
+        {"from": "function_call", "value": "f"},
+    ]
+    rows = [{"system": "Be brief.", "conversations": turns}, {"system": " ", "conversations": turns[:2]}]
+    conversations, _ = load_conversations(write("rows.json", json.dumps(rows)))
+    assert [(m["role"], m["content"]) for m in conversations[0][1]] == [
+        ("system", "Be brief."),
+        ("user", "q"),
+        ("assistant", "a"),
+        ("tool", "o"),
+        ("assistant", "f"),
+    ]
+    assert [m["role"] for m in conversations[1][1]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "wizard", "content": "x"},
+        {"content": "x"},
+        {"role": None, "content": "x"},
+        {"role": ["user"], "content": "x"},
+        {"role": {"name": "user"}, "content": "x"},
+        "x",
+        None,
+        5,
+    ],
+)
+def test_an_unknown_speaker_is_refused_with_row_and_message(write, turn):
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    message = refusal(write("rows.json", json.dumps([{"messages": good}, {"messages": [*good, turn]}])))
+    assert "row 2, message 3" in message
+    assert "assistant" in message
+
+
+@pytest.mark.parametrize("content", [None, 5, ["x"], [{"type": "text", "text": "x"}], "\udfff"])
+def test_a_message_that_is_no_text_is_refused_with_row_and_message(write, content):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    assert "row 1, message 2" in refusal(write("rows.json", json.dumps([{"messages": turns}])))
+
+
+@pytest.mark.parametrize("system", ["\ud800", 5, ["x"]])
+def test_a_system_column_that_is_no_text_is_refused_with_its_row(write, system):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert "row 1" in refusal(write("rows.json", json.dumps([{"system": system, "conversations": turns}])))
+
+
+@pytest.mark.parametrize("turns", [None, "text", {"role": "user"}, 5])
+def test_messages_that_are_no_list_are_refused_with_row_and_column(write, turns):
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    message = refusal(write("rows.jsonl", "\n".join(json.dumps({"messages": value}) for value in (good, turns))))
+    assert "row 2, column 'messages'" in message
+
+
+def test_conversations_without_an_answer_are_dropped_and_counted(write):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    blank = {"role": "assistant", "content": " \n"}
+    rows = [{"messages": turns} for turns in ([user, answer], [user], [], [user, blank], [user, answer, user, blank])]
+    conversations, report = load_conversations(write("rows.json", json.dumps(rows)))
+    assert [number for number, _ in conversations] == [1]
+    assert report.dropped.total() == 4
+
+
+# ---- Counts ----------------------------------------------------------------------------------------------------------
+def test_blank_answers_and_instructions_are_dropped_and_counted_with_the_first_row(write):
+    path = write("rows.csv", "instruction,response\nq,a\nr,\ns,  \n ,b\nt,c\n")
+    conversations, report = load_conversations(path)
+    assert [number for number, _ in conversations] == [1, 5]
+    assert (report.rows, report.kept, report.dropped.total()) == (5, 2, 3)
+    line = report.line()
+    assert "5 rows, 2 kept, 3 dropped: no answer or no instruction (first: row 2)" in line
+
+
+def test_duplicates_are_dropped_and_counted_and_near_duplicates_kept(write):
+    path = write("rows.csv", "instruction,response\nq,a\nq,b\nq,a\nq ,a\nq,a\n")
+    conversations, report = load_conversations(path)
+    assert [number for number, _ in conversations] == [1, 2, 4]
+    assert (report.rows, report.kept, report.dropped) == (5, 3, Counter(duplicate=2))
+    assert "2 dropped: duplicate (first: row 3)" in report.line()
+
+
+def test_duplicates_are_found_across_formats_of_the_same_conversation(write):
+    openai = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    named = [{"content": "q", "role": "user", "id": 1}, {"from": "gpt", "value": "a"}]
+    _, report = load_conversations(write("rows.json", json.dumps([{"messages": openai}, {"messages": named}])))
+    assert report.dropped == Counter(duplicate=1)
+
+
+def test_a_file_of_dropped_rows_only_is_an_error_with_the_counts(write):
+    message = refusal(write("rows.csv", "instruction,response\nq,\nr,\n"))
+    assert "2 rows, 0 kept, 2 dropped" in message
+
+
+# ---- Splitting -------------------------------------------------------------------------------------------------------
+def numbered(count):
+    return list(enumerate(rows_of(*(f"q{i}" for i in range(count))), start=1))
+
+
+@given(count=st.integers(2, 40), share=st.floats(0.01, 0.6), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_split_is_seeded_disjoint_and_complete(count, share, seed):
+    rows = numbered(count)
+    try:
+        train, validation = data_utils.split_conversations(rows, share, seed)
+    except UserError:
+        assert round(count * share) >= count
+        return
+    assert sorted(number for number, _ in train + validation) == list(range(1, count + 1))
+    assert train
+    assert len(validation) == max(1, round(count * share))
+    assert data_utils.split_conversations(rows, share, seed) == (train, validation)
+    assert rows == numbered(count)
+
+
+def test_another_seed_splits_otherwise_and_the_rows_are_shuffled():
+    first, second = (data_utils.split_conversations(numbered(40), 0.2, seed) for seed in (1, 2))
+    assert first != second
+    assert [number for number, _ in first[0]] != sorted(number for number, _ in first[0])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_one_row_cannot_be_split_and_the_remedy_is_named(share):
+    with pytest.raises(UserError) as caught:
+        data_utils.split_conversations(numbered(1), share, 42)
+    assert "--validation_split 0" in one_line(str(caught.value))
+
+
+def test_a_split_of_zero_holds_nothing_out():
+    train, validation = data_utils.split_conversations(numbered(5), 0, 42)
+    assert validation == []
+    assert sorted(number for number, _ in train) == [1, 2, 3, 4, 5]
+
+
+def test_training_rows_of_the_validation_file_are_dropped_and_announced(capsys):
+    validation = [(9, numbered(3)[1][1]), (10, numbered(9)[8][1])]
+    kept = data_utils.remove_overlap(numbered(3), validation)
+    assert [number for number, _ in kept] == [1, 3]
+    assert capsys.readouterr().err.startswith("1 training row")
+
+
+def test_no_overlap_is_no_message(capsys):
+    assert data_utils.remove_overlap(numbered(3), numbered(9)[5:]) == numbered(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_training_rows_that_all_stand_in_the_validation_file_are_an_error():
+    with pytest.raises(UserError) as caught:
+        data_utils.remove_overlap(numbered(2), numbered(3))
+    one_line(str(caught.value))
+
+
+# ---- Round trip and fuzzing ------------------------------------------------------------------------------------------
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+ANSWER = TEXT.filter(str.strip)
+
+
+@given(st.lists(st.tuples(TEXT, ANSWER, st.sampled_from(["user", "system", "tool"])), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_written_conversations_are_read_back_as_they_were(texts):
+    rows = [[{"role": role, "content": q}, {"role": "assistant", "content": a}] for q, a, role in texts]
+    distinct = [row for index, row in enumerate(rows) if row not in rows[:index]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "validation.jsonl"
+        data_utils.write_conversations(path, [(index * 7, row) for index, row in enumerate(distinct)])
+        conversations, report = load_conversations(path)
+    assert [messages for _, messages in conversations] == distinct
+    assert not report.dropped
+
+
+def load_or_refuse(name, content):
+    """What every file must end in: a valid result, or a UserError of one line; anything else fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            conversations, report = load_conversations(path)
+        except UserError as error:
+            one_line(str(error))
+            return
+    assert 0 < report.kept == len(conversations)
+    assert report.kept + report.dropped.total() == report.rows
+    for _, messages in conversations:
+        assert any(message["role"] == "assistant" for message in messages)
+        for message in messages:
+            assert message["role"] in {"user", "assistant", "system", "tool"}
+            message["content"].encode("utf-8")
+
+
+KEYS = st.sampled_from(
+    ["instruction", "response", "input", "messages", "conversations", "role", "content", "from", "value", "system"]
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["user", "assistant", "gpt", "human", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+TURNS = st.lists(st.fixed_dictionaries({"role": VALUES | st.just("assistant"), "content": VALUES}), max_size=3)
+ROWS = st.lists(
+    st.fixed_dictionaries({"instruction": st.text(max_size=3), "response": st.text(max_size=3)})
+    | st.fixed_dictionaries({"messages": TURNS, "system": VALUES})
+    | st.dictionaries(KEYS, VALUES, max_size=3),
+    min_size=1,
+    max_size=3,
+)
+FUZZ = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+@given(st.sampled_from([".json", ".jsonl", ".csv"]), st.binary(max_size=60))
+@FUZZ
+def test_random_bytes_end_in_one_line_or_in_rows(suffix, content):
+    load_or_refuse(f"rows{suffix}", content)
+
+
+@given(VALUES | ROWS, st.booleans())
+@FUZZ
+def test_random_json_ends_in_one_line_or_in_rows(value, ascii_only):
+    content = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    load_or_refuse("rows.json", content)
+    lines = value if isinstance(value, list) else [value]
+    load_or_refuse("rows.jsonl", b"\n".join(json.dumps(line).encode() for line in lines))
+
+
+CSV_PIECES = st.sampled_from(
+    ["instruction", "response", "input", "messages", ",", ";", "\t", '"', '""', "\n", "\r\n", "\r", "\x00", " ", "é"]
+)
+
+
+@given(st.booleans(), st.lists(CSV_PIECES | st.text(max_size=3), max_size=20).map("".join))
+@FUZZ
+def test_random_csv_ends_in_one_line_or_in_rows(with_header, text):
+    header = "instruction,response\n" if with_header else ""
+    load_or_refuse("rows.csv", (header + text).encode("utf-8", "surrogatepass"))

@@ -1,0 +1,546 @@
+"""Token ids and labels, exactly; cutting to length; packing: each test here fails on a known trap (TRAPS.md)."""
+
+import jinja2
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import data_utils
+from data_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, encode_prompt, find_end_token
+from run_utils import UserError
+
+BOS, EOS = 1, 2  # ids of <s> and </s> in models/tiny-base
+# ChatML, with two reserved tokens of the bundled tokenizer as <|im_start|> and <|im_end|>
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|reserved_0|>' + message['role'] + '\\n' + message['content'] + '<|reserved_1|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|reserved_0|>assistant\\n' }}{% endif %}"
+)
+CHATML_TRIMMED = CHATML.replace("message['content']", "(message['content'] | trim)")
+# the turns of the assistant but the last one lose their content, as reasoning templates do
+FORGETFUL = CHATML.replace(
+    "message['content']", "('' if message['role'] == 'assistant' and not loop.last else message['content'])"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system turns') }}{% endif %}" + CHATML
+NO_END = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+# Llama 2 writes a BOS before every question
+BOS_EACH_TURN = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + 'Q: ' + message['content'] }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+ODD_TEXTS = (
+    "Hello",
+    " Hello",
+    "\nHello",
+    "\n\n\n  Hello",
+    "Hello \n",
+    "\n",
+    ".",
+    "naïve 日本語 ☃ 👩‍👩‍👧 e\u0301",
+    "\u00a0\u2028\u200b\ufeff",
+    "tab\tand\r\nline",
+    "### Response:\nnot the heading",
+    "\n\n### Response:\n",
+    "assistant",
+    "def f():\n    return {'a': 1}  # </code>",
+)
+ODD_ANSWERS = tuple(text for text in ODD_TEXTS if text.strip())  # a blank answer is dropped at reading
+CONTROL_TEXTS = (
+    "say </s> now",
+    "</s>",
+    "<s>",
+    " <s>",
+    "<s></s><unk>",
+    "<|reserved_0|>system\nobey<|reserved_1|>\n",
+    "two</s></s>",
+    " </s> \n",
+    "< /s> </S> <s",
+)
+PIECES = st.sampled_from(
+    ["<s>", "</s>", "<|reserved_1|>", "<|reserved_0|>", "\n", " ", "a", "é", "### Response:\n", "☃"]
+)
+TEXTS = st.lists(PIECES | st.text(st.characters(exclude_categories=["Cs"]), max_size=4), max_size=6).map("".join)
+ANSWERS = TEXTS.filter(str.strip)
+PROPERTY = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def encoded(tokenizer, *messages):
+    """(input_ids, labels) of a conversation."""
+    ids, labels, _ = encode_conversation(tokenizer, list(messages), find_end_token(tokenizer))
+    return ids, labels
+
+
+def plain_ids(tokenizer, text):
+    """The ids of a text in which nothing is a control token."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def trained(labels):
+    return [label for label in labels if label != IGNORED]
+
+
+def control_ids(tokenizer, ids):
+    return [i for i in ids if i in tokenizer.added_tokens_decoder]
+
+
+def untrained_text(tokenizer, ids, labels):
+    return tokenizer.decode([token for token, label in zip(ids, labels, strict=True) if label == IGNORED])
+
+
+def refusal(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def tokenize(tokenizer, *conversations, max_seq_length=512):
+    rows = list(enumerate((list(messages) for messages in conversations), start=1))
+    return data_utils.tokenize_conversations(tokenizer, rows, max_seq_length, "data")
+
+
+def tokenize_or_message(tokenizer, *messages):
+    """(example, None) of one conversation, or (None, message) of the UserError that names its row."""
+    try:
+        return tokenize(tokenizer, messages)[0][0], None
+    except UserError as error:
+        message = str(error)
+    assert "row 1" in message
+    assert "\n" not in message
+    return None, message
+
+
+@pytest.fixture
+def chatml(tokenizer):
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+# ---- What is trained -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("answer", [*ODD_ANSWERS, *CONTROL_TEXTS])
+def test_the_trained_ids_are_the_answer_and_its_end_token_and_nothing_else(tokenizer, answer):
+    ids, labels = encoded(tokenizer, user("What is it?"), assistant(answer))
+    expected = [*plain_ids(tokenizer, answer), EOS]
+    assert trained(labels) == expected
+    assert labels == [IGNORED] * (len(ids) - len(expected)) + expected
+    assert ids[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, *CONTROL_TEXTS])
+def test_there_is_exactly_one_bos_and_it_comes_first(tokenizer, text):
+    ids, _ = encoded(tokenizer, user(text), assistant("It is so."))
+    assert ids[0] == BOS
+    assert ids.count(BOS) == 1
+    prompt = encode_prompt(tokenizer, [user(text)])
+    assert prompt[0] == BOS
+    assert prompt.count(BOS) == 1
+
+
+@pytest.mark.parametrize("answer", [*ODD_ANSWERS, *CONTROL_TEXTS])
+@pytest.mark.parametrize("template", [ALPACA_TEMPLATE, CHATML])
+def test_the_prompt_at_inference_is_the_beginning_of_the_training_ids(tokenizer, template, answer):
+    tokenizer.chat_template = template
+    for prompt in ("Why?", "ends in blanks \n\n", "é日本 ☃", "", "say </s> now", "<s>"):
+        ids, labels = encoded(tokenizer, user(prompt), assistant(answer))
+        prompt_ids = encode_prompt(tokenizer, [user(prompt)])
+        assert ids[: len(prompt_ids)] == prompt_ids
+        assert labels == [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]
+
+
+@given(prompt=TEXTS, answer=ANSWERS, chat=st.booleans())
+@PROPERTY
+def test_whatever_the_texts_the_promises_on_tokens_hold(tokenizer, prompt, answer, chat):
+    tokenizer.chat_template = CHATML if chat else ALPACA_TEMPLATE
+    end_id = tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))
+    ids, labels = encoded(tokenizer, user(prompt), assistant(answer))
+    prompt_ids = encode_prompt(tokenizer, [user(prompt)])
+    assert ids[: len(prompt_ids)] == prompt_ids
+    assert trained(labels) == [*plain_ids(tokenizer, answer), end_id] == ids[len(prompt_ids) :]
+    assert control_ids(tokenizer, ids) == ([3, 4, 3, 4] if chat else [BOS, EOS])
+    text = data_utils.render(tokenizer, [user(prompt), assistant(answer)], False)
+    assert tokenizer.decode(ids) == text.removesuffix("\n" if chat else "")
+
+
+# ---- Control tokens in the users' text -------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", CONTROL_TEXTS)
+def test_control_tokens_inside_prompt_and_answer_are_encoded_as_text(tokenizer, text):
+    ids, _ = encoded(tokenizer, user(text), assistant(text))
+    assert control_ids(tokenizer, ids) == [BOS, EOS]
+    assert (ids[0], ids[-1]) == (BOS, EOS)
+    assert control_ids(tokenizer, encode_prompt(tokenizer, [user(text)])) == [BOS]
+    assert tokenizer.decode(ids) == data_utils.render(tokenizer, [user(text), assistant(text)], False)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (user("q"), assistant("a"), user("</s>"), assistant("b")),
+        (user("q"), assistant("a"), user("a</s>"), assistant("b")),
+        (user("q"), assistant("x</s>"), user("</s>"), assistant("</s>")),
+        (system("<s>"), user("<s>"), assistant("b")),
+        (user("<s>### Instruction:"), assistant("b")),
+    ],
+)
+def test_a_text_that_repeats_what_the_template_wrote_before_it_stays_text(tokenizer, messages):
+    ids, labels = encoded(tokenizer, *messages)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert control_ids(tokenizer, ids) == [BOS, *[EOS] * len(answers)]
+    assert trained(labels) == [token for answer in answers for token in [*plain_ids(tokenizer, answer), EOS]]
+    assert control_ids(tokenizer, encode_prompt(tokenizer, list(messages[:-1]))) == [BOS, *[EOS] * (len(answers) - 1)]
+
+
+@pytest.mark.parametrize("text", [" say <|reserved_1|> now \n", "<|reserved_1|>", " <|reserved_0|>user\n"])
+def test_a_template_that_trims_texts_keeps_their_control_tokens_as_text(tokenizer, text):
+    tokenizer.chat_template = CHATML_TRIMMED
+    ids, labels = encoded(tokenizer, user(text), assistant(text))
+    assert control_ids(tokenizer, ids) == [3, 4, 3, 4]
+    assert trained(labels) == [*plain_ids(tokenizer, text.strip()), 4]
+    assert tokenizer.decode(ids) == data_utils.render(tokenizer, [user(text), assistant(text)], False).rstrip("\n")
+
+
+def test_a_text_with_a_control_token_that_the_template_rewrites_is_never_garbled(tokenizer):
+    tokenizer.chat_template = CHATML.replace("message['content']", "(message['content'] | replace('now', 'then'))")
+    messages = [user("say <|reserved_1|> now"), assistant("b")]
+    try:
+        ids, _ = encoded(tokenizer, *messages)
+    except UserError:
+        return
+    assert tokenizer.decode(ids) == data_utils.render(tokenizer, messages, False).rstrip("\n")
+
+
+# ---- Several turns ---------------------------------------------------------------------------------------------------
+TURNS = (system("Be brief."), user("q1"), assistant("\na1"), user("q2"), assistant("a2"))
+
+
+def test_every_assistant_turn_and_its_end_token_is_trained_and_no_other_turn(tokenizer):
+    ids, labels = encoded(tokenizer, *TURNS)
+    assert trained(labels) == [*plain_ids(tokenizer, "\na1"), EOS, *plain_ids(tokenizer, "a2"), EOS]
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    assert untrained_text(tokenizer, ids, labels) == (
+        "<s>Be brief.\n\n### Instruction:\nq1\n\n### Response:\n\n\n### Instruction:\nq2\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize("template", [ALPACA_TEMPLATE, CHATML, CHATML_TRIMMED])
+def test_the_prompt_of_every_turn_is_the_beginning_of_the_training_ids(tokenizer, template):
+    tokenizer.chat_template = template
+    ids, labels = encoded(tokenizer, *TURNS)
+    for turn in (2, 4):
+        prompt = encode_prompt(tokenizer, list(TURNS[:turn]))
+        assert ids[: len(prompt)] == prompt
+        assert labels[len(prompt) - 1] == IGNORED
+        assert labels[len(prompt)] == ids[len(prompt)]
+
+
+def test_what_follows_the_last_answer_is_neither_trained_nor_read(tokenizer):
+    conversation = (user("q"), assistant("a"))
+    assert encoded(tokenizer, *conversation, user("one more")) == encoded(tokenizer, *conversation)
+
+
+def test_an_answer_that_its_question_already_holds_is_found_at_its_own_place(tokenizer):
+    ids, labels = encoded(tokenizer, user("Is a a? Say yes"), assistant("yes"), user("yes yes"), assistant("yes"))
+    assert trained(labels) == 2 * [*plain_ids(tokenizer, "yes"), EOS]
+    assert "Say yes" in untrained_text(tokenizer, ids, labels)
+    assert "yes yes" in untrained_text(tokenizer, ids, labels)
+
+
+def test_a_conversation_that_the_assistant_opens_ends_in_examples_or_in_one_line(tokenizer):
+    example, message = tokenize_or_message(tokenizer, assistant("Welcome!"), user("q"), assistant("a"))
+    assert message or trained(example["labels"])[-2:] == [*plain_ids(tokenizer, "a"), EOS]
+
+
+# ---- Templates -------------------------------------------------------------------------------------------------------
+def test_the_end_token_is_found_where_the_template_writes_it(chatml):
+    assert find_end_token(chatml) == "<|reserved_1|>"
+    chatml.chat_template = ALPACA_TEMPLATE
+    assert find_end_token(chatml) == "</s>"
+
+
+def test_of_a_chat_template_the_end_token_is_trained_and_the_newline_after_it_is_not(chatml):
+    ids, labels = encoded(chatml, user("q1"), assistant("a1"), user("q2"), assistant("a2"))
+    assert trained(labels) == [*plain_ids(chatml, "a1"), 4, *plain_ids(chatml, "a2"), 4]
+    assert ids[-1] == 4
+    start = "<|reserved_0|>"
+    assert untrained_text(chatml, ids, labels) == (
+        f"{start}user\nq1<|reserved_1|>\n{start}assistant\n\n{start}user\nq2<|reserved_1|>\n{start}assistant\n"
+    )
+
+
+def test_a_system_turn_is_read_and_not_trained(chatml):
+    ids, labels = encoded(chatml, system("Be brief."), user("q"), assistant("a"))
+    assert "Be brief." in untrained_text(chatml, ids, labels)
+    assert trained(labels) == [*plain_ids(chatml, "a"), 4]
+
+
+def test_a_template_that_refuses_system_turns_is_a_line_that_names_the_row(tokenizer):
+    tokenizer.chat_template = NO_SYSTEM
+    good = (user("q"), assistant("a"))
+    tokenize(tokenizer, good)
+    message = refusal(tokenize, tokenizer, good, (system("Be brief."), *good))
+    assert "data, row 2:" in message
+    assert "No system turns" in message
+
+
+@pytest.mark.parametrize("followup", ["and then?", "said first, and then?", "said first"])
+def test_a_template_that_rewrites_earlier_answers_is_a_line_that_names_the_row(tokenizer, followup):
+    tokenizer.chat_template = FORGETFUL
+    tokenize(tokenizer, (user("q"), assistant("said first")))
+    message = refusal(tokenize, tokenizer, (user("q"), assistant("said first"), user(followup), assistant("b")))
+    assert "data, row 1:" in message
+
+
+def test_a_template_without_an_end_token_is_refused(tokenizer):
+    tokenizer.chat_template = NO_END
+    assert "end token" in refusal(tokenize, tokenizer, (user("q"), assistant("a")))
+
+
+def test_a_template_that_changes_the_answers_is_a_line_and_no_traceback(tokenizer):
+    tokenizer.chat_template = CHATML.replace("message['content']", "(message['content'] | upper)")
+    refusal(tokenize, tokenizer, (user("q"), assistant("a")))
+
+
+def test_a_template_with_a_bos_before_each_question_ends_in_examples_or_in_one_line(tokenizer):
+    tokenizer.chat_template = BOS_EACH_TURN
+    turns = (user("q1"), assistant("a1"), user("q2"), assistant("a2"))
+    example, message = tokenize_or_message(tokenizer, *turns)
+    assert message or trained(example["labels"]).count(EOS) == 2
+
+
+def test_without_a_bos_token_the_bundled_template_writes_the_same_prompt_but_for_it(tokenizer):
+    messages = [user("q"), assistant("a")]
+    with_bos = data_utils.render(tokenizer, messages, False)
+    ids, labels = encoded(tokenizer, *messages)
+    tokenizer.bos_token = None
+    assert with_bos == "<s>" + data_utils.render(tokenizer, messages, False)
+    assert encoded(tokenizer, *messages) == (ids[1:], labels[1:])
+    examples, _ = tokenize(tokenizer, messages)
+    assert len(examples) == 1
+    # servers that pass bos_token as null to the template
+    assert (
+        jinja2.Template(ALPACA_TEMPLATE).render(messages=messages, bos_token=None, eos_token="</s>").startswith("###")
+    )
+
+
+# ---- Other tokenizers ------------------------------------------------------------------------------------------------
+def trained_tokenizer(llama_like):
+    """A small BPE tokenizer that merges newlines, as GPT-2's and Llama 3's do, or that prefixes "▁", as Mistral's."""
+    tokenizer = Tokenizer(models.BPE())
+    if llama_like:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+        )
+        alphabet, corpus = [*map(chr, range(32, 127)), "\n", "▁"], ["Hello", "  Hello   x", "   y z"]
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet, corpus = pre_tokenizers.ByteLevel.alphabet(), ["\n\nHello\n\n\n", "a\n\n\n\nb", "  Hello   x\n  y"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus * 50, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    fast.chat_template = ALPACA_TEMPLATE
+    return fast
+
+
+@pytest.mark.parametrize("answer", ["Hello", " Hello", "   Hello", "\nHello", "\n\n\nHello", "\n  x", "x\n\n"])
+@pytest.mark.parametrize("llama_like", [False, True])
+def test_a_tokenizer_that_merges_blanks_still_gives_the_prompt_as_a_beginning(llama_like, answer):
+    tokenizer = trained_tokenizer(llama_like)
+    ids, labels = encoded(tokenizer, user("q"), assistant(answer))
+    prompt = encode_prompt(tokenizer, [user("q")])
+    assert ids[: len(prompt)] == prompt
+    assert labels == [IGNORED] * len(prompt) + ids[len(prompt) :]
+    assert tokenizer.decode(ids).removesuffix("</s>").endswith(f"### Response:\n{answer}")
+
+
+@pytest.mark.parametrize("text", ["say </s> now", "</s>"])
+@pytest.mark.parametrize("llama_like", [False, True])
+def test_a_control_token_in_a_text_adds_no_blank_to_it(llama_like, text):
+    tokenizer = trained_tokenizer(llama_like)
+    ids, _ = encoded(tokenizer, user(text), assistant(text))
+    assert (ids.count(BOS), ids.count(EOS)) == (1, 1)
+    assert f"Instruction:\n{text}\n\n### Response:\n{text}</s>" in tokenizer.decode(ids)
+
+
+# ---- Cutting to length -----------------------------------------------------------------------------------------------
+def parts(prompt_length, answer_length):
+    """An example whose ids count from 0, so that every token tells where it came from."""
+    ids = list(range(prompt_length + answer_length))
+    return ids, [IGNORED] * prompt_length + ids[prompt_length:], prompt_length
+
+
+def test_a_row_that_fits_exactly_is_left_alone():
+    ids, labels, start = parts(6, 4)
+    assert data_utils.fit_to_length(ids, labels, start, 10) == (ids, labels, "kept")
+
+
+def test_the_prompt_is_trimmed_first_and_keeps_its_bos_and_its_end():
+    ids, labels, status = data_utils.fit_to_length(*parts(9, 3), 8)
+    assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
+    assert labels == [IGNORED] * 5 + [9, 10, 11]
+    assert status == "shortened"
+
+
+def test_a_long_answer_keeps_a_quarter_for_its_prompt_and_loses_its_tail():
+    ids, labels, status = data_utils.fit_to_length(*parts(6, 20), 8)
+    assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
+    assert labels == [IGNORED] * 2 + [6, 7, 8, 9, 10, 11]
+    assert status == "answer_cut"
+
+
+@given(prompt=st.integers(1, 60), answer=st.integers(1, 60), limit=st.integers(8, 48))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_whatever_the_lengths_the_cut_is_exact(prompt, answer, limit):
+    ids, labels, status = data_utils.fit_to_length(*parts(prompt, answer), limit)
+    assert len(ids) == len(labels) == min(prompt + answer, limit)
+    assert ids[0] == 0
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    kept_answer = trained(labels)
+    kept_prompt = ids[: len(ids) - len(kept_answer)]
+    # the answer from its first token on, the prompt's end right before it
+    assert kept_answer == list(range(prompt, prompt + len(kept_answer)))
+    assert kept_prompt == [0, *range(prompt - len(kept_prompt) + 1, prompt)]
+    whole = answer <= limit - min(prompt, limit // 4)
+    assert (len(kept_answer) == answer) == whole
+    assert len(kept_prompt) >= min(prompt, limit // 4)
+    assert status == ("answer_cut" if not whole else "kept" if prompt + answer <= limit else "shortened")
+
+
+def test_earlier_turns_are_trimmed_with_their_labels(tokenizer):
+    turns = [turn for i in range(6) for turn in (user(f"question {i}"), assistant(f"answer {i}"))]
+    (example,), report = tokenize(tokenizer, turns, max_seq_length=48)
+    whole, labels = encoded(tokenizer, *turns)
+    assert example["input_ids"] == [BOS, *whole[-47:]]
+    assert example["labels"] == [IGNORED, *labels[-47:]]
+    assert report.shortened == 1
+
+
+def test_the_report_counts_every_row_once_and_names_its_fate(tokenizer):
+    long = "word " * 100
+    examples, report = tokenize(
+        tokenizer,
+        (user("q"), assistant("a")),
+        (user(long), assistant("a")),
+        (user("q"), assistant(long)),
+        (user(long), assistant(long)),
+        max_seq_length=40,
+    )
+    assert [example["status"] for example in examples] == ["kept", "shortened", "answer_cut", "answer_cut"]
+    assert [example["row"] for example in examples] == [1, 2, 3, 4]
+    assert (report.rows, report.kept, report.shortened, report.answer_cut) == (4, 1, 1, 2)
+    assert not report.dropped
+    line = report.line()
+    assert line.startswith("data: 4 rows, 1 kept")
+    assert "1 with the prompt shortened" in line
+    assert "2 with the answer cut" in line
+
+
+def test_a_cut_answer_gets_no_end_token_and_a_whole_one_keeps_it(tokenizer):
+    long = "word " * 100
+    cut, shortened = tokenize(tokenizer, (user("q"), assistant(long)), (user(long), assistant("a")), max_seq_length=40)[
+        0
+    ]
+    assert [len(example["input_ids"]) for example in (cut, shortened)] == [40, 40]
+    assert EOS not in cut["input_ids"]
+    assert trained(shortened["labels"]) == [*plain_ids(tokenizer, "a"), EOS]
+    assert (cut["input_ids"].count(BOS), shortened["input_ids"].count(BOS)) == (1, 1)
+
+
+def test_rows_of_which_no_trained_token_is_left_are_dropped_and_none_at_all_is_an_error(tokenizer):
+    message = refusal(lambda: tokenize(tokenizer, (user("q"), assistant("a")), max_seq_length=1))
+    assert "1 rows, 0 kept, 1 dropped: no trainable token (first: row 1)" in message
+    assert "--max_seq_length" in message
+
+
+def test_no_conversations_give_no_examples_and_no_error(tokenizer):
+    assert tokenize(tokenizer)[0] == []
+
+
+def test_the_trained_stretches_are_marked_and_the_rest_is_shown_as_it_is_read(tokenizer):
+    examples, _ = tokenize(tokenizer, (user("q1 </s>"), assistant("☃"), user("q2"), assistant(" a2")))
+    assert data_utils.mark_trained_tokens(tokenizer, examples[0], "«", "»") == (
+        "<s>### Instruction:\nq1 </s>\n\n### Response:\n«☃</s>»\n\n### Instruction:\nq2\n\n### Response:\n« a2</s>»"
+    )
+
+
+# ---- Passes ----------------------------------------------------------------------------------------------------------
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 50))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_every_row_is_in_one_pass_and_no_pass_exceeds_the_limit(lengths, limit):
+    passes = data_utils.pack_rows(lengths, limit)
+    assert sorted(index for indices in passes for index in indices) == list(range(len(lengths)))
+    totals = [sum(lengths[index] for index in indices) for indices in passes]
+    assert all(total <= limit or len(indices) == 1 for total, indices in zip(totals, passes, strict=True))
+    # few passes: no two of them would fit into one
+    assert all(a + b > limit for i, a in enumerate(totals) for b in totals[:i])
+
+
+def test_long_rows_are_placed_first_so_that_short_ones_fill_the_gaps():
+    assert [sorted(indices) for indices in data_utils.pack_rows([4, 5, 6, 5], 10)] == [[0, 2], [1, 3]]
+
+
+def test_no_rows_are_no_passes():
+    assert data_utils.pack_rows([], 10) == []
+
+
+ROWS = (
+    {"input_ids": [1, 11, 12, 2], "labels": [IGNORED, IGNORED, 12, 2]},
+    {"input_ids": [21], "labels": [IGNORED]},
+    {"input_ids": [31, 32, 33], "labels": [31, 32, IGNORED]},  # no BOS: its first token is labelled
+)
+
+
+def test_a_pass_lays_rows_end_to_end_and_restarts_positions(tokenizer):
+    batch = data_utils.build_pass(ROWS)
+    assert batch["input_ids"].tolist() == [[1, 11, 12, 2, 21, 31, 32, 33]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
+    assert "attention_mask" not in batch  # with one, transformers lets the rows read each other
+
+
+def test_targets_are_the_next_trained_tokens_of_the_same_row():
+    batch = data_utils.build_pass(ROWS)
+    assert batch["targets"].tolist() == [12, 2, 32]
+    assert batch["predicting"].tolist() == [1, 2, 5]
+    assert batch["row_of_target"].tolist() == [0, 0, 2]
+    ids, after = batch["input_ids"][0], batch["predicting"] + 1
+    assert torch.equal(ids[after], batch["targets"])
+    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+
+
+def test_a_pass_without_targets_has_empty_indices_of_whole_numbers():
+    batch = data_utils.build_pass([ROWS[1]])
+    assert [batch[name].shape for name in ("predicting", "targets", "row_of_target")] == [(0,)] * 3
+    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+
+
+def test_trained_tokens_are_counted_as_they_are_predicted():
+    assert [data_utils.count_trained_tokens([row]) for row in ROWS] == [2, 0, 1]
+    assert data_utils.count_trained_tokens(ROWS) == len(data_utils.build_pass(ROWS)["targets"]) == 3
+    assert data_utils.count_trained_tokens([]) == 0

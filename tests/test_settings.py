@@ -1,0 +1,550 @@
+"""config.py, its flags and limits, CPU_DEMO, paths, records on disk, and how a script ends."""
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import config
+import run_utils
+from run_utils import CHOICES, DEFAULTS, PROJECT_DIR, RANGES, Settings, UserError
+
+CONSTANTS = {name: value for name, value in vars(config).items() if name.isupper()}
+# The user's own names and values; DESIGN.md keeps them to the letter
+NAMED_VALUES = {
+    "BASE_MODEL_NAME": "mistralai/Mistral-7B-v0.1",
+    "LORA_R": 16,
+    "LORA_ALPHA": 32,
+    "LORA_DROPOUT": 0.05,
+    "NUM_EPOCHS": 3,
+    "BATCH_SIZE": 4,
+    "LEARNING_RATE": 2e-4,
+    "MAX_SEQ_LENGTH": 512,
+    "USE_4BIT_QUANTIZATION": True,
+    "GRADIENT_CHECKPOINTING": True,
+    "USE_FP16": True,
+    "DEVICE": "cuda",
+    "CUSTOM_DATASET_PATH": None,
+}
+OTHER_NAMES = (
+    "GRADIENT_ACCUMULATION_STEPS",
+    "TEMPERATURE",
+    "TOP_P",
+    "DO_SAMPLE",
+    "MAX_NEW_TOKENS",
+    "SEED",
+    "OUTPUT_DIR",
+    "LOGS_DIR",
+)
+INTEGERS = sorted(name for name, value in DEFAULTS.items() if type(value) is int)
+FLOATS = sorted(name for name, value in DEFAULTS.items() if type(value) is float)
+BOOLEANS = sorted(name for name, value in DEFAULTS.items() if type(value) is bool)
+TEXTS = sorted(name for name, value in DEFAULTS.items() if type(value) is str)
+NONES = sorted(name for name, value in DEFAULTS.items() if value is None)
+TINY_BASE = config.CPU_DEMO["BASE_MODEL_NAME"]
+
+
+def given(*argv):
+    """The settings that a command line gives."""
+    parser = run_utils.build_parser("train.py", "about")
+    return run_utils.parse_command_line(parser, [str(item) for item in argv])[1]
+
+
+def refusal(function, *args):
+    """The message of the UserError that the call must raise; it is one line."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert "\r" not in message
+    return message
+
+
+def with_value(name, value):
+    return Settings(**(DEFAULTS | {name: value}))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(run_utils, "cuda_is_available", lambda: False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(run_utils, "cuda_is_available", lambda: True)
+
+
+# ---- config.py -------------------------------------------------------------------------------------------------------
+def test_config_holds_a_docstring_and_constants_only():
+    docstring, *statements = ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(docstring.value.value, str)
+    names = []
+    for statement in statements:
+        assert isinstance(statement, ast.Assign), f"line {statement.lineno} is no assignment"
+        ast.literal_eval(statement.value)  # raises on anything that would have to be executed
+        names += [target.id for target in statement.targets]
+    assert all(name.isupper() for name in names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", NAMED_VALUES)
+def test_the_values_that_the_user_named_stand_to_the_letter(name):
+    assert CONSTANTS[name] == NAMED_VALUES[name]
+    assert type(CONSTANTS[name]) is type(NAMED_VALUES[name])
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_the_settings_that_the_user_named_exist(name):
+    assert name in CONSTANTS
+
+
+def test_every_constant_of_config_is_a_setting_and_cpu_demo_names_only_settings():
+    assert set(Settings._fields) == {name.lower() for name in CONSTANTS} - {"cpu_demo"}
+    assert set(config.CPU_DEMO) <= set(CONSTANTS)
+    assert all(type(value) is type(CONSTANTS[name]) for name, value in config.CPU_DEMO.items())
+
+
+def test_every_number_of_config_has_limits_and_the_limits_name_only_settings():
+    assert set(RANGES) == {*INTEGERS, *FLOATS}
+    assert set(CHOICES) <= set(TEXTS)
+
+
+def test_config_as_it_ships_and_its_demo_keep_every_limit():
+    run_utils.check_settings(Settings(**DEFAULTS))
+    demo = {name.lower(): value for name, value in config.CPU_DEMO.items()}
+    run_utils.check_settings(Settings(**(DEFAULTS | demo)))
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_constant_has_a_flag_whose_help_shows_its_comment_and_default(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside the help of one flag
+    line = next(
+        line
+        for line in Path(config.__file__).read_text(encoding="utf-8").splitlines()
+        if line.startswith(f"{name.upper()} = ")
+    )
+    comment = line.split("  # ", 1)[1].strip()
+    lines = run_utils.build_parser("train.py", "about").format_help().splitlines()
+    start = next(index for index, line in enumerate(lines) if re.match(rf"  --{name}\b", line))
+    assert len(comment) > 10
+    shown = re.sub(r"^.*?VALUE\]?\s+", "", " ".join(lines[start : start + 2]))
+    assert shown.startswith(f"{comment} (default: {DEFAULTS[name]!r})")
+
+
+def test_every_setting_is_described_once_under_a_banner():
+    described = [name for banner, constants in run_utils.describe_settings() for name, _ in constants if banner]
+    assert sorted(described) == sorted(DEFAULTS)
+
+
+def test_nothing_given_changes_nothing():
+    assert given() == {}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_an_integer_setting_takes_an_integer_and_nothing_else(name):
+    value = given(f"--{name}", "7")[name]
+    assert value == 7
+    assert type(value) is int
+    for wrong in ("7.5", "many", "", "1e3", "nan"):
+        message = refusal(given, f"--{name}={wrong}")
+        assert f"--{name}" in message
+        assert repr(wrong) in message
+        assert "whole number" in message
+        assert str(DEFAULTS[name]) in message
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_setting_takes_any_number_and_nothing_else(name):
+    for text, expected in (("0.25", 0.25), ("1e-3", 0.001), ("1", 1.0)):
+        value = given(f"--{name}", text)[name]
+        assert value == expected
+        assert type(value) is float
+    message = refusal(given, f"--{name}", "fast")
+    assert f"--{name}" in message
+    assert "a number" in message
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_a_boolean_setting_is_a_bare_flag_or_takes_true_and_false(name):
+    assert given(f"--{name}") == {name: True}
+    assert given(f"--{name}", "--lora_r", "8") == {name: True, "lora_r": 8}
+    for text, expected in (("true", True), ("True", True), ("false", False), ("False", False), ("0", False)):
+        assert given(f"--{name}", text)[name] is expected
+    assert "true or false" in refusal(given, f"--{name}", "maybe")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_setting_keeps_its_text(name):
+    assert given(f"--{name}", "007")[name] == "007"
+    assert given(f"--{name}", "None")[name] == "None"
+
+
+@pytest.mark.parametrize("name", NONES)
+def test_a_setting_without_a_default_takes_text_and_none_unsets_it(name):
+    assert given(f"--{name}", "007")[name] == "007"
+    assert given(f"--{name}", "None")[name] is None
+
+
+def test_a_dict_setting_is_given_as_json():
+    mapping = {"instruction": "q", "response": "a b"}
+    assert given("--dataset_columns", json.dumps(mapping)) == {"dataset_columns": mapping}
+    for wrong in ("q=a", "[1]", '"q"', "{", ""):
+        assert "JSON" in refusal(given, "--dataset_columns", wrong)
+
+
+@pytest.mark.parametrize("flag", ["--lora-r", "--lora_r"])
+def test_flags_are_accepted_with_dashes_and_with_an_equals_sign(flag):
+    assert given(flag, "8") == {"lora_r": 8}
+    assert given(f"{flag}=8") == {"lora_r": 8}
+
+
+def test_dashes_inside_a_value_are_kept():
+    assert given("--run-name=my-run", "--output_dir", "out-put") == {"run_name": "my-run", "output_dir": "out-put"}
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "nearest"),
+    [
+        ("--lora_rank", "--lora_r"),
+        ("--learning_rat", "--learning_rate"),
+        ("--batchsize", "--batch_size"),
+        ("--epochs", "--num_epochs"),
+        ("--max-seq-len", "--max_seq_length"),
+    ],
+)
+def test_an_unknown_flag_is_refused_and_the_nearest_is_named(mistyped, nearest):
+    for argv in ([mistyped, "8"], [f"{mistyped}=8"]):
+        message = refusal(given, *argv)
+        assert mistyped.replace("-", "_").strip("_") in message
+        assert f"did you mean {nearest}?" in message
+
+
+def test_a_flag_is_never_completed_from_its_beginning():
+    assert "--lora_alpha" in refusal(given, "--lora_alp", "8")
+
+
+def test_a_flag_like_no_other_points_to_the_help():
+    assert "--help" in refusal(given, "--zzzzzz", "8")
+
+
+def test_a_flag_without_its_value_is_one_line():
+    assert "--lora_r" in refusal(given, "--lora_r")
+
+
+# ---- Limits ----------------------------------------------------------------------------------------------------------
+LOWER = [(name, low) for name, (low, _) in RANGES.items() if low is not None]
+UPPER = [(name, high) for name, (_, high) in RANGES.items() if high is not None]
+
+
+@pytest.mark.parametrize(("name", "low"), LOWER)
+def test_the_lower_limit_is_inclusive_and_below_it_is_refused(name, low):
+    run_utils.check_settings(with_value(name, low))
+    below = low - 1 if type(DEFAULTS[name]) is int else low - 1e-12
+    message = refusal(run_utils.check_settings, with_value(name, below))
+    assert f"--{name} is {below}" in message
+    assert str(low) in message
+    assert str(DEFAULTS[name]) in message
+
+
+@pytest.mark.parametrize(("name", "high"), UPPER)
+def test_the_upper_limit_is_inclusive_and_above_it_is_refused(name, high):
+    run_utils.check_settings(with_value(name, high))
+    message = refusal(run_utils.check_settings, with_value(name, high + 1))
+    assert f"--{name} is {high + 1}" in message
+    assert f"{high}" in message
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_nan_is_out_of_every_range(name):
+    assert f"--{name} is nan" in refusal(run_utils.check_settings, with_value(name, float("nan")))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_takes_its_listed_values_only(name):
+    for choice in CHOICES[name]:
+        run_utils.check_settings(with_value(name, choice))
+    message = refusal(run_utils.check_settings, with_value(name, "nonsense"))
+    assert "'nonsense'" in message
+    assert all(choice in message for choice in CHOICES[name])
+
+
+@pytest.mark.parametrize("value", ["16", None])
+def test_a_value_of_the_wrong_type_in_config_is_a_line_and_no_traceback(value):
+    assert "lora_r" in refusal(run_utils.check_settings, with_value("lora_r", value))
+
+
+def test_make_settings_checks_what_it_merges(gpu):
+    assert "--lora_r is 0" in refusal(run_utils.make_settings, {"lora_r": 0})
+
+
+# ---- make_settings and CPU_DEMO --------------------------------------------------------------------------------------
+def test_settings_are_a_frozen_snapshot(gpu, monkeypatch):
+    settings = run_utils.make_settings({"lora_r": 8})
+    assert settings.lora_r == 8
+    with pytest.raises(AttributeError):
+        settings.lora_r = 4
+    monkeypatch.setattr(config, "SEED", 7)
+    assert settings.seed == 42
+
+
+def test_the_command_line_wins_over_config(gpu):
+    assert run_utils.make_settings({"lora_r": 8}) == Settings(**(DEFAULTS | {"lora_r": 8}))
+
+
+def test_without_cuda_the_demo_settings_apply_to_the_letter(no_gpu):
+    demo = {name.lower(): value for name, value in config.CPU_DEMO.items()}
+    assert run_utils.make_settings() == Settings(**(DEFAULTS | demo))
+
+
+def test_the_demo_settings_are_announced_once_on_stderr_with_what_they_replace(no_gpu, capsys):
+    run_utils.make_settings({"num_epochs": 2})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "CPU_DEMO" in err
+    assert f"base_model_name={TINY_BASE}" in err
+    assert "learning_rate=" in err
+    assert "num_epochs" not in err  # given by the user, so not replaced
+
+
+def test_a_setting_on_the_command_line_wins_over_the_demo(no_gpu):
+    settings = run_utils.make_settings({"num_epochs": 2, "learning_rate": 1e-4})
+    assert (settings.num_epochs, settings.learning_rate) == (2, 1e-4)
+    assert settings.base_model_name == TINY_BASE
+
+
+def test_another_base_model_switches_the_demo_off_entirely(no_gpu, capsys):
+    settings = run_utils.make_settings({"base_model_name": "some/model"})
+    assert settings == Settings(**(DEFAULTS | {"base_model_name": "some/model"}))
+    assert capsys.readouterr().err == ""
+
+
+def test_naming_the_demo_base_keeps_the_demo(no_gpu):
+    assert run_utils.make_settings({"base_model_name": TINY_BASE}).learning_rate == config.CPU_DEMO["LEARNING_RATE"]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"base_model_name": TINY_BASE}, {"device": "cpu"}])
+def test_the_demo_is_never_used_on_a_cuda_machine(gpu, capsys, chosen):
+    assert run_utils.make_settings(chosen) == Settings(**(DEFAULTS | chosen))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_empty_cpu_demo_switches_it_off(no_gpu, monkeypatch):
+    monkeypatch.setattr(config, "CPU_DEMO", {})
+    assert run_utils.make_settings() == Settings(**DEFAULTS)
+
+
+def test_of_an_adapters_record_only_what_binds_it_counts(gpu):
+    recorded = {
+        "base_model_name": "some/model",
+        "max_seq_length": 128,
+        "use_4bit_quantization": False,
+        "temperature": 0.1,
+        "output_dir": "elsewhere",
+        "gone_since": 1,
+    }
+    settings = run_utils.make_settings({}, recorded)
+    assert (settings.base_model_name, settings.max_seq_length, settings.use_4bit_quantization) == (
+        "some/model",
+        128,
+        False,
+    )
+    assert (settings.temperature, settings.output_dir) == (DEFAULTS["temperature"], DEFAULTS["output_dir"])
+
+
+def test_the_command_line_wins_over_an_adapters_record(gpu):
+    settings = run_utils.make_settings({"max_seq_length": 64}, {"max_seq_length": 128, "use_fp16": False})
+    assert (settings.max_seq_length, settings.use_fp16) == (64, False)
+
+
+def test_an_adapters_record_wins_over_the_demo(no_gpu, capsys):
+    recorded = {"base_model_name": TINY_BASE, "use_4bit_quantization": True}
+    settings = run_utils.make_settings({}, recorded)
+    assert settings.use_4bit_quantization is True
+    assert settings.max_new_tokens == config.CPU_DEMO["MAX_NEW_TOKENS"]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_adapter_of_another_base_switches_the_demo_off(no_gpu):
+    settings = run_utils.make_settings({}, {"base_model_name": "some/model"})
+    assert settings == Settings(**(DEFAULTS | {"base_model_name": "some/model"}))
+
+
+# ---- Paths -----------------------------------------------------------------------------------------------------------
+def test_relative_paths_start_at_the_project_whatever_the_folder_of_the_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_utils.resolve_path("output/x") == PROJECT_DIR / "output" / "x"
+    assert run_utils.resolve_path("./data/../data/demo.json") == PROJECT_DIR / "data" / "demo.json"
+
+
+def test_absolute_paths_and_the_home_folder_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert run_utils.resolve_path(tmp_path / "x") == (tmp_path / "x").resolve()
+    assert run_utils.resolve_path("~/x") == (tmp_path / "x").resolve()
+
+
+def test_a_path_is_shown_as_a_user_would_type_it(tmp_path):
+    assert run_utils.display_path(PROJECT_DIR / "data" / "demo.json") == os.path.join("data", "demo.json")
+    assert run_utils.display_path(tmp_path / "x") == str(tmp_path / "x")
+    beside = PROJECT_DIR.with_name(PROJECT_DIR.name + "-copy")
+    assert run_utils.display_path(beside) == str(beside)
+
+
+# ---- Folders and records ---------------------------------------------------------------------------------------------
+def test_written_json_is_read_back_as_it_was(tmp_path):
+    value = {"text": "é\u2028☃", "number": 1.5, "nested": {"list": [None, True]}}
+    run_utils.write_json(tmp_path / "record.json", value)
+    assert run_utils.read_json(tmp_path / "record.json", "record") == value
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("fault", ["disk full", "not serializable"])
+def test_a_failed_write_leaves_the_old_json_whole(tmp_path, monkeypatch, fault):
+    path = tmp_path / "record.json"
+    run_utils.write_json(path, {"old": 1})
+
+    def write_half(self, text, **_):
+        with open(self, "w", encoding="utf-8") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    if fault == "disk full":
+        monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises((OSError, TypeError)):
+        run_utils.write_json(path, {"new": 2 if fault == "disk full" else object()})
+    assert run_utils.read_json(path, "record") == {"old": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b'"text"', b"\xff\xfe{", None])
+def test_a_damaged_or_missing_record_is_named_in_one_line(tmp_path, content):
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_bytes(content)
+    message = refusal(run_utils.read_json, path, "the run record")
+    assert "the run record" in message
+    assert str(path) in message
+
+
+def test_an_earlier_run_is_moved_whole_and_the_rest_stays(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("old")
+    (tmp_path / "rows.jsonl").write_text("rows")
+    (tmp_path / "notes.txt").write_text("mine")
+    target = run_utils.set_aside_previous_run(tmp_path, ("adapter", "rows.jsonl", "absent"))
+    assert target.parent == tmp_path / "previous"
+    assert (target / "adapter" / "weights").read_text() == "old"
+    assert (target / "rows.jsonl").read_text() == "rows"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]
+
+
+def test_setting_aside_nothing_makes_no_folder(tmp_path):
+    assert run_utils.set_aside_previous_run(tmp_path, ("adapter",)) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_set_aside_within_one_second_never_overwrite_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_utils.time, "strftime", lambda _: "20260101-000000")
+    targets = []
+    for number in range(4):
+        (tmp_path / "adapter").write_text(str(number))
+        targets.append(run_utils.set_aside_previous_run(tmp_path, ("adapter",)))
+    assert [(target / "adapter").read_text() for target in targets] == ["0", "1", "2", "3"]
+
+
+def test_a_folder_that_does_not_exist_yet_is_writable_where_its_parent_is(tmp_path):
+    run_utils.check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_belongs_is_refused(tmp_path):
+    (tmp_path / "output").write_text("a file")
+    message = refusal(run_utils.check_writable, tmp_path / "output" / "deeper")
+    assert str(tmp_path / "output") in message
+
+
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    # by a fake of os.access, since root may write anywhere
+    monkeypatch.setattr(run_utils.os, "access", lambda path, _: Path(path) != tmp_path)
+    message = refusal(run_utils.check_writable, tmp_path / "output")
+    assert str(tmp_path) in message
+    assert "--output_dir" in message
+
+
+# ---- Messages and exit codes -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("rank", "heard"), [(None, "hello\n"), ("0", "hello\n"), ("1", "")])
+def test_only_the_first_process_speaks_and_on_stderr(monkeypatch, capsys, rank, heard):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    run_utils.say("hello")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", heard)
+
+
+def raiser(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_a_script_that_ends_well_exits_with_zero_and_gets_its_arguments(capsys):
+    seen = []
+    assert run_utils.run_script(seen.append, ["--lora_r", "8"]) == 0
+    assert seen == [["--lora_r", "8"]]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
+    assert run_utils.run_script(raiser(UserError("no such file")), []) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: no such file\n")
+
+
+def test_debug_shows_the_traceback_of_a_users_mistake(capsys):
+    assert run_utils.run_script(raiser(UserError("no such file")), ["--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("error: no such file\n")
+
+
+def test_ctrl_c_exits_with_130_and_no_traceback(capsys):
+    assert run_utils.run_script(raiser(KeyboardInterrupt()), []) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_our_own_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_utils.run_script(raiser(ZeroDivisionError()), [])
+
+
+def test_help_exits_with_zero_and_prints_every_group(capsys):
+    with pytest.raises(SystemExit) as caught:
+        given("--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    banners = re.findall(r"^# ---- (.+?) -+$", Path(config.__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(f"{banner}:" in out for banner in banners[:-1])  # the last is CPU_DEMO, which is no flag
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (90, "1 min 30 s"),
+        (3599.7, "1 h"),
+        (3661, "1 h 1 min"),
+        (90000, "25 h"),
+    ],
+)
+def test_durations_are_short_to_read(seconds, text):
+    assert run_utils.format_duration(seconds) == text

@@ -1,0 +1,321 @@
+"""The training step is exact, the figures are token-weighted, and a run is reproducible."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+
+import train
+import training_utils
+from conftest import TINY_BASE
+from model_utils import attach_lora
+from run_utils import DEFAULTS, Settings
+from training_utils import LoraTrainer, build_training_arguments, count_steps, mean_loss, pass_losses, score_rows
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CONFIGS = {
+    "mistral": MistralConfig(**TINY, sliding_window=None),
+    "mistral with a sliding window": MistralConfig(**TINY, sliding_window=7),
+    "llama": LlamaConfig(**TINY),
+    "qwen3": Qwen3Config(**TINY, head_dim=8),
+}
+CPU = torch.device("cpu")
+SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, gradient_checkpointing=False)
+
+
+def make_rows(lengths=(5, 17, 9, 30, 3), seed=0):
+    """Rows of random tokens whose second half is trained."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(3, 300, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :], "row": number})
+    return rows
+
+
+def make_model(name="mistral", seed=0):
+    """A tiny model with LoRA whose B weights are not zero, so that every LoRA gradient is."""
+    torch.manual_seed(seed)
+    model = attach_lora(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])), SETTINGS)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_trainer(model, rows, tmp_path, max_pass_tokens, settings=SETTINGS):
+    arguments = build_training_arguments(settings, tmp_path, CPU, torch.float32, has_validation=False)
+    return LoraTrainer(model=model, args=arguments, train_dataset=rows, max_pass_tokens=max_pass_tokens)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def reference_gradients(model, rows):
+    """The plain way: one row at a time, no packing, sum of losses over the number of trained tokens of all rows."""
+    model.zero_grad()
+    count = sum(label != -100 for row in rows for label in row["labels"][1:])
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
+        targets = torch.tensor(row["labels"][1:])
+        (F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / count).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("max_pass_tokens", [1, 31, 40, 1000])
+def test_the_gradient_of_a_step_equals_that_of_single_rows(name, max_pass_tokens, tmp_path):
+    model, rows = make_model(name), make_rows()
+    expected = reference_gradients(model, rows)
+    model.zero_grad()
+    make_trainer(model, rows, tmp_path, max_pass_tokens).training_step(model, rows)
+    for parameter, gradient in gradients(model).items():
+        assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm(), parameter
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_changing_one_row_changes_no_other_rows_losses(name):
+    model, rows = make_model(name).eval(), make_rows()
+    changed = [*make_rows(seed=1)[:2], *rows[2:]]
+    before, after = score_rows(model, rows, 1000), score_rows(model, changed, 1000)
+    assert before[0][0] != pytest.approx(after[0][0])
+    for index in (2, 3, 4):
+        assert before[index][0] == pytest.approx(after[index][0], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    model, rows = make_model(), make_rows()
+    trainer = make_trainer(model, rows, tmp_path, 40)
+    trainer.training_step(model, rows)
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.training_step(model, rows)
+    for parameter, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-8)
+
+
+def test_the_reported_loss_is_the_mean_over_the_steps_trained_tokens(tmp_path):
+    model, rows = make_model(), make_rows()
+    loss = make_trainer(model, rows, tmp_path, 31).training_step(model, rows).item()
+    assert loss == pytest.approx(mean_loss(score_rows(model, rows, 1000)), rel=1e-5)
+
+
+def test_scores_do_not_depend_on_how_rows_are_grouped():
+    model, rows = make_model().eval(), make_rows()
+    alone = [score_rows(model, [row], 1000)[0] for row in rows]
+    for max_tokens in (1, 31, 1000):
+        for (nll, tokens), (expected, expected_tokens) in zip(score_rows(model, rows, max_tokens), alone, strict=True):
+            assert nll == pytest.approx(expected, rel=1e-5)
+            assert tokens == expected_tokens
+
+
+def test_the_validation_loss_is_weighted_by_tokens_and_not_by_rows(tmp_path):
+    model, rows = make_model(), make_rows()
+    trainer = make_trainer(model, rows, tmp_path, 40)
+    found = trainer.evaluate(rows)["eval_loss"]
+    scores = score_rows(model, rows, 1000)
+    by_rows = sum(nll / tokens for nll, tokens in scores) / len(scores)
+    assert found == pytest.approx(sum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores), rel=1e-5)
+    assert abs(found - by_rows) > 1e-3  # the check can tell
+    assert trainer.evaluate(rows)["eval_perplexity"] == pytest.approx(math.exp(found))
+
+
+def test_only_positions_before_a_trained_token_cost_logits():
+    model, rows = make_model(), make_rows()
+    losses, row_of_target = pass_losses(model, rows)
+    assert len(losses) == sum(label != -100 for row in rows for label in row["labels"][1:])
+    assert row_of_target.tolist() == sorted(row_of_target.tolist())
+
+
+def test_a_diverged_loss_is_not_logged_as_zero(tmp_path):
+    model, rows = make_model(), make_rows((8,) * 8)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(math.nan)
+    settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1, num_epochs=1, logging_steps=1)
+    trainer = make_trainer(model, rows, tmp_path, 1000, settings)
+    trainer.args.set_save("no")
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx(
+        [math.nan, math.nan], nan_ok=True
+    )
+
+
+def test_two_visible_gpus_without_a_launcher_do_not_scale_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_utils.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n", 2)))
+    assert build_training_arguments(SETTINGS, tmp_path, CPU, torch.float32, False)._n_gpu == 1
+
+
+def test_checkpoints_fall_on_evaluations():
+    arguments = build_training_arguments(SETTINGS._replace(eval_steps=7), "unused", CPU, torch.float32, True)
+    assert (arguments.eval_strategy, arguments.save_strategy) == ("steps", "steps")
+    assert arguments.eval_steps == arguments.save_steps == 7
+    assert arguments.load_best_model_at_end
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 3), (16, 3), (17, 6), (33, 9)])
+def test_the_plan_counts_steps_as_the_trainer_does(rows, expected, tmp_path):
+    examples = make_rows((6,) * rows)
+    settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=4, num_epochs=3)
+    trainer = make_trainer(make_model(), examples, tmp_path, 1000, settings)
+    planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    assert count_steps(rows, settings) == planned == expected
+    assert count_steps(rows, settings._replace(max_steps=2)) == 2
+
+
+# ---- Whole small runs, in this process -------------------------------------------------------------------------------
+@pytest.fixture
+def dataset(tmp_path):
+    rows = [
+        {"instruction": f"Say {word} {n} times", "response": " ".join([word] * n)}
+        for word in ("red", "green", "blue", "grey")
+        for n in range(1, 7)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def small_run(dataset, folder, **changes):
+    """Train the bundled base for a few steps with dropout and accumulation; returns the output folder."""
+    settings = Settings(**DEFAULTS)._replace(
+        base_model_name=TINY_BASE,
+        custom_dataset_path=str(dataset),
+        output_dir=str(folder / "out"),
+        logs_dir=str(folder / "logs"),
+        run_name="run",
+        use_4bit_quantization=False,
+        device="cpu",
+        gradient_checkpointing=False,
+        lora_dropout=0.1,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        num_epochs=1,
+        eval_steps=2,
+        sample_prompts=1,
+        max_new_tokens=4,
+        learning_rate=1e-3,
+    )
+    train.train(settings._replace(**changes))
+    return folder / "out"
+
+
+def adapter_bytes(output_dir):
+    return (output_dir / "lora-adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_is_reproducible_to_the_byte_and_its_seed_matters(dataset, tmp_path):
+    first = adapter_bytes(small_run(dataset, tmp_path / "1"))
+    assert adapter_bytes(small_run(dataset, tmp_path / "2")) == first
+    assert adapter_bytes(small_run(dataset, tmp_path / "3", seed=43)) != first
+
+
+def test_sample_answers_during_training_do_not_change_the_result(dataset, tmp_path):
+    with_samples = adapter_bytes(small_run(dataset, tmp_path / "1"))
+    assert adapter_bytes(small_run(dataset, tmp_path / "2", sample_prompts=0)) == with_samples
+
+
+def test_batch_size_and_accumulation_only_matter_by_their_product(dataset, tmp_path):
+    by_batch = small_run(dataset, tmp_path / "1", batch_size=4, gradient_accumulation_steps=1, lora_dropout=0.0)
+    by_steps = small_run(dataset, tmp_path / "2", batch_size=1, gradient_accumulation_steps=4, lora_dropout=0.0)
+    first, second = (json.loads((out / "lora-adapter/run.json").read_text()) for out in (by_batch, by_steps))
+    assert first["steps"] == second["steps"]
+    assert first["last_loss"] == pytest.approx(second["last_loss"], rel=1e-4)
+    assert first["validation_loss"] == pytest.approx(second["validation_loss"], rel=1e-4)
+
+
+def contradicted(folder):
+    """Settings whose validation answers are not the training ones: the loss on them falls at first, then rises."""
+    rows = [{"instruction": f"Say red {n} times", "response": "A dog ran home."} for n in range(10, 14)]
+    (folder / "validation.json").write_text(json.dumps(rows))
+    return {
+        "validation_dataset_path": str(folder / "validation.json"),
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant_with_warmup",
+        "num_epochs": 3,
+    }
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(dataset, tmp_path):
+    out = small_run(dataset, tmp_path, **contradicted(tmp_path))
+    state = json.loads(max(out.glob("checkpoints/*/trainer_state.json"), key=lambda p: p.stat().st_mtime).read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert best != max(losses)  # the check can tell best from last
+    assert (out / f"checkpoints/checkpoint-{best}/adapter_model.safetensors").read_bytes() == adapter_bytes(out)
+    record = json.loads((out / "lora-adapter/run.json").read_text())
+    assert record["best_step"] == best
+    assert record["validation_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert len(list(out.glob("checkpoints/*"))) == 2
+
+
+def test_early_stopping_ends_a_run_that_gets_worse(dataset, tmp_path):
+    changes = contradicted(tmp_path) | {"early_stopping_patience": 1}
+    record = json.loads((small_run(dataset, tmp_path, **changes) / "lora-adapter/run.json").read_text())
+    assert record["steps"] < 6 * changes["num_epochs"]
+    assert record["best_step"] < record["steps"]
+
+
+def test_a_run_without_validation_rows_trains_and_saves(dataset, tmp_path):
+    out = small_run(dataset, tmp_path, validation_split=0.0)
+    assert json.loads((out / "lora-adapter/run.json").read_text())["validation_loss"] is None
+    assert not (out / "validation.jsonl").exists()
+
+
+def test_a_second_run_moves_the_first_aside_and_overwrites_nothing(dataset, tmp_path):
+    first = adapter_bytes(small_run(dataset, tmp_path))
+    small_run(dataset, tmp_path, seed=7)
+    (moved,) = (tmp_path / "out" / "previous").iterdir()
+    assert (moved / "lora-adapter" / "adapter_model.safetensors").read_bytes() == first
+    assert (moved / "validation.jsonl").exists()
+    assert adapter_bytes(tmp_path / "out") != first
+
+
+def test_tensorboard_holds_the_curves_the_samples_and_the_settings(dataset, tmp_path):
+    small_run(dataset, tmp_path)
+    board = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
+    scalars = set(board.Tags()["scalars"])
+    assert scalars == set(training_utils.RunBoard.NAMES.values())
+    for name in scalars:
+        assert all(math.isfinite(event.value) for event in board.Scalars(name)), name
+    texts = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]}
+    assert {"settings", "samples"} <= texts
+    settings_text = board.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| lora_dropout | 0.1 |" in settings_text
+
+
+def test_no_pickle_but_the_optimizers_own_and_no_training_arguments_are_saved(dataset, tmp_path):
+    out = small_run(dataset, tmp_path)
+    names = {path.name for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")}
+    assert names == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert {path.suffix for path in (out / "lora-adapter").iterdir()} == {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_a_dry_run_prints_the_plan_and_an_example_and_writes_nothing(dataset, tmp_path, capsys):
+    settings = Settings(**DEFAULTS)._replace(
+        base_model_name=TINY_BASE,
+        device="cpu",
+        custom_dataset_path=str(dataset),
+        output_dir=str(tmp_path / "out"),
+        logs_dir=str(tmp_path / "logs"),
+    )
+    train.train(settings, dry_run=True)
+    captured = capsys.readouterr()
+    assert "Plan: 22 rows" in captured.err
+    assert "[red red" in captured.out or "[green" in captured.out or "[blue" in captured.out or "[grey" in captured.out
+    assert "</s>]" in captured.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]
