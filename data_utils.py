@@ -10,6 +10,8 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -93,17 +95,18 @@ def read_text(path):
 
 def parse_json(text, where):
     """json.loads whose failure names the line; NaN and Infinity, which are no JSON, are refused."""
+
+    def reject(constant):
+        line = text[: text.find(constant)].count("\n") + 1
+        raise UserError(f"{where(line)}: {constant} is not valid JSON; write null or a quoted text")
+
     try:
-        return json.loads(text, parse_constant=lambda constant: reject_constant(constant, where))
+        return json.loads(text, parse_constant=reject)
     except json.JSONDecodeError as error:
         problem = f"invalid JSON ({error.msg}, column {error.colno})"
         raise UserError(f"{where(error.lineno)}: {problem}; mend it there") from None
-    except RecursionError:
-        raise UserError(f"{where(1)}: JSON nested too deeply, expected rows of plain text") from None
-
-
-def reject_constant(constant, where):
-    raise UserError(f"{where(1)}: {constant} is not valid JSON; write null or a quoted text")
+    except (RecursionError, ValueError):  # thousands of brackets, or of digits in one number
+        raise UserError(f"{where(1)}: JSON nested too deeply or a number too long, expected rows of text") from None
 
 
 def read_json_rows(text, name):
@@ -133,21 +136,23 @@ def read_csv_rows(text, name):
 
     The delimiter is the one of , ; and tab that the header line holds most often.
     """
-    header_line = text.split("\n", 1)[0]
+    header_line = text.lstrip("\r\n").split("\n", 1)[0]
     delimiter = max(",;\t", key=header_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, header = [], None
     csv.field_size_limit(2**31 - 1)
     try:
         for cells in reader:
+            if not cells:
+                continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-            elif cells and len(cells) != len(header):
+            elif len(cells) != len(header):
                 raise UserError(
                     f"dataset {name}, line {reader.line_num}: {len(cells)} cells, expected {len(header)} as in the"
                     f" header ({', '.join(header)}); put quotes around texts that hold a {delimiter!r}"
                 )
-            elif cells:
+            else:
                 rows.append((len(rows) + 1, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         line = reader.line_num
@@ -163,9 +168,9 @@ READERS = {".json": read_json_rows, ".jsonl": read_jsonl_rows, ".csv": read_csv_
 def read_rows(path):
     """Return [(row number, row), ...] of a .json, .jsonl or .csv file; every row is a dict, at least one is there."""
     name = display_path(path)
-    text = read_text(path)
-    if path.suffix.lower() not in READERS:
+    if path.is_file() and path.suffix.lower() not in READERS:
         raise UserError(f"dataset {name}: unknown file type {path.suffix!r}, expected .json, .jsonl or .csv")
+    text = read_text(path)
     rows = READERS[path.suffix.lower()](text, name)
     if not rows:
         raise UserError(f"dataset {name} holds no rows, expected rows with an instruction and a response")
@@ -183,10 +188,7 @@ def find_columns(row, mapping, name):
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question).
     """
     if mapping:
-        missing = [column for column in mapping.values() if column not in row]
-        if missing or not ({"messages"} <= set(mapping) or {"instruction", "response"} <= set(mapping)):
-            wanted = f"missing {', '.join(map(str, missing))}" if missing else "expected keys instruction and response"
-            raise UserError(f"dataset {name}: --dataset_columns {mapping}: {wanted}; columns found: {', '.join(row)}")
+        check_mapping(row, mapping, name)
         return dict(mapping)
     by_lower = {column.strip().lower(): column for column in row}
     for column in ("messages", "conversations"):
@@ -203,6 +205,16 @@ def find_columns(row, mapping, name):
             "question and output/answer/completion), messages, or conversations; map others with --dataset_columns"
         )
     return columns
+
+
+def check_mapping(row, mapping, name):
+    """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
+    missing = [column for column in mapping.values() if not isinstance(column, str) or column not in row]
+    problem = f"missing {', '.join(map(str, missing))}" if missing else None
+    if set(mapping) != {"messages"} and not {"instruction", "response"} <= set(mapping) <= set(COLUMN_NAMES):
+        problem = "expected the keys instruction and response, perhaps input; or messages alone"
+    if problem:
+        raise UserError(f"dataset {name}: --dataset_columns {mapping}: {problem}; columns found: {', '.join(row)}")
 
 
 def require_text(value, what):
@@ -229,8 +241,6 @@ def instruction_to_conversation(row, columns, where):
     instruction, extra, response = (
         message_text(row, columns, role, where) for role in ("instruction", "input", "response")
     )
-    if not instruction.strip() or not response.strip():
-        return []
     prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
@@ -241,17 +251,27 @@ def messages_to_conversation(row, columns, where):
     if not isinstance(turns, list):
         raise UserError(f"{where}, column {columns['messages']!r}: expected a list of messages")
     conversation = []
-    if isinstance(row.get("system"), str) and row["system"].strip():
+    if row.get("system") is not None and require_text(row["system"], f"{where}, column 'system'").strip():
         conversation.append({"role": "system", "content": row["system"]})
     for index, turn in enumerate(turns, start=1):
         speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        if speaker not in ROLES:
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise UserError(f"{where}, message {index}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
-        content = turn.get("content", turn.get("value"))
-        content = require_text(content, f"{where}, message {index}")
+        content = require_text(turn.get("content", turn.get("value")), f"{where}, message {index}")
         conversation.append({"role": ROLES[speaker], "content": content})
-    answers = [message for message in conversation if message["role"] == "assistant"]
-    return conversation if answers and all(message["content"].strip() for message in answers) else []
+    return conversation
+
+
+def reason_to_drop(conversation):
+    """Why a conversation cannot be trained on, or None."""
+    roles = [message["role"] for message in conversation]
+    if "assistant" not in roles:
+        return "no answer"
+    if roles[0] == "assistant":
+        return "the answer comes first"
+    if any(not message["content"].strip() for message in conversation):
+        return "an empty text"
+    return None
 
 
 def load_conversations(path, mapping=None):
@@ -265,10 +285,9 @@ def load_conversations(path, mapping=None):
     for number, row in rows:
         conversation = convert(row, columns, f"dataset {name}, row {number}")
         key = json.dumps(conversation, sort_keys=True)
-        if not conversation:
-            report.drop("no answer or no instruction", number)
-        elif key in seen:
-            report.drop("duplicate", number)
+        reason = reason_to_drop(conversation) or ("duplicate" if key in seen else None)
+        if reason:
+            report.drop(reason, number)
         else:
             seen.add(key)
             report.kept += 1
@@ -321,7 +340,7 @@ def render(tokenizer, messages, add_generation_prompt):
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the model's chat template refuses a conversation of {roles}: {error}") from None
 
@@ -333,54 +352,84 @@ def find_end_token(tokenizer):
     """
     probe = "The quick brown fox"
     rendered = render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}], False)
-    tail = rendered.rsplit(probe, 1)[1]
-    found = control_token_pattern(tokenizer).search(tail)
-    if found is None:
+    _, answer, tail = rendered.rpartition(probe)
+    found = control_tokens(tokenizer)[0].search(tail)
+    if not answer or found is None:
         raise UserError(
-            "the model's chat template writes no end token after an answer, so it could not learn to stop;"
-            " choose a base model without a chat template, or one whose template ends each answer"
+            "the model's chat template writes no end token after an answer, or changes it, so the model could not learn"
+            " to stop; choose a base model without a chat template, or one whose template ends each answer"
         )
     return found[0]
 
 
-def control_token_pattern(tokenizer):
-    """A compiled pattern of every special token of the tokenizer, longest first."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+@lru_cache(maxsize=4)
+def control_tokens(tokenizer):
+    """Return (pattern, stand_ins) of the tokenizer's special tokens, longest first.
+
+    A stand-in is a run of one private-use character, as long as the token that it stands for in a user's text.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ordered = sorted(special, key=lambda token: (-len(token), token))
+    pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+    return pattern, {token: chr(0xF0000 + index) * len(token) for index, token in enumerate(ordered)}
 
 
-def encode(tokenizer, text, contents):
+def hide_control_tokens(tokenizer, messages):
+    """Put stand-ins for the control tokens in users' texts, so that only the template's own are left after rendering."""
+    pattern, stand_ins = control_tokens(tokenizer)
+    return [
+        message | {"content": pattern.sub(lambda found: stand_ins[found[0]], message["content"])}
+        for message in messages
+    ]
+
+
+def encode(tokenizer, text, cuts=()):
     """Encode a rendered text; returns its ids and their (start, end) character offsets.
 
-    Control tokens of the template become control tokens, those inside the users' `contents` become plain text.
+    The template's control tokens become control tokens; the users', of which stand-ins are left in the text, become
+    plain text. No token spans a character position in `cuts`, where answers start: what stands before is encoded as it
+    is when it stands alone, so that a prompt's ids are the same in training and at inference.
     """
-    pieces, position = [], 0
-    pattern = control_token_pattern(tokenizer)
-    for content in contents:
-        if not pattern.search(content):
-            continue
-        start = text.find(content, position)
-        if start < 0:  # the template trimmed it
-            content = content.strip()
-            start = text.find(content, position)
-        pieces += [(position, text[position:start], False), (start, content, True)]
-        position = start + len(content)
-    pieces.append((position, text[position:], False))
-    ids, offsets = [], []
-    for start, piece, literal in pieces:
-        if piece:
+    pattern, stand_ins = control_tokens(tokenizer)
+    used = [token for token, stand_in in stand_ins.items() if stand_in in text]
+    if used:
+        ids, offsets = encode_around_control_tokens(
+            tokenizer, text, pattern, {token: stand_ins[token] for token in used}
+        )
+    else:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    for cut in cuts:
+        if any(start < cut < end for start, end in offsets):
+            left_ids, left_offsets = encode(tokenizer, text[:cut], [c for c in cuts if c < cut])
+            right_ids, right_offsets = encode(tokenizer, text[cut:], [c - cut for c in cuts if c > cut])
+            return left_ids + right_ids, left_offsets + [(start + cut, end + cut) for start, end in right_offsets]
+    return ids, offsets
+
+
+def encode_around_control_tokens(tokenizer, text, pattern, stand_ins):
+    """Encode the stretches between the template's control tokens as plain text, stand-ins turned back; as encode()."""
+    ids, offsets, position = [], [], 0
+    for found in [*pattern.finditer(text), None]:
+        stretch = text[position : found.start() if found else len(text)]
+        for token, stand_in in stand_ins.items():
+            stretch = stretch.replace(stand_in, token)
+        if stretch:
             encoded = tokenizer(
-                piece, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=literal
+                stretch, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
             )
             ids += encoded["input_ids"]
-            offsets += [(start + begin, start + end) for begin, end in encoded["offset_mapping"]]
+            offsets += [(position + start, position + end) for start, end in encoded["offset_mapping"]]
+        if found:
+            ids.append(tokenizer.convert_tokens_to_ids(found[0]))
+            offsets.append(found.span())
+            position = found.end()
     return ids, offsets
 
 
 def encode_prompt(tokenizer, messages):
     """Token ids of a conversation up to where the model's answer starts; the same ids as in training."""
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    return encode(tokenizer, text, [message["content"] for message in messages])[0]
+    return encode(tokenizer, render(tokenizer, hide_control_tokens(tokenizer, messages), True))[0]
 
 
 def answer_spans(tokenizer, messages, text, end_token):
@@ -393,9 +442,11 @@ def answer_spans(tokenizer, messages, text, end_token):
         if message["role"] != "assistant":
             continue
         prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
-        content = text.find(message["content"].strip(), len(prompt))
-        end = text.find(end_token, content + len(message["content"].strip()))
-        if not text.startswith(prompt) or content < 0 or end < 0:
+        answer = message["content"].strip()
+        start = text.find(answer, len(prompt))
+        end = text.find(end_token, start + len(answer))
+        # an end token before the answer: these words belong to a later turn, this one was left out
+        if not text.startswith(prompt) or start < 0 or end < 0 or end_token in text[len(prompt) : start]:
             raise UserError(
                 f"the model's chat template renders message {index + 1} differently once others follow, so the answer"
                 " cannot be located; use single-turn rows, or a base model with another template"
@@ -409,13 +460,14 @@ def encode_conversation(tokenizer, messages, end_token):
 
     Returns (input_ids, labels, start of the last answer in tokens).
     """
+    messages = hide_control_tokens(tokenizer, messages)
     text = render(tokenizer, messages, add_generation_prompt=False)
     spans = answer_spans(tokenizer, messages, text, end_token)
     text = text[: spans[-1][1]]  # nothing after the last end token is ever trained or read
-    ids, offsets = encode(tokenizer, text, [message["content"] for message in messages])
+    ids, offsets = encode(tokenizer, text, [start for start, _ in spans])
     labels, last_start = [IGNORED] * len(ids), len(ids)
     for start, end in spans:
-        trained = [i for i, (begin, stop) in enumerate(offsets) if begin >= start and stop <= end]
+        trained = [index for index, (begin, stop) in enumerate(offsets) if begin >= start and stop <= end]
         for index in trained:
             labels[index] = ids[index]
         last_start = min(trained, default=len(ids))
@@ -441,11 +493,14 @@ def fit_to_length(ids, labels, last_start, max_seq_length):
 
 
 def check_example(tokenizer, example, end_id, where):
-    """The promises made of every example: one BOS where the tokenizer has one, both kinds of label, a trained end."""
-    ids, labels = example["input_ids"], example["labels"]
-    bos = ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+    """The promises made of every example: no doubled BOS, both kinds of label, a trained end token.
+
+    Some templates (Llama 2's) write a BOS for each question, so only two in a row are wrong.
+    """
+    ids, labels, bos = example["input_ids"], example["labels"], tokenizer.bos_token_id
     trained = [label for label in labels if label != IGNORED]
-    assert bos <= 1 or tokenizer.bos_token_id == end_id, f"{where}: {bos} BOS tokens"
+    doubled = bos not in (None, end_id) and any(a == b == bos for a, b in pairwise(ids))
+    assert not doubled, f"{where}: two BOS tokens in a row"
     assert 0 < len(trained) < len(ids), f"{where}: {len(trained)} of {len(ids)} tokens trained"
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True)), f"{where}: labels differ"
     assert example["status"] == "answer_cut" or trained[-1] == end_id, f"{where}: the end token is not trained"

@@ -45,7 +45,7 @@ def evaluate(adapter_path, given):
 
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
     target = resolve_path(settings.output_dir) / "evaluation"
-    check_writable(target)
+    check_writable(target, "--output_dir")
     conversations = load_validation_rows(settings)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     rows, _ = data_utils.tokenize_conversations(tokenizer, conversations, settings.max_seq_length, "validation data")

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import shutil
@@ -60,6 +61,9 @@ BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max
 
 class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # names out of a user's file can hold line breaks
 
 
 def say(message):
@@ -154,16 +158,22 @@ def parse_command_line(parser, argv):
 
 
 def check_settings(settings):
-    """Raise UserError for the first setting out of its range; returns the settings."""
+    """Raise UserError for the first setting out of its range or of another type; returns the settings."""
     for name, (low, high) in RANGES.items():
         value = getattr(settings, name)
-        # `not (a <= b)` rather than `a > b`: a NaN is out of every range
-        if not ((low is None or value >= low) and (high is None or value <= high)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name.upper()} in config.py is {value!r}, expected a number without quotes")
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             limits = f"{low} to {high}" if high is not None else f"{low} or more"
             raise UserError(f"--{name} is {value}, expected {limits}; the default is {DEFAULTS[name]}")
     for name, choices in CHOICES.items():
         if getattr(settings, name) not in choices:
             raise UserError(f"--{name} is {getattr(settings, name)!r}, expected one of {', '.join(choices)}")
+    for name in ("base_model_name", "output_dir", "logs_dir", "models_dir"):
+        if not isinstance(getattr(settings, name), str) or not getattr(settings, name).strip():
+            raise UserError(
+                f"--{name} is {getattr(settings, name)!r}, expected a name; the default is {DEFAULTS[name]}"
+            )
     return settings
 
 
@@ -239,11 +249,11 @@ def set_aside_previous_run(output_dir, names):
     return target
 
 
-def check_writable(folder):
+def check_writable(folder, flag):
     """Raise UserError unless the folder, or the nearest one above it that exists, can be written to."""
     nearest = next(parent for parent in [folder, *folder.parents] if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{display_path(nearest)} cannot be written to; choose another folder with --output_dir")
+        raise UserError(f"{display_path(nearest)} cannot be written to; choose another folder with {flag}")
 
 
 def quiet_libraries():

@@ -37,8 +37,8 @@ def main(argv):
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
     settings = make_settings(given)
-    check_writable(resolve_path(settings.output_dir))
-    check_writable(resolve_path(settings.logs_dir))
+    check_writable(resolve_path(settings.output_dir), "--output_dir")
+    check_writable(resolve_path(settings.logs_dir), "--logs_dir")
     train(settings, options.dry_run)
 
 

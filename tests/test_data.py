@@ -364,6 +364,7 @@ def test_a_mapping_may_name_the_column_of_messages(write):
         ({"instruction": "instruction"}, "instruction and response"),
         ({"messages": "nope"}, "missing nope"),
         ({"instruction": 5, "response": "response"}, "missing 5"),
+        ({"instruction": "instruction", "response": "response", "inptu": "response"}, "expected the keys"),
         ({"instruction": ["instruction"], "response": "response"}, "instruction"),
         ({"instruction": {"a": "b"}, "response": "response"}, "instruction"),
     ],
@@ -463,7 +464,7 @@ def test_blank_answers_and_instructions_are_dropped_and_counted_with_the_first_r
     assert [number for number, _ in conversations] == [1, 5]
     assert (report.rows, report.kept, report.dropped.total()) == (5, 2, 3)
     line = report.line()
-    assert "5 rows, 2 kept, 3 dropped: no answer or no instruction (first: row 2)" in line
+    assert "5 rows, 2 kept, 3 dropped: an empty text (first: row 2)" in line
 
 
 def test_duplicates_are_dropped_and_counted_and_near_duplicates_kept(write):

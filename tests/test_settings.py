@@ -276,7 +276,7 @@ def test_a_choice_takes_its_listed_values_only(name):
 
 @pytest.mark.parametrize("value", ["16", None])
 def test_a_value_of_the_wrong_type_in_config_is_a_line_and_no_traceback(value):
-    assert "lora_r" in refusal(run_utils.check_settings, with_value("lora_r", value))
+    assert "LORA_R in config.py" in refusal(run_utils.check_settings, with_value("lora_r", value))
 
 
 def test_make_settings_checks_what_it_merges(gpu):
@@ -459,20 +459,20 @@ def test_runs_set_aside_within_one_second_never_overwrite_each_other(tmp_path, m
 
 
 def test_a_folder_that_does_not_exist_yet_is_writable_where_its_parent_is(tmp_path):
-    run_utils.check_writable(tmp_path / "a" / "b")
+    run_utils.check_writable(tmp_path / "a" / "b", "--logs_dir")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_where_a_folder_belongs_is_refused(tmp_path):
     (tmp_path / "output").write_text("a file")
-    message = refusal(run_utils.check_writable, tmp_path / "output" / "deeper")
+    message = refusal(run_utils.check_writable, tmp_path / "output" / "deeper", "--output_dir")
     assert str(tmp_path / "output") in message
 
 
 def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
     # by a fake of os.access, since root may write anywhere
     monkeypatch.setattr(run_utils.os, "access", lambda path, _: Path(path) != tmp_path)
-    message = refusal(run_utils.check_writable, tmp_path / "output")
+    message = refusal(run_utils.check_writable, tmp_path / "output", "--output_dir")
     assert str(tmp_path) in message
     assert "--output_dir" in message
 
