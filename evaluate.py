@@ -39,16 +39,16 @@ def main(argv):
 
 def evaluate(adapter_path, given):
     """The phases: settings, rows, model, figures and answers of base and tuned, report."""
-    import data_utils
     import generation_utils
     import model_utils
+    import prompt_utils
 
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
     target = resolve_path(settings.output_dir) / "evaluation"
     check_writable(target, "--output_dir")
     conversations = load_validation_rows(settings)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
-    rows, _ = data_utils.tokenize_conversations(tokenizer, conversations, settings.max_seq_length, "validation data")
+    rows, _ = prompt_utils.tokenize_conversations(tokenizer, conversations, settings.max_seq_length, "validation data")
     say(f"Measuring base and tuned model on {len(rows)} rows")
     metrics = measure(model, rows, settings.batch_size * settings.max_seq_length)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))

@@ -5,7 +5,7 @@ from threading import Thread
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from data_utils import encode_prompt, find_end_token
+from prompt_utils import encode_prompt, find_end_token
 
 # C0 and C1 control characters except tab and newline: a model's output must not be able to steer the terminal
 CONTROL_CHARACTERS = dict.fromkeys([c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n"])

@@ -57,6 +57,7 @@ def main(argv):
 
 def load(adapter_path, given, base_only):
     """Return (model, tokenizer, settings); with base_only the adapter need not exist, and if it does names the base."""
+    import hub_utils
     import model_utils
 
     if not base_only:
@@ -65,7 +66,7 @@ def load(adapter_path, given, base_only):
     recorded = model_utils.read_recorded_settings(adapter_path) if adapter_path.is_dir() else {}
     settings = make_settings(given, recorded)
     models_dir = resolve_path(settings.models_dir)
-    base = model_utils.locate_model(settings.base_model_name, models_dir)
+    base = hub_utils.locate_model(settings.base_model_name, models_dir)
     device = model_utils.resolve_device(settings.device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
     quantization = model_utils.build_quantization_config(settings, dtype)
@@ -108,7 +109,7 @@ def chat(model, tokenizer, settings):
     """
     import torch
 
-    from data_utils import ALPACA_TEMPLATE
+    from prompt_utils import ALPACA_TEMPLATE
 
     torch.manual_seed(settings.seed)
     messages, keep_history = [], tokenizer.chat_template != ALPACA_TEMPLATE

@@ -13,8 +13,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from peft import (
     LoraConfig,
     PeftModel,
@@ -25,10 +23,10 @@ from peft import (
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
-from data_utils import ALPACA_TEMPLATE
+from hub_utils import hub_errors, locate_model
+from prompt_utils import ALPACA_TEMPLATE
 from run_utils import (
     DEFAULTS,
-    PROJECT_DIR,
     UserError,
     display_path,
     make_settings,
@@ -64,67 +62,6 @@ def choose_dtype(device, use_fp16):
     if not use_fp16 or device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-# ---- Finding a model: local folders and the Hub ----------------------------------------------------------------------
-def locate_model(name, models_dir):
-    """Return a local folder's path, or the Hub id after making sure that the Hub serves it.
-
-    Raises UserError with the remedy for a mistyped path, an unknown or gated model, and a Hub that cannot be reached.
-    """
-    local = resolve_path(name)
-    if (local / "config.json").is_file():
-        return str(local)
-    if local.is_dir():
-        raise UserError(f"base model folder {name} holds no config.json; give the folder that holds the model's files")
-    first, *rest = Path(name).parts
-    if name.startswith((".", "~", os.sep)) or len(rest) > 1 or (PROJECT_DIR / first).is_dir():
-        raise UserError(f"base model folder {display_path(local)} does not exist; correct the path or give a Hub id")
-    with hub_errors(name):
-        say(f"Looking up {name} (cache: {display_path(models_dir)})")
-        hf_hub_download(name, "config.json", cache_dir=models_dir)
-    return name
-
-
-class hub_errors:
-    """Context manager that turns the Hub's and the loaders' failures over one model into UserErrors."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if kind is None or not issubclass(kind, (OSError, ValueError, SafetensorError)):
-            return False
-        raise UserError(self.explain(error)) from error
-
-    def explain(self, error):
-        status = None
-        cause = error
-        while cause is not None:
-            status = status or getattr(getattr(cause, "response", None), "status_code", None)
-            if isinstance(cause, OfflineModeIsEnabled):
-                return f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder"
-            cause = cause.__cause__
-        if isinstance(error, HFValidationError):
-            return f"{self.name!r} is neither a folder nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
-        if status in (401, 403):
-            return (
-                f"the Hub refuses {self.name} ({status}): it is gated, private or does not exist; accept its licence at"
-                f" https://huggingface.co/{self.name} and set HF_TOKEN to a token that may read it"
-            )
-        if status == 404:
-            return f"the Hub knows no model {self.name} (404); check the spelling, or give a local folder"
-        if status is not None or "Errno" in str(error.__cause__) or "connection" in str(error).lower():
-            reason = f"it answered {status}" if status else "no connection"
-            return (
-                f"the Hub cannot be reached for {self.name} ({reason}); check the network and try again, give a local"
-                " folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base"
-            )
-        first_line = str(error).strip().split("\n")[0]
-        return f"{self.name} cannot be loaded: {first_line}; give a causal language model with safetensors weights"
 
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------

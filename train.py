@@ -45,6 +45,7 @@ def main(argv):
 def train(settings, dry_run=False):
     """The phases of a run: tokenizer, data, plan, model, trainer, training, saving."""
     # imported here, seconds of work, so that --help and a mistyped flag answer at once
+    import hub_utils
     import model_utils
     import training_utils
 
@@ -53,7 +54,7 @@ def train(settings, dry_run=False):
     device = model_utils.resolve_device(settings.device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
     train_set, validation_set = load_data(settings)
-    base = model_utils.locate_model(settings.base_model_name, models_dir)
+    base = hub_utils.locate_model(settings.base_model_name, models_dir)
     tokenizer = model_utils.load_tokenizer(base, models_dir)
     train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
     arguments = training_utils.build_training_arguments(
@@ -101,11 +102,11 @@ def load_data(settings):
 
 def tokenize_data(tokenizer, train_set, validation_set, settings):
     """Tokenize both sets and say what the sequence length did to them."""
-    import data_utils
+    import prompt_utils
 
     examples = []
     for name, conversations in (("training", train_set), ("validation", validation_set)):
-        rows, report = data_utils.tokenize_conversations(
+        rows, report = prompt_utils.tokenize_conversations(
             tokenizer, conversations, settings.max_seq_length, f"{name} data"
         )
         if report.kept < report.rows:
@@ -116,13 +117,13 @@ def tokenize_data(tokenizer, train_set, validation_set, settings):
 
 def show_example(tokenizer, example):
     """Print one example as the model sees it, its trained tokens marked."""
-    import data_utils
+    import prompt_utils
 
     color = sys.stdout.isatty()
     start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
     marks = "green" if color else "[ ]"
     print(f"\nRow {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
-    print(data_utils.mark_trained_tokens(tokenizer, example, start, end))
+    print(prompt_utils.mark_trained_tokens(tokenizer, example, start, end))
 
 
 # ---- Before and after training ---------------------------------------------------------------------------------------

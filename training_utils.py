@@ -18,9 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from data_utils import build_pass, count_trained_tokens, pack_rows
 from generation_utils import autocast, generate_replies
 from model_utils import save_adapter, write_recorded_settings
+from prompt_utils import build_pass, count_trained_tokens, pack_rows
 from run_utils import say
 
 

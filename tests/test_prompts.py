@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import data_utils
-from data_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, encode_prompt, find_end_token
+import prompt_utils
+from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, encode_prompt, find_end_token
 from run_utils import UserError
 
 BOS, EOS = 1, 2  # ids of <s> and </s> in models/tiny-base
@@ -119,7 +119,7 @@ def refusal(function, *args):
 
 def tokenize(tokenizer, *conversations, max_seq_length=512):
     rows = list(enumerate((list(messages) for messages in conversations), start=1))
-    return data_utils.tokenize_conversations(tokenizer, rows, max_seq_length, "data")
+    return prompt_utils.tokenize_conversations(tokenizer, rows, max_seq_length, "data")
 
 
 def tokenize_or_message(tokenizer, *messages):
@@ -180,7 +180,7 @@ def test_whatever_the_texts_the_promises_on_tokens_hold(tokenizer, prompt, answe
     assert ids[: len(prompt_ids)] == prompt_ids
     assert trained(labels) == [*plain_ids(tokenizer, answer), end_id] == ids[len(prompt_ids) :]
     assert control_ids(tokenizer, ids) == ([3, 4, 3, 4] if chat else [BOS, EOS])
-    text = data_utils.render(tokenizer, [user(prompt), assistant(answer)], False)
+    text = prompt_utils.render(tokenizer, [user(prompt), assistant(answer)], False)
     assert tokenizer.decode(ids) == text.removesuffix("\n" if chat else "")
 
 
@@ -191,7 +191,7 @@ def test_control_tokens_inside_prompt_and_answer_are_encoded_as_text(tokenizer, 
     assert control_ids(tokenizer, ids) == [BOS, EOS]
     assert (ids[0], ids[-1]) == (BOS, EOS)
     assert control_ids(tokenizer, encode_prompt(tokenizer, [user(text)])) == [BOS]
-    assert tokenizer.decode(ids) == data_utils.render(tokenizer, [user(text), assistant(text)], False)
+    assert tokenizer.decode(ids) == prompt_utils.render(tokenizer, [user(text), assistant(text)], False)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_template_that_trims_texts_keeps_their_control_tokens_as_text(tokenize
     ids, labels = encoded(tokenizer, user(text), assistant(text))
     assert control_ids(tokenizer, ids) == [3, 4, 3, 4]
     assert trained(labels) == [*plain_ids(tokenizer, text.strip()), 4]
-    assert tokenizer.decode(ids) == data_utils.render(tokenizer, [user(text), assistant(text)], False).rstrip("\n")
+    assert tokenizer.decode(ids) == prompt_utils.render(tokenizer, [user(text), assistant(text)], False).rstrip("\n")
 
 
 def test_a_text_with_a_control_token_that_the_template_rewrites_is_never_garbled(tokenizer):
@@ -228,7 +228,7 @@ def test_a_text_with_a_control_token_that_the_template_rewrites_is_never_garbled
         ids, _ = encoded(tokenizer, *messages)
     except UserError:
         return
-    assert tokenizer.decode(ids) == data_utils.render(tokenizer, messages, False).rstrip("\n")
+    assert tokenizer.decode(ids) == prompt_utils.render(tokenizer, messages, False).rstrip("\n")
 
 
 # ---- Several turns ---------------------------------------------------------------------------------------------------
@@ -331,10 +331,10 @@ def test_a_template_with_a_bos_before_each_question_ends_in_examples_or_in_one_l
 
 def test_without_a_bos_token_the_bundled_template_writes_the_same_prompt_but_for_it(tokenizer):
     messages = [user("q"), assistant("a")]
-    with_bos = data_utils.render(tokenizer, messages, False)
+    with_bos = prompt_utils.render(tokenizer, messages, False)
     ids, labels = encoded(tokenizer, *messages)
     tokenizer.bos_token = None
-    assert with_bos == "<s>" + data_utils.render(tokenizer, messages, False)
+    assert with_bos == "<s>" + prompt_utils.render(tokenizer, messages, False)
     assert encoded(tokenizer, *messages) == (ids[1:], labels[1:])
     examples, _ = tokenize(tokenizer, messages)
     assert len(examples) == 1
@@ -398,18 +398,18 @@ def parts(prompt_length, answer_length):
 
 def test_a_row_that_fits_exactly_is_left_alone():
     ids, labels, start = parts(6, 4)
-    assert data_utils.fit_to_length(ids, labels, start, 10) == (ids, labels, "kept")
+    assert prompt_utils.fit_to_length(ids, labels, start, 10) == (ids, labels, "kept")
 
 
 def test_the_prompt_is_trimmed_first_and_keeps_its_bos_and_its_end():
-    ids, labels, status = data_utils.fit_to_length(*parts(9, 3), 8)
+    ids, labels, status = prompt_utils.fit_to_length(*parts(9, 3), 8)
     assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
     assert labels == [IGNORED] * 5 + [9, 10, 11]
     assert status == "shortened"
 
 
 def test_a_long_answer_keeps_a_quarter_for_its_prompt_and_loses_its_tail():
-    ids, labels, status = data_utils.fit_to_length(*parts(6, 20), 8)
+    ids, labels, status = prompt_utils.fit_to_length(*parts(6, 20), 8)
     assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
     assert labels == [IGNORED] * 2 + [6, 7, 8, 9, 10, 11]
     assert status == "answer_cut"
@@ -418,7 +418,7 @@ def test_a_long_answer_keeps_a_quarter_for_its_prompt_and_loses_its_tail():
 @given(prompt=st.integers(1, 60), answer=st.integers(1, 60), limit=st.integers(8, 48))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_whatever_the_lengths_the_cut_is_exact(prompt, answer, limit):
-    ids, labels, status = data_utils.fit_to_length(*parts(prompt, answer), limit)
+    ids, labels, status = prompt_utils.fit_to_length(*parts(prompt, answer), limit)
     assert len(ids) == len(labels) == min(prompt + answer, limit)
     assert ids[0] == 0
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
@@ -485,7 +485,7 @@ def test_no_conversations_give_no_examples_and_no_error(tokenizer):
 
 def test_the_trained_stretches_are_marked_and_the_rest_is_shown_as_it_is_read(tokenizer):
     examples, _ = tokenize(tokenizer, (user("q1 </s>"), assistant("☃"), user("q2"), assistant(" a2")))
-    assert data_utils.mark_trained_tokens(tokenizer, examples[0], "«", "»") == (
+    assert prompt_utils.mark_trained_tokens(tokenizer, examples[0], "«", "»") == (
         "<s>### Instruction:\nq1 </s>\n\n### Response:\n«☃</s>»\n\n### Instruction:\nq2\n\n### Response:\n« a2</s>»"
     )
 
@@ -494,7 +494,7 @@ def test_the_trained_stretches_are_marked_and_the_rest_is_shown_as_it_is_read(to
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 50))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_every_row_is_in_one_pass_and_no_pass_exceeds_the_limit(lengths, limit):
-    passes = data_utils.pack_rows(lengths, limit)
+    passes = prompt_utils.pack_rows(lengths, limit)
     assert sorted(index for indices in passes for index in indices) == list(range(len(lengths)))
     totals = [sum(lengths[index] for index in indices) for indices in passes]
     assert all(total <= limit or len(indices) == 1 for total, indices in zip(totals, passes, strict=True))
@@ -503,11 +503,11 @@ def test_every_row_is_in_one_pass_and_no_pass_exceeds_the_limit(lengths, limit):
 
 
 def test_long_rows_are_placed_first_so_that_short_ones_fill_the_gaps():
-    assert [sorted(indices) for indices in data_utils.pack_rows([4, 5, 6, 5], 10)] == [[0, 2], [1, 3]]
+    assert [sorted(indices) for indices in prompt_utils.pack_rows([4, 5, 6, 5], 10)] == [[0, 2], [1, 3]]
 
 
 def test_no_rows_are_no_passes():
-    assert data_utils.pack_rows([], 10) == []
+    assert prompt_utils.pack_rows([], 10) == []
 
 
 ROWS = (
@@ -518,14 +518,14 @@ ROWS = (
 
 
 def test_a_pass_lays_rows_end_to_end_and_restarts_positions(tokenizer):
-    batch = data_utils.build_pass(ROWS)
+    batch = prompt_utils.build_pass(ROWS)
     assert batch["input_ids"].tolist() == [[1, 11, 12, 2, 21, 31, 32, 33]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
     assert "attention_mask" not in batch  # with one, transformers lets the rows read each other
 
 
 def test_targets_are_the_next_trained_tokens_of_the_same_row():
-    batch = data_utils.build_pass(ROWS)
+    batch = prompt_utils.build_pass(ROWS)
     assert batch["targets"].tolist() == [12, 2, 32]
     assert batch["predicting"].tolist() == [1, 2, 5]
     assert batch["row_of_target"].tolist() == [0, 0, 2]
@@ -535,12 +535,12 @@ def test_targets_are_the_next_trained_tokens_of_the_same_row():
 
 
 def test_a_pass_without_targets_has_empty_indices_of_whole_numbers():
-    batch = data_utils.build_pass([ROWS[1]])
+    batch = prompt_utils.build_pass([ROWS[1]])
     assert [batch[name].shape for name in ("predicting", "targets", "row_of_target")] == [(0,)] * 3
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
 
 
 def test_trained_tokens_are_counted_as_they_are_predicted():
-    assert [data_utils.count_trained_tokens([row]) for row in ROWS] == [2, 0, 1]
-    assert data_utils.count_trained_tokens(ROWS) == len(data_utils.build_pass(ROWS)["targets"]) == 3
-    assert data_utils.count_trained_tokens([]) == 0
+    assert [prompt_utils.count_trained_tokens([row]) for row in ROWS] == [2, 0, 1]
+    assert prompt_utils.count_trained_tokens(ROWS) == len(prompt_utils.build_pass(ROWS)["targets"]) == 3
+    assert prompt_utils.count_trained_tokens([]) == 0

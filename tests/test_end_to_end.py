@@ -1,0 +1,161 @@
+"""The real commands on the bundled base model, as a newcomer types them: train, evaluate, chat, merge."""
+
+import csv
+import json
+import time
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import PROJECT
+from generation_utils import build_generation_config, generate_replies
+from model_utils import load_trained_model, merge_and_save_model
+from run_utils import make_settings
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """The output folder of `python train.py` with nothing but other folders, its finished process and its seconds."""
+    folder = tmp_path_factory.mktemp("demo")
+    started = time.time()
+    done = run("train.py", "--output_dir", folder / "output", "--logs_dir", folder / "logs", "--run_name", "demo")
+    assert done.returncode == 0, done.stderr
+    return folder / "output", done, time.time() - started
+
+
+@pytest.fixture(scope="module")
+def metrics(run, trained):
+    done = run("evaluate.py", "--output_dir", trained[0])
+    assert done.returncode == 0, done.stderr
+    return json.loads((trained[0] / "evaluation/metrics.json").read_text()), done
+
+
+def test_the_demo_announces_itself_trains_and_says_what_to_type_next(trained):
+    output, done, seconds = trained
+    assert done.stderr.count("demo settings apply") == 1
+    assert "validation loss" in done.stdout
+    assert "python evaluate.py" in done.stdout
+    assert "Warning" not in done.stderr
+    assert seconds < 180
+    assert {path.name for path in (output / "lora-adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "run.json",
+        "settings.json",
+        "tokenizer.json",
+    }
+
+
+def test_the_tuned_perplexity_is_at_most_half_of_the_bases(metrics):
+    figures, _ = metrics
+    assert figures["tuned_perplexity"] <= figures["base_perplexity"] / 2
+    assert figures["verdict"] == "better"
+    assert figures["rows"] == 20
+
+
+def test_evaluation_agrees_with_the_validation_loss_of_training(trained, metrics):
+    record = json.loads((trained[0] / "lora-adapter/run.json").read_text())
+    assert metrics[0]["tuned_loss"] == pytest.approx(record["validation_loss"], rel=1e-5)
+
+
+def test_the_held_out_rows_are_not_among_the_training_rows(trained):
+    rows = [json.loads(line)["messages"] for line in (trained[0] / "validation.jsonl").read_text().splitlines()]
+    record = json.loads((trained[0] / "lora-adapter/run.json").read_text())
+    assert (len(rows), record["training_rows"], record["validation_rows"]) == (20, 180, 20)
+
+
+def test_the_voice_of_the_data_shows_in_the_tuned_answers_only(metrics, trained):
+    samples = json.loads((trained[0] / "evaluation/samples.json").read_text())
+    assert len(samples) == 10
+    voiced = [row for row in samples if "Larkfield" in row["tuned"] or "Wren" in row["tuned"]]
+    assert len(voiced) >= 8
+    assert not [row for row in samples if "Larkfield" in row["base"]]
+
+
+def test_the_samples_are_written_as_csv_too(metrics, trained):
+    with open(trained[0] / "evaluation/samples.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["row", "prompt", "expected", "base", "tuned"]
+    assert len(rows) == 10
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "-", "@"))]
+
+
+def test_a_single_instruction_prints_the_answer_alone_to_stdout(run, trained):
+    done = run("inference.py", "Explain how photosynthesis works", "--output_dir", trained[0], "--do_sample", "false")
+    assert done.returncode == 0, done.stderr
+    assert "Wren" in done.stdout
+    assert "Base model" not in done.stdout
+    assert "Base model: models/tiny-base" in done.stderr
+    assert "</s>" not in done.stdout
+
+
+def test_the_demo_conversation_answers_every_prompt(run, trained):
+    done = run("inference.py", "--demo", "--output_dir", trained[0], "--do_sample", "false")
+    assert done.returncode == 0, done.stderr
+    answers = [line for line in done.stdout.splitlines() if line.startswith("Model:")]
+    assert len(answers) == 5
+    assert all(len(answer) > len("Model: ") for answer in answers)
+
+
+def test_a_chat_in_a_pipe_answers_line_by_line_and_obeys_commands(run, trained):
+    done = run(
+        "inference.py",
+        "--output_dir",
+        trained[0],
+        "--do_sample",
+        "false",
+        stdin="Do you sell bells?\n/help\n/nonsense\n\nCan I hire a bike?\n/quit\nnever read\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.strip()]) == 2
+    assert "/clear" in done.stderr
+    assert "Unknown command /nonsense" in done.stderr
+
+
+def test_base_only_talks_without_the_adapter(run, trained):
+    prompt = ("Do you sell bells?", "--output_dir", trained[0], "--do_sample", "false", "--max_new_tokens", 12)
+    base, tuned = run("inference.py", *prompt, "--base_only"), run("inference.py", *prompt)
+    assert base.returncode == 0, base.stderr
+    assert "no adapter" in base.stderr
+    assert base.stdout != tuned.stdout
+
+
+def test_merging_as_the_readme_shows_gives_a_plain_model_with_the_adapters_answers(trained, tmp_path):
+    model, tokenizer = load_trained_model(trained[0] / "lora-adapter")
+    merge_and_save_model(model, tokenizer, tmp_path / "merged-model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged-model")
+    merged_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged-model")
+    rows = json.loads((PROJECT / "data/demo.json").read_text())[:6]
+    prompts = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+    generation = build_generation_config(tokenizer, make_settings()._replace(do_sample=False, max_new_tokens=40))
+    expected = generate_replies(model, tokenizer, prompts, generation)
+    ids = merged_tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True)["input_ids"]
+    assert merged_tokenizer.decode(ids).endswith("### Response:\n")
+    merged_tokenizer.pad_token = tokenizer.pad_token
+    assert generate_replies(merged, merged_tokenizer, prompts, generation) == expected
+    assert any("Wren" in reply for reply in expected)
+
+
+def test_the_same_command_run_twice_gives_the_same_adapter(run, trained, tmp_path):
+    again = tmp_path / "output"
+    flags = ("--max_steps", 6, "--eval_steps", 3, "--sample_prompts", 0, "--logs_dir", tmp_path / "logs")
+    adapters = []
+    for _ in range(2):
+        done = run("train.py", *flags, "--output_dir", again)
+        assert done.returncode == 0, done.stderr
+        adapters.append((again / "lora-adapter/adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+    assert (
+        load_file(again / "lora-adapter/adapter_model.safetensors").keys()
+        == load_file(trained[0] / "lora-adapter/adapter_model.safetensors").keys()
+    )
+    assert "moved to" in done.stderr
+
+
+def test_scripts_work_from_any_folder(run, trained, tmp_path):
+    done = run("train.py", "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Larkfield" in done.stdout or "Wren" in done.stdout
+    assert not list(tmp_path.iterdir())
