@@ -89,14 +89,25 @@ def encode(tokenizer, text, cuts=()):
             tokenizer, text, pattern, {token: stand_ins[token] for token in used}
         )
     else:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        ids, offsets = tokenize(tokenizer, text, split_special_tokens=False)
     for cut in cuts:
         if any(start < cut < end for start, end in offsets):
             left_ids, left_offsets = encode(tokenizer, text[:cut], [c for c in cuts if c < cut])
             right_ids, right_offsets = encode(tokenizer, text[cut:], [c - cut for c in cuts if c > cut])
             return left_ids + right_ids, left_offsets + [(start + cut, end + cut) for start, end in right_offsets]
     return ids, offsets
+
+
+def tokenize(tokenizer, text, split_special_tokens):
+    """The tokenizer's bare ids and character offsets; with split_special_tokens no text becomes a control token."""
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        split_special_tokens=split_special_tokens,
+        verbose=False,  # it would warn of texts beyond the model's context, which are cut later
+    )
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def encode_around_control_tokens(tokenizer, text, pattern, stand_ins):
@@ -107,11 +118,9 @@ def encode_around_control_tokens(tokenizer, text, pattern, stand_ins):
         for token, stand_in in stand_ins.items():
             stretch = stretch.replace(stand_in, token)
         if stretch:
-            encoded = tokenizer(
-                stretch, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
-            )
-            ids += encoded["input_ids"]
-            offsets += [(position + start, position + end) for start, end in encoded["offset_mapping"]]
+            stretch_ids, stretch_offsets = tokenize(tokenizer, stretch, split_special_tokens=True)
+            ids += stretch_ids
+            offsets += [(position + start, position + end) for start, end in stretch_offsets]
         if found:
             ids.append(tokenizer.convert_tokens_to_ids(found[0]))
             offsets.append(found.span())

@@ -73,7 +73,8 @@ def train(settings, dry_run=False):
     model = model_utils.attach_lora(model, settings)
     run_name = settings.run_name or time.strftime("%Y%m%d-%H%M%S")
     callbacks = build_callbacks(settings, tokenizer, validation_set, resolve_path(settings.logs_dir) / run_name)
-    prepare_output(arguments, settings, validation_set)
+    with arguments.main_process_first(local=False):  # the others wait here until the folders are ready
+        prepare_output(arguments, settings, validation_set)
     trainer = training_utils.build_trainer(
         model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks
     )

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -195,6 +196,7 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         seed=settings.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,  # every LoRA weight takes part in every pass
         report_to=[],
     )
     # Without a launcher the Trainer would scale the loss by the number of visible GPUs (trainer.py, n_gpu)
@@ -226,7 +228,12 @@ def build_trainer(model, tokenizer, train_rows, validation_rows, settings, argum
 
 # ---- Callbacks -------------------------------------------------------------------------------------------------------
 class ProgressLine(ProgressCallback):
-    """A progress bar with one dense line for each logged loss and each evaluation above it."""
+    """One dense line for each logged loss and each evaluation, above a progress bar if stderr is a terminal."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
+        self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:

@@ -31,11 +31,12 @@ def tokenizer():
 def run():
     """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess."""
 
-    def run_script(script, *arguments, cwd=PROJECT, stdin=None, **environment):
+    def run_script(script, *arguments, cwd=PROJECT, stdin=None, torchrun=(), **environment):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-        command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        command = [sys.executable, *launcher, str(PROJECT / script), *map(str, arguments)]
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=600
+            command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=600, check=False
         )
 
     return run_script

@@ -154,6 +154,20 @@ def test_the_same_command_run_twice_gives_the_same_adapter(run, trained, tmp_pat
     assert "moved to" in done.stderr
 
 
+def test_two_processes_train_like_one_with_the_same_rows_to_a_step(run, tmp_path):
+    flags = ("--max_steps", 4, "--eval_steps", 2, "--logging_steps", 1, "--max_new_tokens", 4)
+    records = {}
+    for name, launcher, batch in (("two", ("--nproc_per_node", "2"), 2), ("one", (), 4)):
+        folders = ("--output_dir", tmp_path / name, "--logs_dir", tmp_path / "logs")
+        done = run("train.py", *flags, "--batch_size", batch, *folders, torchrun=launcher, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Done in") == 1
+        records[name] = json.loads((tmp_path / name / "lora-adapter/run.json").read_text())
+    assert records["two"]["first_loss"] == pytest.approx(records["one"]["first_loss"], rel=1e-5)
+    assert records["two"]["last_loss"] == pytest.approx(records["one"]["last_loss"], rel=1e-4)
+    assert records["two"]["validation_loss"] == pytest.approx(records["one"]["validation_loss"], rel=1e-4)
+
+
 def test_scripts_work_from_any_folder(run, trained, tmp_path):
     done = run("train.py", "--dry_run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
