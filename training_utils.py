@@ -115,6 +115,7 @@ class LoraTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.clock = time.perf_counter()  # what it took to evaluate and save is no training time
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -165,6 +166,25 @@ def test_checkpoints_fall_on_evaluations():
     assert (arguments.eval_strategy, arguments.save_strategy) == ("steps", "steps")
     assert arguments.eval_steps == arguments.save_steps == 7
     assert arguments.load_best_model_at_end
+
+
+def test_the_speed_counts_training_time_only(tmp_path):
+    rows = make_rows((8,) * 8)
+    settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1, num_epochs=2, logging_steps=4)
+    trainer = make_trainer(make_model(), rows, tmp_path, 1000, settings)
+    trainer.args.set_save("no")
+    trainer.args.set_evaluate("steps", steps=2, batch_size=4, delay=0)
+    trainer.eval_dataset = rows
+    evaluate = trainer.evaluate
+
+    def slow_evaluate(*args, **kwargs):
+        time.sleep(1)
+        return evaluate(*args, **kwargs)
+
+    trainer.evaluate = slow_evaluate
+    trainer.train()
+    speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
+    assert speeds[-1] > 200  # three steps of 32 tokens would give 96 if the second of the evaluation counted
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 3), (16, 3), (17, 6), (33, 9)])
