@@ -507,11 +507,12 @@ def test_an_adapter_is_refused_in_one_line_when(damage, base, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [{"layers": 1}, {"layers": 3}, {"hidden_size": 32}],
+    [{"layers": 2}, {"layers": 4}, {"layers": 3, "hidden_size": 32}],
     ids=["fewer layers", "more layers", "another shape"],
 )
-def test_an_adapter_is_refused_by_a_base_model_with(other, base, tmp_path):
-    _, folder = save_trained(tmp_path / "adapter", base)
+def test_an_adapter_is_refused_by_a_base_model_with(other, tmp_path):
+    # three layers: below that peft records the full name of every layer, and more layers are left alone
+    _, folder = save_trained(tmp_path / "adapter", save_base(tmp_path / "base", layers=3))
     other_base = save_base(tmp_path / "other", **other)
     edit_json(folder / "adapter_config.json", base_model_name_or_path=other_base)
     message = refusal(load_trained_model, folder)

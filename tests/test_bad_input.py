@@ -1,0 +1,159 @@
+"""A user's mistake ends in one line that says what was found and what to do, with exit code 2, and writes nothing."""
+
+import json
+import time
+
+import pytest
+
+from hub_utils import locate_model
+from run_utils import DEFAULTS, UserError
+
+GOOD_ROWS = [{"instruction": f"Say {n}", "response": f"Here is {n}."} for n in range(4)]
+
+
+def check_refusal(done, *words):
+    """Check that a script ended in one "error: ..." line, its last, that holds all the words."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    for word in words:
+        assert str(word) in lines[-1]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The flags of an output and a logs folder; nothing may have been written there when the test ends."""
+    yield "--output_dir", tmp_path / "output", "--logs_dir", tmp_path / "logs"
+    assert not (tmp_path / "output").exists()
+    assert not (tmp_path / "logs").exists()
+
+
+def save_adapter_config(folder):
+    """The folder of an adapter whose weights are missing."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "models/tiny-base"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+# the text of a dataset (None: no such file) -> words of the message
+BAD_DATA = {
+    "missing": (None, ["does not exist", ".jsonl"]),
+    "empty": ("", ["is empty", "instruction and a response"]),
+    "invalid JSON": ('[\n{"instruction": "a", "response": "b"},\n{"instruction": "c" "response": "d"}\n]', ["line 3"]),
+    "without the columns": ('[{"title": "a", "text": "b"}]', ["title, text", "instruction", "--dataset_columns"]),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_DATA)
+def test_train_refuses_a_dataset_that_is(fault, run, folders, tmp_path):
+    text, words = BAD_DATA[fault]
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    check_refusal(run("train.py", "--custom_dataset_path", path, *folders), path, *words)
+
+
+# ---- Settings and command line ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
+def test_an_unknown_flag_names_the_nearest_one(script, run, folders):
+    check_refusal(run(script, "--lora-rr", "8", *folders), "--lora_rr", "did you mean --lora_r?")
+
+
+def test_a_value_of_the_wrong_type_says_what_was_expected(run, folders):
+    done = run("train.py", "--num_epochs", "two", *folders)
+    check_refusal(done, "--num_epochs", "'two'", "a whole number", "the default is 3")
+
+
+def test_a_value_out_of_range_says_the_range(run, folders):
+    check_refusal(run("evaluate.py", "--top_p", "1.5", *folders), "--top_p", "1.5", "0.001 to 1")
+
+
+def test_debug_shows_the_traceback_of_a_users_mistake_too(run, folders):
+    done = run("train.py", "--lora_r", "0", "--debug", *folders)
+    assert done.returncode == 2
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "check_settings" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --lora_r is 0, expected 1 or more")
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
+def test_help_shows_every_setting_at_once(script, run):
+    started = time.perf_counter()
+    done = run(script, "--help")
+    assert time.perf_counter() - started < 3  # it must not import torch
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [name for name in DEFAULTS if f"--{name} " not in done.stdout] == []
+    assert f"(default: {DEFAULTS['base_model_name']!r})" in " ".join(done.stdout.split())
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------------------
+def test_evaluate_and_inference_refuse_an_adapter_folder_that_does_not_exist(run, folders, tmp_path):
+    done = run("evaluate.py", "--adapter_path", tmp_path / "nothing", *folders)
+    check_refusal(done, tmp_path / "nothing", "does not exist", "python train.py")
+    # without --adapter_path it is the one that train.py would have written
+    check_refusal(run("inference.py", "Hi", *folders), tmp_path / "output/lora-adapter", "python train.py")
+
+
+@pytest.mark.parametrize("command", [("evaluate.py",), ("inference.py", "Hi")])
+def test_an_adapter_folder_without_weights_is_refused(command, run, folders, tmp_path):
+    adapter = save_adapter_config(tmp_path / "adapter")
+    done = run(*command, "--adapter_path", adapter, *folders)
+    check_refusal(done, adapter, "adapter_model.safetensors", "train again")
+
+
+def test_evaluate_without_validation_rows_names_the_flag_that_gives_some(run, folders, tmp_path):
+    adapter = save_adapter_config(tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").touch()  # the rows are looked for before the weights are read
+    done = run("evaluate.py", "--adapter_path", adapter, *folders)
+    check_refusal(done, tmp_path / "output/validation.jsonl", "--validation_dataset_path")
+
+
+def test_inference_refuses_an_empty_instruction(run, folders):
+    check_refusal(run("inference.py", "  ", *folders), "instruction is empty")
+
+
+# ---- Base models -----------------------------------------------------------------------------------------------------
+def test_train_refuses_a_mistyped_local_path_without_asking_the_hub(run, folders, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(GOOD_ROWS))
+    flags = ("--custom_dataset_path", tmp_path / "rows.json", "--base_model_name", "models/tiny-bose")
+    done = run("train.py", *flags, *folders)
+    check_refusal(done, "models/tiny-bose", "does not exist", "Hub id")
+    assert "Looking up" not in done.stderr
+
+
+def test_inference_refuses_a_base_model_that_is_not_there_without_a_network(run, folders, tmp_path):
+    flags = ("--base_only", "--base_model_name", "team/unheard-of", "--models_dir", tmp_path / "models")
+    check_refusal(run("inference.py", "Hi", *flags, *folders), "team/unheard-of", "HF_HUB_OFFLINE", "local folder")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./no/such", "../no-such", "~/no-such-model", "/no/such", "models/tiny-bose", "output/a", "one/two/three"],
+)
+def test_what_looks_like_a_path_is_not_looked_up_on_the_hub(name, tmp_path, capsys):
+    with pytest.raises(UserError) as caught:
+        locate_model(name, tmp_path)
+    assert "does not exist" in str(caught.value)
+    assert name.rsplit("/", 1)[-1] in str(caught.value)
+    assert capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["no such model", "team/mödel", "-x/y", "team/model.git", "a" * 100])
+def test_what_is_neither_a_path_nor_a_hub_id_is_refused_in_one_line(name, tmp_path):
+    with pytest.raises(UserError) as caught:
+        locate_model(name, tmp_path)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "mistralai/Mistral-7B-v0.1" in str(caught.value)
+
+
+def test_a_folder_without_a_model_in_it_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        locate_model(str(tmp_path), tmp_path)

@@ -1,0 +1,182 @@
+"""Replies: left-padded batches, streaming, stopping, and output that cannot steer a terminal."""
+
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import inference
+from conftest import TINY_BASE
+from generation_utils import (
+    build_generation_config,
+    generate_replies,
+    left_pad,
+    printable,
+    prompt_limit,
+    stream_reply,
+    trim_history,
+)
+from prompt_utils import encode_prompt
+from run_utils import DEFAULTS, Settings
+
+SETTINGS = Settings(**DEFAULTS)._replace(do_sample=False, max_new_tokens=12)
+PROMPTS = ["Once upon a time", "Say yes.", "The little dog was very hungry and it went to the big house, so it"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32).eval()
+
+
+def conversation(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_replies_in_a_batch_are_those_of_single_prompts(model, tokenizer):
+    generation = build_generation_config(tokenizer, SETTINGS)
+    alone = [generate_replies(model, tokenizer, [conversation(text)], generation)[0] for text in PROMPTS]
+    assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation) == alone
+    assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation, 2) == alone
+    assert len(set(alone)) == 3
+
+
+def test_a_batch_is_padded_on_the_left_and_the_padding_masked():
+    batch = left_pad([[5, 6, 7], [8]], 0, torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_a_streamed_reply_is_the_reply(model, tokenizer):
+    generation = build_generation_config(tokenizer, SETTINGS)
+    expected = generate_replies(model, tokenizer, [conversation(PROMPTS[0])], generation)[0]
+    chunks = list(stream_reply(model, tokenizer, conversation(PROMPTS[0]), generation))
+    assert "".join(chunks).strip() == expected
+    assert len(chunks) > 1
+
+
+def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monkeypatch):
+    forward, calls = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    generation = build_generation_config(tokenizer, SETTINGS._replace(max_new_tokens=900))
+    generation.eos_token_id = None
+    stream = stream_reply(model, tokenizer, conversation(PROMPTS[0]), generation)
+    next(stream)
+    stream.close()
+    assert len(calls) < 100
+    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(generate)")]
+
+
+def test_an_error_while_generating_reaches_the_caller(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "generate", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(stream_reply(model, tokenizer, conversation("Hi"), build_generation_config(tokenizer, SETTINGS)))
+
+
+def test_a_reply_ends_at_the_end_token_of_the_template_even_if_it_is_not_eos(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|reserved_0|>{{ m['content'] }}<|reserved_1|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|reserved_0|>{% endif %}"
+    )
+    ends = build_generation_config(tokenizer, SETTINGS).eos_token_id
+    assert set(ends) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|reserved_1|>")}
+
+
+def test_greedy_settings_carry_no_sampling_options(tokenizer):
+    assert build_generation_config(tokenizer, SETTINGS).do_sample is False
+    sampling = build_generation_config(tokenizer, SETTINGS._replace(do_sample=True, temperature=0.3, top_p=0.5))
+    assert (sampling.do_sample, sampling.temperature, sampling.top_p) == (True, 0.3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("plain text,\ttabs\nand lines", "plain text,\ttabs\nand lines"),
+        ("\x1b[31mred\x1b[0m", "[31mred[0m"),
+        ("title \x1b]0;owned\x07", "title ]0;owned"),
+        ("back\x08\x08\rover", "backover"),
+        ("eight-bit \x9b31m", "eight-bit 31m"),
+        ("é 你好 🙂", "é 你好 🙂"),
+    ],
+)
+def test_control_sequences_in_a_reply_are_neutralised(raw, shown):
+    assert printable(raw) == shown
+
+
+def test_an_escape_sequence_split_over_chunks_is_neutralised_too():
+    assert "\x1b" not in "".join(map(printable, ["\x1b", "[2J", "x"]))
+
+
+def test_a_history_beyond_the_context_keeps_bos_and_its_newest_tokens(model):
+    assert trim_history([1, 10, 11, 12, 13], 3) == [1, 12, 13]
+    assert trim_history([1, 10], 3) == [1, 10]
+    assert prompt_limit(model, 24) == 1000
+    assert prompt_limit(model, 5000) == 256
+
+
+def test_a_prompt_longer_than_the_context_is_answered(model, tokenizer):
+    generation = build_generation_config(tokenizer, SETTINGS)
+    text = "word " * 3000
+    assert len(encode_prompt(tokenizer, conversation(text))) > 1024
+    assert isinstance(generate_replies(model, tokenizer, [conversation(text)], generation)[0], str)
+
+
+# ---- Chat, with a fake keyboard and a fake model ---------------------------------------------------------------------
+def chat_with(monkeypatch, tokenizer, lines):
+    """Type these lines into the chat; returns the conversations that the model was given."""
+    keyboard, asked = iter(lines), []
+
+    def type_line(prompt=""):
+        line = next(keyboard, None)
+        if line is None:
+            raise EOFError
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def reply(model, tokenizer, messages, settings):
+        asked.append([message["content"] for message in messages])
+        return f"answer {len(asked)}"
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr(inference, "print_reply", reply)
+    inference.chat(None, tokenizer, SETTINGS)
+    return asked
+
+
+def test_with_our_template_each_instruction_stands_alone_until_history_is_switched_on(monkeypatch, tokenizer):
+    asked = chat_with(monkeypatch, tokenizer, ["one", "two", "/history", "three", "four", "/clear", "five"])
+    assert asked == [["one"], ["two"], ["three"], ["three", "answer 3", "four"], ["five"]]
+
+
+def test_with_a_template_of_its_own_a_model_remembers(monkeypatch, tokenizer):
+    tokenizer.chat_template = "{{ messages }}"
+    assert chat_with(monkeypatch, tokenizer, ["one", "two"]) == [["one"], ["one", "answer 1", "two"]]
+
+
+def test_blank_lines_and_commands_are_not_sent_to_the_model(monkeypatch, tokenizer, capsys):
+    assert chat_with(monkeypatch, tokenizer, ["", "  ", "/help", "/what", "hello", "/quit", "late"]) == [["hello"]]
+    shown = capsys.readouterr().err
+    assert "/clear" in shown
+    assert "Unknown command /what" in shown
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), EOFError()])
+def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_quietly(monkeypatch, tokenizer, end):
+    assert chat_with(monkeypatch, tokenizer, ["hello", end, "late"]) == [["hello"]]
+
+
+def test_ctrl_c_during_a_reply_ends_the_reply_and_not_the_chat(monkeypatch, tokenizer, capsys):
+    closed = []
+
+    def stream(*args):
+        try:
+            yield "half an "
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr("generation_utils.stream_reply", stream)
+    assert inference.print_reply(None, tokenizer, conversation("Hi"), SETTINGS) == "half an"
+    assert closed
+    assert "[stopped]" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""Base models from a Hub: downloaded, cached and used offline; each refusal in one line; the token is never written."""
+
+import hashlib
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY_BASE
+
+TOKEN = "hf_secret_test"
+COMMIT = "c0ffee" * 6 + "c0ff"
+REPO = "team/tiny"
+# other repositories of the fake Hub: status and the Hub's error code
+REFUSALS = {
+    "team/private": (401, "RepoNotFound"),
+    "team/gated": (403, "GatedRepo"),
+    "team/unknown": (404, "RepoNotFound"),
+    "team/broken": (500, None),
+}
+NO_SERVER = "http://127.0.0.1:9"  # the discard port: connections are refused
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Serves models/tiny-base as REPO, as far as transformers asks; refuses the repositories of REFUSALS."""
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers.get("Authorization")))
+        path = self.path.split("?")[0].strip("/").removeprefix("api/models/").split("/")
+        status, headers, body = self.answer("/".join(path[:2]), path[2:])
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": len(body)}).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def answer(self, repo, rest):
+        """Return (status, headers, body). Routes: <repo>/resolve/<revision>/<file>, <repo>/tree/<revision>, <repo>."""
+        if repo != REPO:
+            status, code = REFUSALS.get(repo, (404, "RepoNotFound"))
+            return status, {"X-Error-Code": code} if code else {}, b""
+        files = sorted(Path(TINY_BASE).iterdir())
+        missing = (404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
+        if not rest:
+            siblings = [{"rfilename": file.name} for file in files]
+            return 200, {}, json.dumps({"id": REPO, "sha": COMMIT, "tags": [], "siblings": siblings}).encode()
+        if rest[0] == "tree":
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+            return (200, {}, json.dumps(tree).encode()) if len(rest) == 2 else missing
+        file = Path(TINY_BASE) / rest[-1]
+        if not file.is_file():
+            return missing
+        body = file.read_bytes()
+        return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A running fake Hub: `url`, and `requests`, which are (path, Authorization header) each."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.url, server.requests = f"http://127.0.0.1:{server.server_port}", []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a small dataset, and with a sitecustomize.py that makes the Hub library's waits short.
+
+    huggingface_hub tries again for 23 seconds where there is no server, and has no setting for it.
+    """
+    folder = tmp_path_factory.mktemp("hub")
+    rows = [{"instruction": f"Say {n}", "response": f"Here is number {n}."} for n in range(6)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "path").mkdir()
+    (folder / "path/sitecustomize.py").write_text(
+        "import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(min(seconds, 0.01))\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_with_hub(run, workplace):
+    """run_with_hub(url, name, *arguments): run a script against a Hub; outputs go to folders of that name."""
+
+    def run_script(url, name, script, *arguments, offline="0"):
+        folders = ("--output_dir", workplace / name / "output", "--logs_dir", workplace / name / "logs")
+        environment = {
+            "HF_ENDPOINT": url,
+            "HF_HUB_OFFLINE": offline,
+            "HF_HOME": str(workplace / "home"),
+            "HF_TOKEN": TOKEN,
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(workplace / "path"),
+        }
+        return run(script, *arguments, *folders, "--models_dir", workplace / "models", **environment)
+
+    return run_script
+
+
+def train_flags(workplace, repo=REPO):
+    data = ("--custom_dataset_path", workplace / "rows.json", "--validation_split", 0.2, "--sample_prompts", 0)
+    return ("--base_model_name", repo, *data, "--max_steps", 2, "--use_4bit_quantization", "false")
+
+
+@pytest.fixture(scope="module")
+def trained(hub, run_with_hub, workplace):
+    """The finished first run, which downloads its base model."""
+    done = run_with_hub(hub.url, "first", "train.py", *train_flags(workplace))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def adapter_bytes(folder):
+    return (folder / "output/lora-adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_a_model_of_the_hub_is_downloaded_into_models_dir_and_trained(trained, hub, workplace):
+    assert f"Looking up {REPO}" in trained.stderr
+    weights = workplace / "models/models--team--tiny/snapshots" / COMMIT / "model.safetensors"
+    assert weights.read_bytes() == (Path(TINY_BASE) / "model.safetensors").read_bytes()
+    assert not list((workplace / "home").rglob("*.safetensors"))
+    config = json.loads((workplace / "first/output/lora-adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == REPO
+
+
+@pytest.mark.parametrize("offline", ["1", "0"], ids=["HF_HUB_OFFLINE", "no server"])
+def test_a_cached_model_trains_the_same_without_a_hub(offline, trained, hub, run_with_hub, workplace):
+    asked = len(hub.requests)
+    name = f"offline-{offline}"
+    done = run_with_hub(NO_SERVER, name, "train.py", *train_flags(workplace), offline=offline)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.requests) == asked
+    assert adapter_bytes(workplace / name) == adapter_bytes(workplace / "first")
+
+
+def test_the_token_reaches_the_hub_and_no_file(trained, hub, workplace):
+    resolved = [authorization for path, authorization in hub.requests if f"{REPO}/resolve/" in path]
+    assert resolved
+    assert set(resolved) == {f"Bearer {TOKEN}"}
+    written = [path for path in (workplace / "first").rglob("*") if path.is_file()]
+    assert {"settings.json", "optimizer.pt", "README.md"} <= {path.name for path in written}
+    assert any(path.name.startswith("events.out") for path in written)
+    assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
+    assert TOKEN not in trained.stdout + trained.stderr
+
+
+def check_refusal(done, workplace, name, *words):
+    """Check a script that ended in one error line, its last, holding the words, and wrote nothing."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert errors == done.stderr.strip().splitlines()[-1:]
+    assert [word for word in words if word not in errors[0]] == []
+    assert TOKEN not in done.stderr
+    assert done.stdout == ""
+    assert not (workplace / name).exists()
+
+
+def test_a_model_that_needs_a_token_names_hf_token_and_the_licence_page(hub, run_with_hub, workplace):
+    done = run_with_hub(hub.url, "private", "train.py", *train_flags(workplace, "team/private"))
+    words = ("team/private", "401", "HF_TOKEN", "https://huggingface.co/team/private")
+    check_refusal(done, workplace, "private", *words)
+
+
+def test_a_gated_model_names_hf_token_and_the_licence_page(hub, run_with_hub, workplace):
+    flags = ("--base_only", "--base_model_name", "team/gated")
+    done = run_with_hub(hub.url, "gated", "inference.py", "Hi", *flags)
+    words = ("team/gated", "403", "HF_TOKEN", "https://huggingface.co/team/gated", "licence")
+    check_refusal(done, workplace, "gated", *words)
+
+
+def test_an_unknown_model_asks_to_check_the_spelling(hub, run_with_hub, workplace):
+    done = run_with_hub(hub.url, "unknown", "train.py", *train_flags(workplace, "team/unknown"))
+    check_refusal(done, workplace, "unknown", "team/unknown", "404", "spelling", "local folder")
+
+
+def test_a_hub_that_fails_says_so_and_names_the_bundled_model(hub, run_with_hub, workplace):
+    done = run_with_hub(hub.url, "broken", "train.py", *train_flags(workplace, "team/broken"))
+    check_refusal(done, workplace, "broken", "team/broken", "500", "try again", "models/tiny-base")
+    assert "(404)" not in done.stderr
+
+
+def test_no_connection_says_so_and_names_the_bundled_model(run_with_hub, workplace):
+    done = run_with_hub(NO_SERVER, "refused", "train.py", *train_flags(workplace, "team/unseen"))
+    check_refusal(done, workplace, "refused", "team/unseen", "no connection", "network", "models/tiny-base")
