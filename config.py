@@ -17,7 +17,7 @@ VALIDATION_DATASET_PATH = None  # your own validation file; None: VALIDATION_SPL
 VALIDATION_SPLIT = 0.1  # share of the rows held out to measure what the model has not seen; 0.05-0.2
 DATASET_COLUMNS = {}  # for unusual column names, as JSON: {"instruction": "q", "input": "hint", "response": "a"}
 MAX_SEQ_LENGTH = 512  # tokens a row; longer prompts lose their start. Memory grows with it
-MAX_TRAIN_ROWS = 0  # train on at most this many rows, chosen by SEED, for a quick try; 0: all
+MAX_TRAIN_ROWS = 0  # use at most this many rows of the file, chosen by SEED, for a quick try; 0: all
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 LORA_R = 16  # rank: the capacity of the adapter; 8 for style, 32-64 for much new behaviour

@@ -164,15 +164,15 @@ def read_rows(path):
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
-def find_columns(row, mapping, name):
+def find_columns(found, mapping, name):
     """Return {"messages": column} or {"instruction": column, "response": column, perhaps "input": column}.
 
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question).
     """
     if mapping:
-        check_mapping(row, mapping, name)
+        check_mapping(found, mapping, name)
         return dict(mapping)
-    by_lower = {column.strip().lower(): column for column in row}
+    by_lower = {column.strip().lower(): column for column in found}
     for column in ("messages", "conversations"):
         if column in by_lower:
             return {"messages": by_lower[column]}
@@ -183,20 +183,21 @@ def find_columns(row, mapping, name):
             columns[role] = present[0]
     if not {"instruction", "response"} <= set(columns):
         raise UserError(
-            f"dataset {name}: columns found: {', '.join(row) or 'none'}; expected instruction and response (or prompt/"
-            "question and output/answer/completion), messages, or conversations; map others with --dataset_columns"
+            f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or"
+            " prompt, question and output, answer, completion), messages, or conversations; map others with"
+            " --dataset_columns"
         )
     return columns
 
 
-def check_mapping(row, mapping, name):
+def check_mapping(found, mapping, name):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
-    missing = [column for column in mapping.values() if not isinstance(column, str) or column not in row]
+    missing = [column for column in mapping.values() if not isinstance(column, str) or column not in found]
     problem = f"missing {', '.join(map(str, missing))}" if missing else None
     if set(mapping) != {"messages"} and not {"instruction", "response"} <= set(mapping) <= set(COLUMN_NAMES):
         problem = "expected the keys instruction and response, perhaps input; or messages alone"
     if problem:
-        raise UserError(f"dataset {name}: --dataset_columns {mapping}: {problem}; columns found: {', '.join(row)}")
+        raise UserError(f"dataset {name}: --dataset_columns {mapping}: {problem}; columns found: {', '.join(found)}")
 
 
 def require_text(value, what):
@@ -260,7 +261,8 @@ def load_conversations(path, mapping=None):
     """Read a file into [(row number, conversation), ...] without empty and duplicate rows; returns it and a report."""
     rows = read_rows(path)
     name = display_path(path)
-    columns = find_columns(rows[0][1], mapping, name)
+    # of all rows, in the order of their first appearance: an optional input may be absent from the first
+    columns = find_columns(dict.fromkeys(column for _, row in rows for column in row), mapping, name)
     report = DataReport(f"{name} ({', '.join(columns.values())})", len(rows))
     convert = messages_to_conversation if "messages" in columns else instruction_to_conversation
     conversations, seen = [], set()
@@ -308,8 +310,17 @@ def remove_overlap(conversations, validation):
     return kept
 
 
+def read_conversations(path):
+    """Read back what write_conversations wrote: [(row number in the user's file, conversation), ...]."""
+    conversations, _ = load_conversations(path)
+    return [
+        (row.get("row", number), messages)
+        for (number, row), (_, messages) in zip(read_rows(path), conversations, strict=True)
+    ]
+
+
 def write_conversations(path, conversations):
-    """Write [(row number, conversation), ...] as JSONL that load_conversations reads."""
+    """Write [(row number, conversation), ...] as JSONL that read_conversations reads back."""
     rows = ({"row": number, "messages": messages} for number, messages in conversations)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

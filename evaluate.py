@@ -11,6 +11,7 @@ import random
 import sys
 
 from run_utils import (
+    DEFAULTS,
     UserError,
     build_parser,
     check_writable,
@@ -32,34 +33,40 @@ def main(argv):
     parser.add_argument("--adapter_path", help="adapter to measure (default: OUTPUT_DIR/lora-adapter)")
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
-    output_dir = resolve_path(given.get("output_dir", "output"))
+    output_dir = resolve_path(given.get("output_dir", DEFAULTS["output_dir"]))
     adapter_path = resolve_path(options.adapter_path or output_dir / "lora-adapter")
-    evaluate(adapter_path, given)
+    # an adapter is measured on the rows that its own run held out: they lie beside it, or beside its checkpoints
+    runs = [folder for folder in adapter_path.parents[:2] if (folder / "validation.jsonl").is_file()]
+    run_dir = runs[0] if runs else output_dir
+    evaluate(adapter_path, given, run_dir, target=output_dir if "output_dir" in given else run_dir)
 
 
-def evaluate(adapter_path, given):
+def evaluate(adapter_path, given, run_dir, target):
     """The phases: settings, rows, model, figures and answers of base and tuned, report."""
     import generation_utils
     import model_utils
     import prompt_utils
+    import training_utils
 
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
-    target = resolve_path(settings.output_dir) / "evaluation"
+    target = target / "evaluation"
     check_writable(target, "--output_dir")
-    conversations = load_validation_rows(settings)
+    conversations = load_validation_rows(settings, run_dir)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     rows, _ = prompt_utils.tokenize_conversations(tokenizer, conversations, settings.max_seq_length, "validation data")
     say(f"Measuring base and tuned model on {len(rows)} rows")
-    metrics = measure(model, rows, settings.batch_size * settings.max_seq_length)
+    pass_tokens = training_utils.choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
+    metrics = measure(model, rows, pass_tokens)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    samples = answer_side_by_side(model, tokenizer, conversations[: settings.eval_samples], generation)
-    metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name, "seed": settings.seed}
+    chosen = conversations[: settings.eval_samples]
+    samples = answer_side_by_side(model, tokenizer, chosen, generation, settings.max_seq_length)
+    metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name}
     write_report(target, metrics, samples)
     print_report(target, metrics, samples)
 
 
-def load_validation_rows(settings):
-    """The rows that training held out, or those of VALIDATION_DATASET_PATH: [(row number, messages), ...]."""
+def load_validation_rows(settings, run_dir):
+    """The rows that the adapter's run held out, or those of VALIDATION_DATASET_PATH: [(row number, messages), ...]."""
     import data_utils
 
     if settings.validation_dataset_path is not None:
@@ -67,13 +74,13 @@ def load_validation_rows(settings):
         conversations, report = data_utils.load_conversations(path, settings.dataset_columns)
         say(f"Validation data: {report.line()}")
         return conversations
-    path = resolve_path(settings.output_dir) / "validation.jsonl"
+    path = run_dir / "validation.jsonl"
     if not path.exists():
         raise UserError(
             f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"
             " give rows of your own by --validation_dataset_path"
         )
-    return data_utils.load_conversations(path)[0]
+    return data_utils.read_conversations(path)
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -114,7 +121,7 @@ def bootstrap_interval(base, tuned, resamples=2000, seed=0):
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
-def answer_side_by_side(model, tokenizer, conversations, generation):
+def answer_side_by_side(model, tokenizer, conversations, generation, max_prompt_tokens):
     """Let base and tuned answer the last question of each conversation; returns one dict a row."""
     import generation_utils
     import training_utils
@@ -124,9 +131,10 @@ def answer_side_by_side(model, tokenizer, conversations, generation):
     ends = [training_utils.last_answer(messages) for _, messages in conversations]
     prompts = [messages[:end] for (_, messages), end in zip(conversations, ends, strict=True)]
     say(f"Letting both answer {len(prompts)} of them")
-    tuned = generation_utils.generate_replies(model, tokenizer, prompts, generation)
+    limit = {"max_prompt_tokens": max_prompt_tokens}
+    tuned = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)
     with model.disable_adapter():
-        base = generation_utils.generate_replies(model, tokenizer, prompts, generation)
+        base = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)
     return [
         {
             "row": number,

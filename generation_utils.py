@@ -5,7 +5,7 @@ from threading import Thread
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from prompt_utils import encode_prompt, find_end_token
+from prompt_utils import encode_prompt, end_token_ids
 
 # C0 and C1 control characters except tab and newline: a model's output must not be able to steer the terminal
 CONTROL_CHARACTERS = dict.fromkeys([c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n"])
@@ -18,13 +18,13 @@ def printable(text):
 
 def build_generation_config(tokenizer, settings):
     """Sampling settings; a reply ends at EOS or at the token that the chat template writes after an answer."""
-    end_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))}
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
+    # top_k=0: what is not set here would be filled in from the model's own generation config
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.do_sample else {}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.do_sample,
         repetition_penalty=settings.repetition_penalty,
-        eos_token_id=sorted(end_ids),
+        eos_token_id=end_token_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
@@ -60,9 +60,12 @@ def left_pad(prompts, pad_id, device):
 
 
 @torch.no_grad()
-def generate_replies(model, tokenizer, conversations, generation_config, batch_size=8):
-    """Answer conversations (lists of messages that end with the user's turn) in batches; returns the replies' texts."""
-    limit = prompt_limit(model, generation_config.max_new_tokens)
+def generate_replies(model, tokenizer, conversations, generation_config, batch_size=8, max_prompt_tokens=2**20):
+    """Answer conversations (lists of messages that end with the user's turn) in batches; returns the replies' texts.
+
+    Prompts beyond max_prompt_tokens or the model's context lose their oldest part, as in training.
+    """
+    limit = min(max_prompt_tokens, prompt_limit(model, generation_config.max_new_tokens))
     prompts = [trim_history(encode_prompt(tokenizer, messages), limit) for messages in conversations]
     replies = []
     for start in range(0, len(prompts), batch_size):

@@ -55,16 +55,19 @@ class hub_errors:
             return f"{self.name!r} is neither a folder nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
         if status in (401, 403):
             return (
-                f"the Hub refuses {self.name} ({status}): it is gated, private or does not exist; accept its licence at"
-                f" https://huggingface.co/{self.name} and set HF_TOKEN to a token that may read it"
+                f"no local folder {self.name}, and the Hub refuses it ({status}): it is gated, private or does not"
+                f" exist; check the spelling, or accept its licence at https://huggingface.co/{self.name} and set"
+                " HF_TOKEN to a token that may read it"
             )
         if status == 404:
-            return f"the Hub knows no model {self.name} (404); check the spelling, or give a local folder"
+            return f"no local folder {self.name}, and the Hub knows no such model (404); check the spelling"
         if status is not None or "Errno" in str(error.__cause__) or "connection" in str(error).lower():
             reason = f"it answered {status}" if status else "no connection"
             return (
                 f"the Hub cannot be reached for {self.name} ({reason}); check the network and try again, give a local"
                 " folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base"
             )
+        if isinstance(error, OSError) and error.errno:
+            return f"{self.name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
         first_line = str(error).strip().split("\n")[0]
         return f"{self.name} cannot be loaded: {first_line}; give a causal language model with safetensors weights"

@@ -11,6 +11,7 @@ Replies go to stdout, everything else to stderr.
 import sys
 
 from run_utils import (
+    DEFAULTS,
     UserError,
     build_parser,
     make_settings,
@@ -41,10 +42,10 @@ def main(argv):
     parser.add_argument("--base_only", action="store_true", help="talk to the base model, without the adapter")
     parser.add_argument("--adapter_path", help="adapter to talk to (default: OUTPUT_DIR/lora-adapter)")
     options, given = parse_command_line(parser, argv)
-    if options.instruction is not None and not options.instruction.strip():
-        raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
+    if options.instruction is not None:
+        check_instruction(options.instruction)
     quiet_libraries()
-    output_dir = resolve_path(given.get("output_dir", "output"))
+    output_dir = resolve_path(given.get("output_dir", DEFAULTS["output_dir"]))
     adapter_path = resolve_path(options.adapter_path or output_dir / "lora-adapter")
     model, tokenizer, settings = load(adapter_path, given, options.base_only)
     if options.instruction is not None:
@@ -53,6 +54,14 @@ def main(argv):
         run_demo(model, tokenizer, settings)
     else:
         chat(model, tokenizer, settings)
+
+
+def check_instruction(text):
+    """Raise UserError for an instruction that is blank or no text (bytes that are not UTF-8)."""
+    from data_utils import require_text
+
+    if not require_text(text, "the instruction").strip():
+        raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
 
 
 def load(adapter_path, given, base_only):
@@ -113,6 +122,8 @@ def chat(model, tokenizer, settings):
 
     torch.manual_seed(settings.seed)
     messages, keep_history = [], tokenizer.chat_template != ALPACA_TEMPLATE
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end the chat
     interactive = sys.stdin.isatty()
     say(f"Type an instruction; /help lists the commands. Earlier turns are {'kept' if keep_history else 'not kept'}.")
     while True:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from hub_utils import hub_errors, locate_model
-from prompt_utils import ALPACA_TEMPLATE
+from prompt_utils import ALPACA_TEMPLATE, end_token_ids
 from run_utils import (
     DEFAULTS,
     UserError,
@@ -160,6 +160,11 @@ def count_parameters(path, settings, models_dir=None):
     """Return (total, trainable) parameters of the model with its adapter, from its config alone, without memory."""
     with hub_errors(path):
         model_config = AutoConfig.from_pretrained(path, cache_dir=models_dir)
+        if getattr(model_config, "quantization_config", None) is not None:
+            raise UserError(
+                f"{path} is stored quantized, and an adapter could not be merged into it; give the model that it was"
+                " made from, which is quantized to 4 bits while it is loaded"
+            )
         with torch.device("meta"):
             model = attach_lora(AutoModelForCausalLM.from_config(model_config), settings)
     parameters = list(model.parameters())
@@ -179,8 +184,9 @@ def make_readable(folder):
     """Give a folder's files the usual permissions; safetensors writes weights that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in Path(folder).iterdir():
-        file.chmod(0o666 & ~umask)
+    for path in Path(folder).iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def save_finished_adapter(model, tokenizer, path, settings, record):
@@ -239,6 +245,8 @@ def read_recorded_settings(adapter_path):
     base = adapter_config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{adapter_path}/adapter_config.json names no base model; train again or restore the file")
+    if adapter_config.get("peft_type") != "LORA":
+        raise UserError(f"{adapter_path}/adapter_config.json describes no LoRA adapter; give the folder of one")
     return recorded | {"base_model_name": base}
 
 
@@ -254,7 +262,14 @@ def load_trained_model(adapter_path, settings=None):
     """
     quiet_libraries()
     folder = check_adapter_folder(adapter_path)
-    settings = settings or make_settings(recorded=read_recorded_settings(folder))
+    recorded = read_recorded_settings(folder)
+    settings = settings or make_settings(recorded=recorded)
+    if settings.base_model_name != recorded["base_model_name"]:
+        raise UserError(
+            f"adapter {display_path(folder)} was trained on {recorded['base_model_name']} and cannot be used on"
+            f" {settings.base_model_name}; leave out --base_model_name (if the base was moved, correct"
+            " base_model_name_or_path in the adapter's adapter_config.json)"
+        )
     models_dir = resolve_path(settings.models_dir)
     tokenizer = load_tokenizer(str(folder))
     device = resolve_device(settings.device)
@@ -293,7 +308,7 @@ def load_adapter(base, folder):
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
-def merge_and_save_model(model, tokenizer, path):
+def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir"]):
     """Merge the adapter into its base model and save a folder that plain transformers loads.
 
     The base is loaded again unquantized, in the number format that `model` computes in, so that the merged model
@@ -304,7 +319,7 @@ def merge_and_save_model(model, tokenizer, path):
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
-    base = reload_base(model)
+    base = reload_base(model, resolve_path(models_dir))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config)
@@ -315,7 +330,7 @@ def merge_and_save_model(model, tokenizer, path):
     if not abs(found - expected) < 0.05:
         raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
     merged.config.use_cache = True
-    tidy_generation_config(merged.generation_config)
+    prepare_generation_config(merged.generation_config, tokenizer)
     staged = target.with_name(target.name + ".incomplete")
     shutil.rmtree(staged, ignore_errors=True)
     merged.save_pretrained(staged)
@@ -325,10 +340,9 @@ def merge_and_save_model(model, tokenizer, path):
     say(f"Merged model saved to {display_path(target)}")
 
 
-def reload_base(model):
+def reload_base(model, models_dir):
     """Load the adapter's base model without quantization, on the model's GPU if it has room, else on the CPU."""
     name = model.peft_config["default"].base_model_name_or_path
-    models_dir = resolve_path(DEFAULTS["models_dir"])
     path = locate_model(name, models_dir)
     device = model.device
     if device.type == "cuda":
@@ -349,9 +363,13 @@ def probe_loss(model, tokenizer):
     return model(input_ids=ids, labels=ids, use_cache=False).loss.item()
 
 
-def tidy_generation_config(generation_config):
-    """Some hub models ship a temperature without do_sample, which save_pretrained refuses."""
-    if not generation_config.do_sample and (
-        generation_config.temperature not in (None, 1.0) or generation_config.top_p not in (None, 1.0)
-    ):
+def prepare_generation_config(generation_config, tokenizer):
+    """End replies where training did, and make the config fit to be saved.
+
+    Some hub models ship sampling options without do_sample, which save_pretrained refuses.
+    """
+    generation_config.eos_token_id = end_token_ids(tokenizer)
+    generation_config.pad_token_id = tokenizer.pad_token_id
+    options = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+    if any(getattr(generation_config, option, None) not in (None, 0, 1.0) for option in options):
         generation_config.do_sample = True

@@ -30,10 +30,16 @@ def render(tokenizer, messages, add_generation_prompt):
     from jinja2.exceptions import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        # enable_thinking=False: Qwen3 and its like then write the empty thought into the prompt, not into the answer
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
     except (TemplateError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the model's chat template refuses a conversation of {roles}: {error}") from None
+        raise UserError(
+            f"the model's chat template refuses a conversation of {roles}: {error}; change those rows (many templates"
+            " take no system message) or choose another base model"
+        ) from None
 
 
 def find_end_token(tokenizer):
@@ -51,6 +57,11 @@ def find_end_token(tokenizer):
             " to stop; choose a base model without a chat template, or one whose template ends each answer"
         )
     return found[0]
+
+
+def end_token_ids(tokenizer):
+    """The ids that end a reply: EOS, and the token that the chat template writes after an answer."""
+    return sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))})
 
 
 @lru_cache(maxsize=4)
@@ -82,14 +93,15 @@ def encode(tokenizer, text, cuts=()):
     plain text. No token spans a character position in `cuts`, where answers start: what stands before is encoded as it
     is when it stands alone, so that a prompt's ids are the same in training and at inference.
     """
-    pattern, stand_ins = control_tokens(tokenizer)
-    used = [token for token, stand_in in stand_ins.items() if stand_in in text]
-    if used:
-        ids, offsets = encode_around_control_tokens(
-            tokenizer, text, pattern, {token: stand_ins[token] for token in used}
+    stand_ins = {stand_in: token for token, stand_in in control_tokens(tokenizer)[1].items() if stand_in in text}
+    ids, offsets, position = [], [], 0
+    for piece in re.split("(" + "|".join(stand_ins) + ")", text) if stand_ins else [text]:
+        piece_ids, piece_offsets = encode_piece(
+            tokenizer, stand_ins.get(piece, piece), piece in stand_ins, position > 0
         )
-    else:
-        ids, offsets = tokenize(tokenizer, text, split_special_tokens=False)
+        ids += piece_ids
+        offsets += [(position + start, position + end) for start, end in piece_offsets]
+        position += len(piece)
     for cut in cuts:
         if any(start < cut < end for start, end in offsets):
             left_ids, left_offsets = encode(tokenizer, text[:cut], [c for c in cuts if c < cut])
@@ -98,34 +110,27 @@ def encode(tokenizer, text, cuts=()):
     return ids, offsets
 
 
-def tokenize(tokenizer, text, split_special_tokens):
-    """The tokenizer's bare ids and character offsets; with split_special_tokens no text becomes a control token."""
+def encode_piece(tokenizer, text, literal, continues):
+    """Ids and offsets of one piece of a text; if `literal`, without control tokens.
+
+    A piece that `continues` a text is encoded behind a line break, which is then taken off again: SentencePiece-style
+    tokenizers put a blank before the start of whatever they are given.
+    """
+    guard = "\n" if continues else ""
     encoded = tokenizer(
-        text,
+        guard + text,
         add_special_tokens=False,
         return_offsets_mapping=True,
-        split_special_tokens=split_special_tokens,
+        split_special_tokens=literal,
         verbose=False,  # it would warn of texts beyond the model's context, which are cut later
     )
-    return encoded["input_ids"], encoded["offset_mapping"]
-
-
-def encode_around_control_tokens(tokenizer, text, pattern, stand_ins):
-    """Encode the stretches between the template's control tokens as plain text, stand-ins turned back; as encode()."""
-    ids, offsets, position = [], [], 0
-    for found in [*pattern.finditer(text), None]:
-        stretch = text[position : found.start() if found else len(text)]
-        for token, stand_in in stand_ins.items():
-            stretch = stretch.replace(stand_in, token)
-        if stretch:
-            stretch_ids, stretch_offsets = tokenize(tokenizer, stretch, split_special_tokens=True)
-            ids += stretch_ids
-            offsets += [(position + start, position + end) for start, end in stretch_offsets]
-        if found:
-            ids.append(tokenizer.convert_tokens_to_ids(found[0]))
-            offsets.append(found.span())
-            position = found.end()
-    return ids, offsets
+    offsets = encoded["offset_mapping"]
+    if guard and any(start < 1 < end for start, end in offsets):  # the line break merged with the text
+        return encode_piece(tokenizer, text, literal, False)
+    kept = [index for index, (_, end) in enumerate(offsets) if end > len(guard) or not guard]
+    return [encoded["input_ids"][i] for i in kept], [
+        (offsets[i][0] - len(guard), offsets[i][1] - len(guard)) for i in kept
+    ]
 
 
 def encode_prompt(tokenizer, messages):
@@ -149,8 +154,8 @@ def answer_spans(tokenizer, messages, text, end_token):
         # an end token before the answer: these words belong to a later turn, this one was left out
         if not text.startswith(prompt) or start < 0 or end < 0 or end_token in text[len(prompt) : start]:
             raise UserError(
-                f"the model's chat template renders message {index + 1} differently once others follow, so the answer"
-                " cannot be located; use single-turn rows, or a base model with another template"
+                f"the model's chat template changes message {index + 1} or leaves it out, so the answer cannot be"
+                " located; if the row has several turns try single-turn rows, else choose another base model"
             )
         spans.append((len(prompt), end + len(end_token)))
     return spans
@@ -168,7 +173,8 @@ def encode_conversation(tokenizer, messages, end_token):
     ids, offsets = encode(tokenizer, text, [start for start, _ in spans])
     labels, last_start = [IGNORED] * len(ids), len(ids)
     for start, end in spans:
-        trained = [index for index, (begin, stop) in enumerate(offsets) if begin >= start and stop <= end]
+        # by where a token starts: some end tokens take the line break behind them along
+        trained = [index for index, (begin, _) in enumerate(offsets) if start <= begin < end]
         for index in trained:
             labels[index] = ids[index]
         last_start = min(trained, default=len(ids))
@@ -176,21 +182,22 @@ def encode_conversation(tokenizer, messages, end_token):
 
 
 # ---- Examples --------------------------------------------------------------------------------------------------------
-def fit_to_length(ids, labels, last_start, max_seq_length):
+def fit_to_length(ids, labels, last_start, max_seq_length, bos_id=None):
     """Cut an example to max_seq_length tokens; returns (ids, labels, status).
 
-    The oldest part of the prompt goes first (after the first token, which is BOS). Only an answer that would leave less
-    than a quarter of the length to its prompt loses its tail, and then gets no end token: the model must not learn to
-    stop in mid-sentence.
+    The oldest part of the prompt goes first, but never its BOS. Only an answer that would leave less than a quarter of
+    the length to its prompt loses its tail, and then gets no end token: the model must not learn to stop in
+    mid-sentence.
     """
     if len(ids) <= max_seq_length:
         return ids, labels, "kept"
-    keep_prompt = min(last_start, max_seq_length // 4)
-    answer_end = min(len(ids), last_start + max_seq_length - keep_prompt)
-    prompt_start = last_start - (max_seq_length - (answer_end - last_start)) + 1
-    cut = slice(prompt_start, answer_end)
+    answer_end = min(len(ids), last_start + max_seq_length - min(last_start, max_seq_length // 4))
+    prompt_start = answer_end - max_seq_length
+    kept = range(prompt_start, answer_end)
+    if ids[0] == bos_id:
+        kept = kept[1:] if ids[kept[1]] == bos_id else [0, *kept[1:]]
     status = "shortened" if answer_end == len(ids) else "answer_cut"
-    return [ids[0], *ids[cut]], [labels[0], *labels[cut]], status
+    return [ids[index] for index in kept], [labels[index] for index in kept], status
 
 
 def check_example(tokenizer, example, end_id, where):
@@ -221,7 +228,7 @@ def tokenize_conversations(tokenizer, conversations, max_seq_length, source):
             ids, labels, last_start = encode_conversation(tokenizer, conversation, end_token)
         except UserError as error:
             raise UserError(f"{source}, row {number}: {error}") from None
-        ids, labels, status = fit_to_length(ids, labels, last_start, max_seq_length)
+        ids, labels, status = fit_to_length(ids, labels, last_start, max_seq_length, tokenizer.bos_token_id)
         if all(label == IGNORED for label in labels):
             report.drop("no trainable token", number)
             continue

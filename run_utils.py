@@ -20,21 +20,21 @@ DEFAULTS = {name.lower(): value for name, value in vars(config).items() if name.
 # One frozen snapshot of config.py and the command line: settings.lora_r and so on.
 Settings = namedtuple("Settings", DEFAULTS)
 
-# Inclusive limits of the numbers; None: no limit on that side.
+# Inclusive limits of the numbers; None: no upper limit. A lower limit with a decimal point marks a decimal number.
 RANGES = {
-    "validation_split": (0, 0.9),
+    "validation_split": (0.0, 0.9),
     "max_seq_length": (8, None),
     "max_train_rows": (0, None),
     "lora_r": (1, None),
     "lora_alpha": (1, None),
-    "lora_dropout": (0, 0.9),
+    "lora_dropout": (0.0, 0.9),
     "num_epochs": (1, None),
     "batch_size": (1, None),
     "gradient_accumulation_steps": (1, None),
     "learning_rate": (1e-9, 1),
-    "warmup_ratio": (0, 0.9),
-    "weight_decay": (0, 1),
-    "max_grad_norm": (0, None),
+    "warmup_ratio": (0.0, 0.9),
+    "weight_decay": (0.0, 1),
+    "max_grad_norm": (0.0, None),
     "max_steps": (0, None),
     "seed": (0, 2**32 - 1),
     "logging_steps": (1, None),
@@ -48,6 +48,7 @@ RANGES = {
     "repetition_penalty": (0.1, 10),
     "eval_samples": (0, None),
 }
+SWITCHES = ("use_4bit_quantization", "use_fp16", "gradient_checkpointing", "do_sample")
 CHOICES = {
     "device": ("cuda", "cpu"),
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
@@ -56,7 +57,7 @@ CHOICES = {
 
 
 # What an adapter was trained with and needs again wherever it is loaded.
-BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length")
+BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "max_seq_length")
 
 
 class UserError(Exception):
@@ -102,23 +103,28 @@ def describe_settings():
     return groups
 
 
+def setting_type(name):
+    """The type of a setting, whatever value it was edited to: bool, int, float, dict or str."""
+    if name in RANGES:
+        return type(RANGES[name][0])
+    return bool if name in SWITCHES else dict if name == "dataset_columns" else str
+
+
 def parse_value(name, text, default):
-    """Turn a flag's text into the type of its default in config.py; a default of None takes text."""
+    """Turn a flag's text into the setting's type; "none" stands for None where that is the default."""
+    kind = setting_type(name)
     expected = {bool: "true or false", int: "a whole number", float: "a number", dict: 'JSON such as {"a": "b"}'}
     try:
-        if isinstance(default, bool):
+        if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if isinstance(default, dict):
+        if kind is dict:
             value = json.loads(text)
             if not isinstance(value, dict):
                 raise ValueError
             return value
-        if isinstance(default, (int, float)):
-            return type(default)(text)
+        return None if default is None and text.lower() == "none" else kind(text)
     except (ValueError, KeyError):
-        kind = expected[type(default)]
-        raise UserError(f"--{name} got {text!r}, expected {kind}; the default is {default!r}") from None
-    return None if default is None and text.lower() == "none" else text
+        raise UserError(f"--{name} got {text!r}, expected {expected[kind]}; the default is {default!r}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -158,19 +164,23 @@ def parse_command_line(parser, argv):
 
 
 def check_settings(settings):
-    """Raise UserError for the first setting out of its range or of another type; returns the settings."""
+    """Raise UserError for the first setting of another type or out of its range; returns the settings."""
+    for name, value in settings._asdict().items():
+        kind = setting_type(name)
+        accepted = (int, float) if kind is float else (str, type(None)) if kind is str else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            wanted = {bool: "True or False", int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
+            raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct config.py or the flag")
     for name, (low, high) in RANGES.items():
         value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{name.upper()} in config.py is {value!r}, expected a number without quotes")
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        if not math.isfinite(value) or value < low or (high is not None and value > high):
             limits = f"{low} to {high}" if high is not None else f"{low} or more"
             raise UserError(f"--{name} is {value}, expected {limits}; the default is {DEFAULTS[name]}")
     for name, choices in CHOICES.items():
         if getattr(settings, name) not in choices:
             raise UserError(f"--{name} is {getattr(settings, name)!r}, expected one of {', '.join(choices)}")
-    for name in ("base_model_name", "output_dir", "logs_dir", "models_dir"):
-        if not isinstance(getattr(settings, name), str) or not getattr(settings, name).strip():
+    for name in ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir"):
+        if not (getattr(settings, name) or "").strip():
             raise UserError(
                 f"--{name} is {getattr(settings, name)!r}, expected a name; the default is {DEFAULTS[name]}"
             )

@@ -138,7 +138,7 @@ def build_callbacks(settings, tokenizer, validation_set, log_dir):
     return [
         training_utils.ProgressLine(),
         board,
-        training_utils.SampleAnswers(tokenizer, prompts, generation, board),
+        training_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
         training_utils.CheckpointSettings(settings),
     ]
 
@@ -163,14 +163,10 @@ def finish(trainer, settings, validation_rows, started):
     import model_utils
     import training_utils
 
-    validation_loss = None
-    if validation_rows:
-        scores = training_utils.score_rows(trainer.model, validation_rows, trainer.max_pass_tokens)
-        validation_loss = training_utils.mean_loss(scores)
     if not trainer.is_world_process_zero():
         return
     state = trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]  # best_metric is the kept adapter's
     record = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "seconds": round(time.time() - started, 1),
@@ -178,7 +174,7 @@ def finish(trainer, settings, validation_rows, started):
         "best_step": state.best_global_step,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "validation_loss": validation_loss,
+        "validation_loss": state.best_metric,
         "peak_memory_gib": round(training_utils.peak_memory_gib(trainer.args.device), 3),
         "training_rows": len(trainer.train_dataset),
         "validation_rows": len(validation_rows),

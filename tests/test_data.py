@@ -376,6 +376,18 @@ def test_a_mapping_that_does_not_fit_is_refused_with_the_columns_found(write, ma
     assert "columns found: instruction, response" in message
 
 
+def test_an_optional_input_that_the_first_row_lacks_is_kept_in_the_others(write):
+    rows = [
+        {"instruction": "How long?", "response": "30 days."},
+        {"instruction": "Classify.", "input": "My order came broken.", "response": "A complaint."},
+    ]
+    for name, text in (("rows.json", json.dumps(rows)), ("rows.jsonl", "\n".join(map(json.dumps, rows)))):
+        assert pairs(write(name, text)) == [
+            ("How long?", "30 days."),
+            ("Classify.\n\nMy order came broken.", "A complaint."),
+        ]
+
+
 # ---- Conversations ---------------------------------------------------------------------------------------------------
 def test_openai_messages_are_kept_in_order_with_their_roles(write):
     turns = [

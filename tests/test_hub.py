@@ -101,6 +101,7 @@ def run_with_hub(run, workplace):
             "HF_TOKEN": TOKEN,
             "NO_PROXY": "127.0.0.1",
             "PYTHONPATH": str(workplace / "path"),
+            "OMP_NUM_THREADS": "1",
         }
         return run(script, *arguments, *folders, "--models_dir", workplace / "models", **environment)
 

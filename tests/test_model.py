@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 import model_utils
 from conftest import TINY_BASE
@@ -40,6 +40,15 @@ SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, use_4bit_qu
 FOUR_BIT = SETTINGS._replace(use_4bit_quantization=True)
 LINEAR_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 IDS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are too small to share out: waiting for a busy second core costs twenty times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def save_base(folder, layers=2, hidden_size=64, tied=True):
@@ -288,16 +297,14 @@ def test_4_bit_on_apple_mps_is_refused_with_the_flags_that_help(base):
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
-def first_weights(base, seed):
-    torch.manual_seed(seed + 100)  # what was drawn before must not matter
+def first_weights(base, seed, drawn_before):
+    torch.manual_seed(drawn_before)
     model = attach_lora(load_base_model(base, CPU, torch.float32), SETTINGS._replace(seed=seed))
     return {name: p for name, p in model.named_parameters() if "lora_A" in name}
 
 
-def test_the_adapters_first_weights_are_fixed_by_the_seed(base):
-    first = first_weights(base, 1)
-    torch.rand(7)
-    again, other = first_weights(base, 1), first_weights(base, 2)
+def test_the_adapters_first_weights_are_fixed_by_the_seed_alone(base):
+    first, again, other = first_weights(base, 1, 7), first_weights(base, 1, 8), first_weights(base, 2, 7)
     assert first
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
@@ -594,10 +601,11 @@ def expected_weight(base, model, name="model.layers.1.self_attn.q_proj"):
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, FOUR_BIT], ids=["from float32", "from 4 bits"])
-def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(settings, base, tmp_path):
+def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(settings, tmp_path):
+    base = save_base(tmp_path / "base")
+    edit_json(tmp_path / "base/config.json", use_cache=False)  # as the Trainer leaves it
     model, folder = save_trained(tmp_path / "adapter", base, settings)
     loaded, tokenizer = load_trained_model(folder)
-    loaded.config.use_cache = False  # as the Trainer leaves it
     previous = os.umask(0o022)
     try:
         merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
@@ -614,7 +622,7 @@ def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(set
     files = list((tmp_path / "merged").iterdir())
     assert {path.suffix for path in files} == {".safetensors", ".json", ".jinja"}
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
 def test_merging_leaves_the_model_in_memory_as_it_was(base, tmp_path):
@@ -663,12 +671,11 @@ def test_a_merge_that_cannot_be_written_leaves_no_folder_under_its_name_and_can_
 
 
 @pytest.mark.parametrize("generation", [{"temperature": 0.6}, {"top_p": 0.9}, {"temperature": 0.0}])
-def test_a_base_with_sampling_settings_but_no_do_sample_merges_into_one_that_generates(generation, tmp_path):
+def test_a_base_with_sampling_settings_but_no_do_sample_merges_and_decodes_as_before(generation, tmp_path):
     base = save_base(tmp_path / "base")
     (tmp_path / "base/generation_config.json").write_text(json.dumps(generation))
-    with pytest.raises(ValueError, match="do_sample"):
-        GenerationConfig(**generation).save_pretrained(tmp_path)  # the check can tell
     loaded, tokenizer = load_trained_model(save_trained(tmp_path / "adapter", base)[1])
     merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert merged.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2).shape[1] > IDS.shape[1]
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 6}
+    assert torch.equal(merged.generate(**batch), loaded.generate(**batch))

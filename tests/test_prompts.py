@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import prompt_utils
@@ -402,14 +402,14 @@ def test_a_row_that_fits_exactly_is_left_alone():
 
 
 def test_the_prompt_is_trimmed_first_and_keeps_its_bos_and_its_end():
-    ids, labels, status = prompt_utils.fit_to_length(*parts(9, 3), 8)
+    ids, labels, status = prompt_utils.fit_to_length(*parts(9, 3), 8, bos_id=0)
     assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
     assert labels == [IGNORED] * 5 + [9, 10, 11]
     assert status == "shortened"
 
 
 def test_a_long_answer_keeps_a_quarter_for_its_prompt_and_loses_its_tail():
-    ids, labels, status = prompt_utils.fit_to_length(*parts(6, 20), 8)
+    ids, labels, status = prompt_utils.fit_to_length(*parts(6, 20), 8, bos_id=0)
     assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
     assert labels == [IGNORED] * 2 + [6, 7, 8, 9, 10, 11]
     assert status == "answer_cut"
@@ -418,7 +418,7 @@ def test_a_long_answer_keeps_a_quarter_for_its_prompt_and_loses_its_tail():
 @given(prompt=st.integers(1, 60), answer=st.integers(1, 60), limit=st.integers(8, 48))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_whatever_the_lengths_the_cut_is_exact(prompt, answer, limit):
-    ids, labels, status = prompt_utils.fit_to_length(*parts(prompt, answer), limit)
+    ids, labels, status = prompt_utils.fit_to_length(*parts(prompt, answer), limit, bos_id=0)
     assert len(ids) == len(labels) == min(prompt + answer, limit)
     assert ids[0] == 0
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
@@ -544,3 +544,67 @@ def test_trained_tokens_are_counted_as_they_are_predicted():
     assert [prompt_utils.count_trained_tokens([row]) for row in ROWS] == [2, 0, 1]
     assert prompt_utils.count_trained_tokens(ROWS) == len(prompt_utils.build_pass(ROWS)["targets"]) == 3
     assert prompt_utils.count_trained_tokens([]) == 0
+
+
+# ---- Templates and tokenizers of well-known families, imitated on the bundled tokenizer ------------------------------
+def test_a_cut_row_never_starts_with_two_bos_tokens(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[I] ' + m['content'] + ' [/I]' }}"
+        "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    turns = [message for n in range(4) for message in (user(f"question {n} " * 4), assistant(f"answer {n} " * 4))]
+    for length in range(8, 130):
+        examples, _ = prompt_utils.tokenize_conversations(tokenizer, [(1, turns)], length, "data")
+        assert len(examples[0]["input_ids"]) <= length
+        assert examples[0]["input_ids"][:2] != [BOS, BOS]
+
+
+def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|reserved_0|>{{ m['role'] + '\\n' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+        "{{ m['content'] }}<|reserved_1|>\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|reserved_0|>assistant\\n' }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}"
+        "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+    )
+    examples, _ = prompt_utils.tokenize_conversations(tokenizer, [(1, [user("Is it?"), assistant("Yes")])], 64, "data")
+    assert prompt_utils.mark_trained_tokens(tokenizer, examples[0]).endswith("</think>\n\n[Yes<|reserved_1|>]")
+
+
+def test_an_end_token_that_takes_the_line_break_along_is_trained_in_every_turn(tokenizer):
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", rstrip=True, special=True)})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    turns = [user("a"), assistant("first"), user("b"), assistant("second")]
+    ids, labels, _ = encode_conversation(tokenizer, turns, "<|end|>")
+    assert trained(labels).count(tokenizer.eos_token_id) == 2
+    assert ids.count(tokenizer.eos_token_id) == 4
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_control_token_in_the_answer_changes_no_prompt_id_of_a_metaspace_tokenizer(scheme):
+    tokenizer = metaspace_tokenizer(scheme)
+    messages = [user("say hi now"), assistant("it is </s> ok")]
+    ids, _, _ = encode_conversation(tokenizer, messages, "</s>")
+    prompt = encode_prompt(tokenizer, messages[:1])
+    assert ids[: len(prompt)] == prompt
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids).count("</s>") == 2
+    assert "it is </s> ok" in tokenizer.decode(ids)
+
+
+def metaspace_tokenizer(scheme):
+    """A Llama-like tokenizer: blanks are part of the words, and one is put before the start."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    texts = ["### Instruction:\nsay hi now\n\n### Response:\nit is </s> ok </ s >"] * 4
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = ALPACA_TEMPLATE
+    return tokenizer

@@ -262,7 +262,20 @@ def test_the_upper_limit_is_inclusive_and_above_it_is_refused(name, high):
 
 @pytest.mark.parametrize("name", RANGES)
 def test_nan_is_out_of_every_range(name):
-    assert f"--{name} is nan" in refusal(run_utils.check_settings, with_value(name, float("nan")))
+    assert "is nan" in refusal(run_utils.check_settings, with_value(name, float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_4bit_quantization", "false"), ("batch_size", 4.0), ("batch_size", True), ("dataset_columns", "a")],
+)
+def test_an_edited_setting_of_another_type_is_refused(name, value):
+    assert f"{name.upper()} is {value!r}" in refusal(run_utils.check_settings, with_value(name, value))
+
+
+def test_a_whole_number_in_config_does_not_change_the_type_of_a_decimal_flag():
+    assert run_utils.parse_value("temperature", "0.7", 1) == 0.7
+    assert run_utils.check_settings(with_value("temperature", 1)).temperature == 1
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -276,7 +289,7 @@ def test_a_choice_takes_its_listed_values_only(name):
 
 @pytest.mark.parametrize("value", ["16", None])
 def test_a_value_of_the_wrong_type_in_config_is_a_line_and_no_traceback(value):
-    assert "LORA_R in config.py" in refusal(run_utils.check_settings, with_value("lora_r", value))
+    assert "LORA_R is" in refusal(run_utils.check_settings, with_value("lora_r", value))
 
 
 def test_make_settings_checks_what_it_merges(gpu):

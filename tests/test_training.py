@@ -3,13 +3,12 @@
 import copy
 import json
 import math
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 import train
 import training_utils
@@ -98,6 +97,32 @@ def test_changing_one_row_changes_no_other_rows_losses(name):
         assert before[index][0] == pytest.approx(after[index][0], rel=1e-5)
 
 
+MIXING = {
+    "lfm2 (convolution)": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "opt (learned positions)": {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_model_that_mixes_rows_gets_one_row_a_pass_and_then_scores_them_right(name, capsys):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, **MIXING[name], initializer_range=0.3)).eval()
+    rows = make_rows()
+    limit = training_utils.choose_pass_tokens(model, 1000)
+    assert limit == 0
+    assert "each row is computed by itself" in capsys.readouterr().err
+    alone = [score_rows(model, [row], 1000)[0][0] for row in rows]
+    assert [nll for nll, _ in score_rows(model, rows, limit)] == pytest.approx(alone, rel=1e-5)
+    assert [nll for nll, _ in score_rows(model, rows, 1000)] != pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_keeps_rows_apart_gets_full_passes(name):
+    model = make_model(name)
+    assert training_utils.choose_pass_tokens(model, 1000) == 1000
+    assert model.training
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     model, rows = make_model(), make_rows()
     trainer = make_trainer(model, rows, tmp_path, 40)
@@ -168,23 +193,30 @@ def test_checkpoints_fall_on_evaluations():
     assert arguments.load_best_model_at_end
 
 
-def test_the_speed_counts_training_time_only(tmp_path):
+def test_the_speed_counts_training_time_only(tmp_path, monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(training_utils.time, "perf_counter", lambda: clock["now"])
     rows = make_rows((8,) * 8)
     settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1, num_epochs=2, logging_steps=4)
     trainer = make_trainer(make_model(), rows, tmp_path, 1000, settings)
     trainer.args.set_save("no")
     trainer.args.set_evaluate("steps", steps=2, batch_size=4, delay=0)
     trainer.eval_dataset = rows
-    evaluate = trainer.evaluate
+    evaluate, step = trainer.evaluate, trainer.accelerator.backward
 
     def slow_evaluate(*args, **kwargs):
-        time.sleep(1)
+        clock["now"] += 1000
         return evaluate(*args, **kwargs)
 
+    def slow_backward(*args, **kwargs):
+        clock["now"] += 2
+        return step(*args, **kwargs)
+
     trainer.evaluate = slow_evaluate
+    trainer.accelerator.backward = slow_backward
     trainer.train()
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
-    assert speeds[-1] > 200  # three steps of 32 tokens would give 96 if the second of the evaluation counted
+    assert speeds == [16, 16]  # 4 rows of 8 tokens in 2 s, at the first step and over the other three
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 3), (16, 3), (17, 6), (33, 9)])
