@@ -47,9 +47,9 @@ class DataReport:
         self.dropped[reason] += 1
         self.first_rows.setdefault(reason, number)
 
-    def line(self):
+    def line(self, kept="kept"):
         """One dense line: 'data/demo.json: 200 rows, 199 kept, 1 dropped: duplicate (first: row 7)'."""
-        parts = [f"{self.rows} rows", f"{self.kept} kept"]
+        parts = [f"{self.rows} rows", f"{self.kept} {kept}"]
         parts += [f"{self.shortened} with the prompt shortened"] * (self.shortened > 0)
         parts += [f"{self.answer_cut} with the answer cut"] * (self.answer_cut > 0)
         parts += [f"{n} dropped: {why} (first: row {self.first_rows[why]})" for why, n in self.dropped.items()]
@@ -85,8 +85,12 @@ def parse_json(text, where):
     try:
         return json.loads(text, parse_constant=reject)
     except json.JSONDecodeError as error:
-        problem = f"invalid JSON ({error.msg}, column {error.colno})"
-        raise UserError(f"{where(error.lineno)}: {problem}; mend it there") from None
+        problem, remedy = f"invalid JSON ({error.msg}, column {error.colno})", "mend it there"
+        if error.msg == "Extra data":
+            remedy = "if each line is a row of its own, name the file .jsonl"
+        elif text.strip() in ("[", "[{"):
+            remedy = "if the file is one list of rows, name it .json"
+        raise UserError(f"{where(error.lineno)}: {problem}; {remedy}") from None
     except (RecursionError, ValueError):  # thousands of brackets, or of digits in one number
         raise UserError(f"{where(1)}: JSON nested too deeply or a number too long, expected rows of text") from None
 
@@ -129,13 +133,18 @@ def read_csv_rows(text, name):
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-            elif len(cells) != len(header):
+                width = len(header)
+                while header and not header[-1]:  # spreadsheets save empty columns behind the last one
+                    header.pop()
+                continue
+            if len(cells) == width and not any(cells[len(header) :]):
+                cells = cells[: len(header)]
+            if len(cells) != len(header):
                 raise UserError(
                     f"dataset {name}, line {reader.line_num}: {len(cells)} cells, expected {len(header)} as in the"
                     f" header ({', '.join(header)}); put quotes around texts that hold a {delimiter!r}"
                 )
-            else:
-                rows.append((len(rows) + 1, dict(zip(header, cells, strict=True))))
+            rows.append((len(rows) + 1, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         line = reader.line_num
         raise UserError(f"dataset {name}, line {line}: invalid CSV ({error}); mend the quotes there") from None
@@ -203,7 +212,8 @@ def check_mapping(found, mapping, name):
 def require_text(value, what):
     """Return value if it is a text that can be written as UTF-8, else raise UserError."""
     if not isinstance(value, str):
-        raise UserError(f"{what}: {json.dumps(value)[:40]} is no text; put it in quotes or remove the row")
+        remedy = "give a text or remove the row" if value is None else "put it in quotes or remove the row"
+        raise UserError(f"{what}: {json.dumps(value)[:40]} is no text; {remedy}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -11,13 +11,14 @@ import random
 import sys
 
 from run_utils import (
-    DEFAULTS,
     UserError,
     build_parser,
     check_writable,
     display_path,
+    find_adapter,
     make_settings,
     parse_command_line,
+    printable,
     quiet_libraries,
     resolve_path,
     run_script,
@@ -33,8 +34,7 @@ def main(argv):
     parser.add_argument("--adapter_path", help="adapter to measure (default: OUTPUT_DIR/lora-adapter)")
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
-    output_dir = resolve_path(given.get("output_dir", DEFAULTS["output_dir"]))
-    adapter_path = resolve_path(options.adapter_path or output_dir / "lora-adapter")
+    adapter_path, output_dir = find_adapter(options, given)
     # an adapter is measured on the rows that its own run held out: they lie beside it, or beside its checkpoints
     runs = [folder for folder in adapter_path.parents[:2] if (folder / "validation.jsonl").is_file()]
     run_dir = runs[0] if runs else output_dir
@@ -100,6 +100,8 @@ def measure(model, rows, max_tokens):
     low, high = bootstrap_interval(base, tuned)
     metrics |= {"loss_change_low": low, "loss_change_high": high}
     metrics["verdict"] = "better" if high < 0 else "worse" if low > 0 else "no different"
+    if len(rows) < 5:
+        metrics["verdict"] = "not told apart by so few rows"
     return metrics
 
 
@@ -162,8 +164,6 @@ def write_report(target, metrics, samples):
 
 
 def print_report(target, metrics, samples):
-    from generation_utils import printable
-
     for sample in samples[:3]:
         print(f"\nPrompt:   {printable(sample['prompt'])}")
         print(f"Base:     {printable(sample['base'])}")

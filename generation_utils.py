@@ -6,14 +6,7 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from prompt_utils import encode_prompt, end_token_ids
-
-# C0 and C1 control characters except tab and newline: a model's output must not be able to steer the terminal
-CONTROL_CHARACTERS = dict.fromkeys([c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n"])
-
-
-def printable(text):
-    """The text without terminal control characters. Without ESC no escape sequence can form, also across chunks."""
-    return text.translate(CONTROL_CHARACTERS)
+from run_utils import printable
 
 
 def build_generation_config(tokenizer, settings):

@@ -32,14 +32,15 @@ def locate_model(name, models_dir):
 class hub_errors:
     """Context manager that turns the Hub's and the loaders' failures over one model into UserErrors."""
 
-    def __init__(self, name):
+    def __init__(self, name, remedy="give a causal language model with safetensors weights"):
         self.name = name
+        self.remedy = remedy
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is None or not issubclass(kind, (OSError, ValueError, SafetensorError)):
+        if kind is None or not issubclass(kind, (OSError, ValueError, KeyError, TypeError, SafetensorError)):
             return False
         raise UserError(self.explain(error)) from error
 
@@ -70,4 +71,4 @@ class hub_errors:
         if isinstance(error, OSError) and error.errno:
             return f"{self.name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
         first_line = str(error).strip().split("\n")[0]
-        return f"{self.name} cannot be loaded: {first_line}; give a causal language model with safetensors weights"
+        return f"{self.name} cannot be loaded: {first_line}; {self.remedy}"

@@ -9,11 +9,12 @@ Replies go to stdout, everything else to stderr.
 """
 
 import sys
+from contextlib import closing, suppress
 
 from run_utils import (
-    DEFAULTS,
     UserError,
     build_parser,
+    find_adapter,
     make_settings,
     parse_command_line,
     quiet_libraries,
@@ -45,8 +46,7 @@ def main(argv):
     if options.instruction is not None:
         check_instruction(options.instruction)
     quiet_libraries()
-    output_dir = resolve_path(given.get("output_dir", DEFAULTS["output_dir"]))
-    adapter_path = resolve_path(options.adapter_path or output_dir / "lora-adapter")
+    adapter_path, _ = find_adapter(options, given)
     model, tokenizer, settings = load(adapter_path, given, options.base_only)
     if options.instruction is not None:
         print_reply(model, tokenizer, [{"role": "user", "content": options.instruction}], settings)
@@ -90,16 +90,15 @@ def print_reply(model, tokenizer, messages, settings):
 
     generation = generation_utils.build_generation_config(tokenizer, settings)
     chunks = []
-    stream = generation_utils.stream_reply(model, tokenizer, messages, generation)
-    try:
-        for chunk in stream:
-            chunk = chunk if chunks else chunk.lstrip()
-            if chunk:
-                chunks.append(chunk)
-                print(chunk, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
-        say(" [stopped]")
+    with closing(generation_utils.stream_reply(model, tokenizer, messages, generation)) as stream:
+        try:
+            for chunk in stream:
+                chunk = chunk if chunks else chunk.lstrip()
+                if chunk:
+                    chunks.append(chunk)
+                    print(chunk, end="", flush=True)
+        except KeyboardInterrupt:
+            say(" [stopped]")
     print(flush=True)
     return "".join(chunks).strip()
 
@@ -122,8 +121,12 @@ def chat(model, tokenizer, settings):
 
     torch.manual_seed(settings.seed)
     messages, keep_history = [], tokenizer.chat_template != ALPACA_TEMPLATE
+    if sys.stdin is None:
+        raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end the chat
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its arrow keys; Windows has its own
     interactive = sys.stdin.isatty()
     say(f"Type an instruction; /help lists the commands. Earlier turns are {'kept' if keep_history else 'not kept'}.")
     while True:
@@ -150,7 +153,8 @@ def chat(model, tokenizer, settings):
             if interactive:
                 print("Model: ", end="", flush=True)
             reply = print_reply(model, tokenizer, messages, settings)
-            messages = [*messages, {"role": "assistant", "content": reply}]
+            # a template refuses two questions in a row, so one that was stopped before any answer is forgotten
+            messages = [*messages, {"role": "assistant", "content": reply}] if reply else earlier
 
 
 if __name__ == "__main__":

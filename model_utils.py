@@ -67,7 +67,7 @@ def choose_dtype(device, use_fp16):
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
 def load_tokenizer(path, models_dir=None):
     """Load a tokenizer ready for training: a pad token other than EOS, a chat template, padding on the right."""
-    with hub_errors(path):
+    with hub_errors(path, "restore the folder's tokenizer files or give another one"):
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=models_dir)
     if not tokenizer.is_fast:
         raise UserError(f"{path} has only a slow tokenizer, without character offsets; choose another base model")
@@ -152,6 +152,12 @@ def attach_lora(model, settings):
             f" its linear layers are {', '.join(linear)}"
         ) from error
     # as the user gave it, not as it was resolved: a path inside the project stays valid when the project moves
+    targets = peft_model.peft_config["default"].target_modules
+    adapted = [name.split(".lora_A")[0] for name, _ in peft_model.named_parameters() if ".lora_A" in name]
+    if unmatched := [target for target in targets if not any(name.endswith(target) for name in adapted)]:
+        raise UserError(
+            f"--lora_target_modules names {', '.join(unmatched)}, which the model has not; correct the list"
+        )
     peft_model.peft_config["default"].base_model_name_or_path = settings.base_model_name
     return peft_model
 
@@ -294,9 +300,10 @@ def load_adapter(base, folder):
         model = PeftModel.from_pretrained(base, folder)
     except SafetensorError as error:
         raise UserError(f"{name}/{ADAPTER_WEIGHTS} is damaged ({error}); train again or restore it") from error
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"adapter {name} does not fit its base model {base.name_or_path}; it was trained on another one"
+            f"adapter {name} does not fit its base model {base.name_or_path}: its adapter_config.json was changed, or"
+            " it was trained on another one"
         ) from error
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != expected:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from data_utils import DataReport
-from run_utils import UserError
+from run_utils import UserError, printable
 
 IGNORED = -100  # label of a token that is not trained, as in torch's cross_entropy
 # Alpaca's headings, for base models whose tokenizer has no chat template. `bos_token` is undefined where there is none.
@@ -195,7 +195,7 @@ def fit_to_length(ids, labels, last_start, max_seq_length, bos_id=None):
     prompt_start = answer_end - max_seq_length
     kept = range(prompt_start, answer_end)
     if ids[0] == bos_id:
-        kept = kept[1:] if ids[kept[1]] == bos_id else [0, *kept[1:]]
+        kept = kept[1:] if any(ids[index] == bos_id for index in kept[1:2]) else [0, *kept[1:]]
     status = "shortened" if answer_end == len(ids) else "answer_cut"
     return [ids[index] for index in kept], [labels[index] for index in kept], status
 
@@ -246,7 +246,7 @@ def mark_trained_tokens(tokenizer, example, start="[", end="]"):
     pieces, stretch, trained = [], [], False
     for token, label in [*zip(example["input_ids"], example["labels"], strict=True), (None, None)]:
         if token is None or (label != IGNORED) != trained:
-            text = tokenizer.decode(stretch)
+            text = printable(tokenizer.decode(stretch))
             pieces.append(f"{start}{text}{end}" if trained else text)
             stretch, trained = [], label != IGNORED
         stretch.append(token)

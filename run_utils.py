@@ -2,8 +2,8 @@
 
 import argparse
 import difflib
+import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -20,34 +20,35 @@ DEFAULTS = {name.lower(): value for name, value in vars(config).items() if name.
 # One frozen snapshot of config.py and the command line: settings.lora_r and so on.
 Settings = namedtuple("Settings", DEFAULTS)
 
-# Inclusive limits of the numbers; None: no upper limit. A lower limit with a decimal point marks a decimal number.
+# Inclusive limits of the numbers. A lower limit with a decimal point marks a decimal number.
 RANGES = {
     "validation_split": (0.0, 0.9),
-    "max_seq_length": (8, None),
-    "max_train_rows": (0, None),
-    "lora_r": (1, None),
-    "lora_alpha": (1, None),
+    "max_seq_length": (8, 1_000_000),
+    "max_train_rows": (0, 1_000_000_000),
+    "lora_r": (1, 4_096),
+    "lora_alpha": (1, 65_536),
     "lora_dropout": (0.0, 0.9),
-    "num_epochs": (1, None),
-    "batch_size": (1, None),
-    "gradient_accumulation_steps": (1, None),
+    "num_epochs": (1, 10_000),
+    "batch_size": (1, 65_536),
+    "gradient_accumulation_steps": (1, 65_536),
     "learning_rate": (1e-9, 1),
     "warmup_ratio": (0.0, 0.9),
     "weight_decay": (0.0, 1),
-    "max_grad_norm": (0.0, None),
-    "max_steps": (0, None),
+    "max_grad_norm": (0.0, 1e9),
+    "max_steps": (0, 1_000_000_000),
     "seed": (0, 2**32 - 1),
-    "logging_steps": (1, None),
-    "eval_steps": (1, None),
-    "save_total_limit": (1, None),
-    "early_stopping_patience": (0, None),
-    "sample_prompts": (0, None),
-    "max_new_tokens": (1, None),
+    "logging_steps": (1, 1_000_000_000),
+    "eval_steps": (1, 1_000_000_000),
+    "save_total_limit": (1, 1_000_000),
+    "early_stopping_patience": (0, 1_000_000),
+    "sample_prompts": (0, 1_000),
+    "max_new_tokens": (1, 1_000_000),
     "temperature": (1e-3, 10),
     "top_p": (1e-3, 1),
     "repetition_penalty": (0.1, 10),
-    "eval_samples": (0, None),
+    "eval_samples": (0, 1_000_000),
 }
+REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
 SWITCHES = ("use_4bit_quantization", "use_fp16", "gradient_checkpointing", "do_sample")
 CHOICES = {
     "device": ("cuda", "cpu"),
@@ -64,7 +65,17 @@ class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.split()))  # names out of a user's file can hold line breaks
+        # names out of a user's file can hold line breaks and control characters
+        super().__init__(printable(" ".join(message.split())))
+
+
+# C0 and C1 control characters except tab and newline: no foreign text may steer the terminal
+CONTROL_CHARACTERS = dict.fromkeys(c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n")
+
+
+def printable(text):
+    """The text without terminal control characters. Without ESC no escape sequence can form, also across chunks."""
+    return text.translate(CONTROL_CHARACTERS)
 
 
 def say(message):
@@ -78,9 +89,15 @@ def run_script(main, argv):
 
     A UserError ends in one line and code 2 (--debug shows its traceback), Ctrl-C in 130; our own bugs in a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
     try:
         main(argv)
         return 0
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -89,6 +106,11 @@ def run_script(main, argv):
     except KeyboardInterrupt:
         say("\nStopped by Ctrl-C.")
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise
+        say(f"error: {os.strerror(error.errno)}: {error.filename or 'output'}; mend that and try again")
+        return 2
 
 
 # ---- Settings and command line ---------------------------------------------------------------------------------------
@@ -135,7 +157,7 @@ class Parser(argparse.ArgumentParser):
         if unknown is None:
             raise UserError(f"{message}; see python {self.prog} --help")
         flag = unknown[1].split("=")[0]
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all settings"
         raise UserError(f"unknown argument {flag}; {hint}")
 
@@ -165,25 +187,29 @@ def parse_command_line(parser, argv):
 
 def check_settings(settings):
     """Raise UserError for the first setting of another type or out of its range; returns the settings."""
+    required = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS}
+    if missing := sorted(required - set(DEFAULTS)):
+        raise UserError(f"config.py lacks {', '.join(missing).upper()}; restore what was there")
     for name, value in settings._asdict().items():
         kind = setting_type(name)
         accepted = (int, float) if kind is float else (str, type(None)) if kind is str else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             wanted = {bool: "True or False", int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
-            raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct config.py or the flag")
+            raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct it where it was set")
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{name} is empty, expected a value; the default is {DEFAULTS[name]!r}")
     for name, (low, high) in RANGES.items():
         value = getattr(settings, name)
-        if not math.isfinite(value) or value < low or (high is not None and value > high):
-            limits = f"{low} to {high}" if high is not None else f"{low} or more"
-            raise UserError(f"--{name} is {value}, expected {limits}; the default is {DEFAULTS[name]}")
+        if not low <= value <= high:  # a NaN is in no range
+            raise UserError(f"--{name} is {value}, expected {low} to {high}; the default is {DEFAULTS[name]}")
     for name, choices in CHOICES.items():
         if getattr(settings, name) not in choices:
             raise UserError(f"--{name} is {getattr(settings, name)!r}, expected one of {', '.join(choices)}")
-    for name in ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir"):
-        if not (getattr(settings, name) or "").strip():
-            raise UserError(
-                f"--{name} is {getattr(settings, name)!r}, expected a name; the default is {DEFAULTS[name]}"
-            )
+    for name in REQUIRED_TEXTS:
+        if getattr(settings, name) is None:
+            raise UserError(f"{name.upper()} is None, expected a name; the default is {DEFAULTS[name]!r}")
+    if settings.run_name is not None and (settings.run_name == ".." or {"/", os.sep} & set(settings.run_name)):
+        raise UserError(f"--run_name is {settings.run_name!r}, expected one folder's name, without slashes")
     return settings
 
 
@@ -195,15 +221,25 @@ def make_settings(given=None, recorded=None):
     """
     given = given or {}
     recorded = {name: value for name, value in (recorded or {}).items() if name in BOUND_TO_ADAPTER}
-    demo = {name.lower(): value for name, value in config.CPU_DEMO.items()}
+    demo = {name.lower(): value for name, value in (config.CPU_DEMO or {}).items()}
+    if unknown := sorted(set(demo) - set(DEFAULTS)):
+        raise UserError(f"CPU_DEMO in config.py names no setting: {', '.join(unknown).upper()}; correct or remove it")
     base = (recorded | given).get("base_model_name", demo.get("base_model_name"))
-    if not demo or base != demo["base_model_name"] or cuda_is_available():
+    if not demo or base != demo.get("base_model_name") or cuda_is_available():
         demo = {}
     settings = check_settings(Settings(**(DEFAULTS | demo | recorded | given)))
     if demo and not recorded:
         used = ", ".join(f"{name}={getattr(settings, name)}" for name in demo if name not in given)
         say(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
     return settings
+
+
+def find_adapter(options, given):
+    """Return the adapter folder that --adapter_path names, or else OUTPUT_DIR/lora-adapter, and OUTPUT_DIR."""
+    output_dir = resolve_path(given.get("output_dir", DEFAULTS["output_dir"]))
+    if options.adapter_path is not None and not options.adapter_path.strip():
+        raise UserError("--adapter_path is empty; give an adapter's folder, or leave it out")
+    return resolve_path(options.adapter_path or output_dir / "lora-adapter"), output_dir
 
 
 def cuda_is_available():

@@ -79,7 +79,11 @@ def train(settings, dry_run=False):
         model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks
     )
     say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        say(f"\nStopped at step {trainer.state.global_step}; checkpoints: {display_path(arguments.output_dir)}")
+        raise
     finish(trainer, settings, validation_rows, started)
 
 
@@ -111,7 +115,8 @@ def tokenize_data(tokenizer, train_set, validation_set, settings):
             tokenizer, conversations, settings.max_seq_length, f"{name} data"
         )
         if report.kept < report.rows:
-            say(f"At {settings.max_seq_length} tokens a row, {report.line()}; a larger --max_seq_length cuts fewer")
+            counts = report.line("whole")
+            say(f"At {settings.max_seq_length} tokens a row, {counts}; a larger --max_seq_length cuts fewer")
         examples.append(rows)
     return examples
 
@@ -189,8 +194,8 @@ def finish(trainer, settings, validation_rows, started):
 def print_summary(settings, adapter_dir, record):
     import training_utils
 
-    validation = ""
-    if record["validation_loss"] is not None:
+    validation, has_validation = "", record["validation_loss"] is not None
+    if has_validation:
         perplexity = training_utils.perplexity(record["validation_loss"])
         validation = f", validation loss {record['validation_loss']:.4f} (perplexity {perplexity:.2f})"
         if record["best_step"]:
@@ -201,8 +206,8 @@ def print_summary(settings, adapter_dir, record):
         f" {record['first_loss']:.4f} -> {record['last_loss']:.4f}{validation},"
         f" peak memory {record['peak_memory_gib']:.2f} GiB.\n"
         f"Adapter: {display_path(adapter_dir)}\n"
-        f"Next: python evaluate.py{where}    base versus tuned, in figures and answers\n"
-        f"      python inference.py{where}   talk to it",
+        + f"Next: python evaluate.py{where}    base versus tuned, in figures and answers\n" * has_validation
+        + f"Next: python inference.py{where}   talk to it",
         flush=True,
     )
 

@@ -107,7 +107,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake_too(call, folders):
     assert done.returncode == 2
     assert "Traceback (most recent call last)" in done.stderr
     assert "check_settings" in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --lora_r is 0, expected 1 or more")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --lora_r is 0, expected 1 ")
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])

@@ -388,6 +388,16 @@ def test_an_optional_input_that_the_first_row_lacks_is_kept_in_the_others(write)
         ]
 
 
+def test_empty_columns_behind_the_last_are_ignored_but_a_comma_of_the_text_is_not(write):
+    assert pairs(write("rows.csv", "instruction,response,,\nq,a,,\n")) == [("q", "a")]
+    assert "3 cells, expected 2" in refusal(write("ragged.csv", "instruction,response\nq,yes,\n"))
+
+
+def test_json_and_json_lines_under_each_others_name_are_told_apart(write):
+    assert "name the file .jsonl" in refusal(write("rows.json", '{"a": 1}\n{"a": 2}\n'))
+    assert "name it .json" in refusal(write("rows.jsonl", '[\n{"instruction": "q"}\n]'))
+
+
 # ---- Conversations ---------------------------------------------------------------------------------------------------
 def test_openai_messages_are_kept_in_order_with_their_roles(write):
     turns = [

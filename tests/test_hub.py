@@ -129,7 +129,8 @@ def test_a_model_of_the_hub_is_downloaded_into_models_dir_and_trained(trained, h
     assert f"Looking up {REPO}" in trained.stderr
     weights = workplace / "models/models--team--tiny/snapshots" / COMMIT / "model.safetensors"
     assert weights.read_bytes() == (Path(TINY_BASE) / "model.safetensors").read_bytes()
-    assert not list((workplace / "home").rglob("*.safetensors"))
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        assert not list((workplace / "home").rglob(name))
     config = json.loads((workplace / "first/output/lora-adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == REPO
 

@@ -32,7 +32,7 @@ from model_utils import (
     write_recorded_settings,
 )
 from prompt_utils import ALPACA_TEMPLATE
-from run_utils import DEFAULTS, Settings, UserError
+from run_utils import DEFAULTS, Settings, UserError, resolve_path
 
 CPU = torch.device("cpu")
 # device="cpu": the same on a machine with a GPU
@@ -80,7 +80,7 @@ def make_model(base, settings=SETTINGS, dtype=torch.float32):
     """A base model with LoRA whose B weights are not zero, as after training, so that the adapter changes answers."""
     settings = settings._replace(base_model_name=base)
     quantization = build_quantization_config(settings, dtype)
-    model = attach_lora(load_base_model(base, CPU, dtype, quantization), settings)
+    model = attach_lora(load_base_model(str(resolve_path(base)), CPU, dtype, quantization), settings)
     draw = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -91,7 +91,7 @@ def make_model(base, settings=SETTINGS, dtype=torch.float32):
 def save_trained(folder, base, settings=SETTINGS):
     """Save such a model's adapter as a run does; returns the model and the folder."""
     model = make_model(base, settings)
-    save_adapter(model, load_tokenizer(base), folder)
+    save_adapter(model, load_tokenizer(str(resolve_path(base))), folder)
     write_recorded_settings(folder, settings._replace(base_model_name=base))
     return model, folder
 
@@ -418,10 +418,10 @@ def test_a_model_that_ships_code_is_refused_without_asking_to_run_it(load, base,
 def test_a_loaded_adapter_computes_what_the_saved_model_did(base, tmp_path):
     model, folder = save_trained(tmp_path / "adapter", base)
     loaded, tokenizer = load_trained_model(folder)
+    assert not loaded.training
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
     with loaded.disable_adapter():
         assert (logits(loaded) - logits(model)).abs().max() > 0.01  # the adapter changes something
-    assert not loaded.training
     assert tokenizer.chat_template == ALPACA_TEMPLATE
     assert tokenizer.pad_token != tokenizer.eos_token
 
@@ -494,7 +494,7 @@ DAMAGES = {
     "its settings are a list": (lambda folder: (folder / "settings.json").write_text("[1]"), ["settings.json"]),
     "its settings hold a length of text": (
         lambda folder: edit_json(folder / "settings.json", max_seq_length="many"),
-        ["settings.json"],
+        ["MAX_SEQ_LENGTH", "'many'"],
     ),
     "its tokenizer is gone": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
@@ -625,12 +625,12 @@ def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(set
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
-def test_merging_leaves_the_model_in_memory_as_it_was(base, tmp_path):
-    model, folder = save_trained(tmp_path / "adapter", base)
+def test_merging_leaves_the_model_in_memory_as_it_was(tmp_path):
+    model, folder = save_trained(tmp_path / "adapter", "models/tiny-base")
     loaded, tokenizer = load_trained_model(folder)
     merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
     assert torch.equal(logits(loaded), logits(model))
-    assert loaded.peft_config["default"].base_model_name_or_path == base
+    assert loaded.peft_config["default"].base_model_name_or_path == "models/tiny-base"
 
 
 def test_merging_refuses_to_overwrite_a_folder(base, tmp_path):

@@ -561,3 +561,24 @@ def test_help_exits_with_zero_and_prints_every_group(capsys):
 )
 def test_durations_are_short_to_read(seconds, text):
     assert run_utils.format_duration(seconds) == text
+
+
+def test_a_deleted_setting_and_an_unknown_demo_setting_are_named(gpu, monkeypatch):
+    monkeypatch.setitem(run_utils.config.CPU_DEMO, "FOO", 1)
+    assert "FOO" in refusal(run_utils.make_settings)
+    monkeypatch.setattr(run_utils, "DEFAULTS", {k: v for k, v in run_utils.DEFAULTS.items() if k != "lora_r"})
+    assert "config.py lacks LORA_R" in refusal(run_utils.check_settings, run_utils.Settings(**(DEFAULTS)))
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/x", "a/b", ".."])
+def test_a_run_name_cannot_leave_the_logs_folder(name):
+    assert "--run_name" in refusal(run_utils.check_settings, with_value("run_name", name))
+
+
+@pytest.mark.parametrize("name", ["custom_dataset_path", "output_dir", "base_model_name", "run_name"])
+def test_an_empty_value_is_not_taken_for_a_missing_one(name):
+    assert f"--{name} is empty" in refusal(run_utils.check_settings, with_value(name, " "))
+
+
+def test_control_characters_of_a_users_file_do_not_reach_the_terminal():
+    assert str(run_utils.UserError("columns found: \x1b[31mred\nx")) == "columns found: [31mred x"
