@@ -40,7 +40,9 @@ class hub_errors:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is None or not issubclass(kind, (OSError, ValueError, KeyError, TypeError, SafetensorError)):
+        if kind is None or not issubclass(
+            kind, (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+        ):
             return False
         raise UserError(self.explain(error)) from error
 
@@ -70,5 +72,7 @@ class hub_errors:
             )
         if isinstance(error, OSError) and error.errno:
             return f"{self.name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
+        if "out of memory" in str(error):
+            return f"{self.name} does not fit into the GPU's memory; close other programs on it or give a smaller model"
         first_line = str(error).strip().split("\n")[0]
         return f"{self.name} cannot be loaded: {first_line}; {self.remedy}"

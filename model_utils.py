@@ -22,6 +22,7 @@ from peft import (
 )
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from hub_utils import hub_errors, locate_model
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids
@@ -68,7 +69,7 @@ def choose_dtype(device, use_fp16):
 def load_tokenizer(path, models_dir=None):
     """Load a tokenizer ready for training: a pad token other than EOS, a chat template, padding on the right."""
     with hub_errors(path, "restore the folder's tokenizer files or give another one"):
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=models_dir)
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(f"{path} has only a slow tokenizer, without character offsets; choose another base model")
     if tokenizer.eos_token is None:
@@ -86,7 +87,8 @@ def choose_pad_token(tokenizer):
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in special if "pad" in token or "reserved" in token or "unused" in token]
     # the last resort is harmless here: labels and masks of this project go by position, never by token
-    return next(iter([*filter(None, [tokenizer.unk_token]), *spare]), tokenizer.eos_token)
+    candidates = [token for token in (tokenizer.unk_token, *spare) if token not in (None, tokenizer.eos_token)]
+    return next(iter(candidates), tokenizer.eos_token)
 
 
 # ---- Base model and LoRA ---------------------------------------------------------------------------------------------
@@ -109,13 +111,20 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
     if quantization_config is not None and device.type == "mps":
         raise UserError("4-bit quantization needs CUDA or the CPU; add --use_4bit_quantization false or --device cpu")
     with hub_errors(path):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             quantization_config=quantization_config,
             device_map={"": device},
             cache_dir=models_dir,
             use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}, which would be random; give a"
+            " complete causal language model"
         )
     return model.eval()
 
@@ -143,29 +152,31 @@ def attach_lora(model, settings):
     would turn every 16-bit weight of the base to float32, about 1 GiB on 7B.
     """
     set_seed(settings.seed)
-    try:
-        peft_model = get_peft_model(model, build_lora_config(settings))
-    except ValueError as error:
-        linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(
-            f"--lora_target_modules {settings.lora_target_modules} matches no layer of the model;"
-            f" its linear layers are {', '.join(linear)}"
-        ) from error
+    check_target_modules(model, settings.lora_target_modules)
+    peft_model = get_peft_model(model, build_lora_config(settings))
     # as the user gave it, not as it was resolved: a path inside the project stays valid when the project moves
-    targets = peft_model.peft_config["default"].target_modules
-    adapted = [name.split(".lora_A")[0] for name, _ in peft_model.named_parameters() if ".lora_A" in name]
-    if unmatched := [target for target in targets if not any(name.endswith(target) for name in adapted)]:
-        raise UserError(
-            f"--lora_target_modules names {', '.join(unmatched)}, which the model has not; correct the list"
-        )
     peft_model.peft_config["default"].base_model_name_or_path = settings.base_model_name
     return peft_model
+
+
+def check_target_modules(model, target_modules):
+    """Raise UserError for a listed module that the model has not; peft would leave it out in silence."""
+    if target_modules == "all-linear":
+        return
+    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    wanted = [target.strip() for target in target_modules.split(",")]
+    if unknown := [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in linear)]:
+        leaves = sorted({name.split(".")[-1] for name in linear})
+        raise UserError(
+            f"--lora_target_modules {target_modules}: the model has no linear layer {', '.join(unknown)}; it has"
+            f" {', '.join(leaves)}"
+        )
 
 
 def count_parameters(path, settings, models_dir=None):
     """Return (total, trainable) parameters of the model with its adapter, from its config alone, without memory."""
     with hub_errors(path):
-        model_config = AutoConfig.from_pretrained(path, cache_dir=models_dir)
+        model_config = AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
         if getattr(model_config, "quantization_config", None) is not None:
             raise UserError(
                 f"{path} is stored quantized, and an adapter could not be merged into it; give the model that it was"
@@ -355,7 +366,9 @@ def reload_base(model, models_dir):
     if device.type == "cuda":
         # counted from the config, since the model's own 4-bit weights are packed
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, cache_dir=models_dir))
+            plain = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
+            )
         needed = model.dtype.itemsize * sum(parameter.numel() for parameter in plain.parameters())
         if torch.cuda.mem_get_info(device)[0] < 1.15 * needed:
             device = torch.device("cpu")
@@ -377,6 +390,6 @@ def prepare_generation_config(generation_config, tokenizer):
     """
     generation_config.eos_token_id = end_token_ids(tokenizer)
     generation_config.pad_token_id = tokenizer.pad_token_id
-    options = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-    if any(getattr(generation_config, option, None) not in (None, 0, 1.0) for option in options):
-        generation_config.do_sample = True
+    if not generation_config.do_sample:
+        for option in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(generation_config, option, None)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the Hub
+
 import model_utils
 from run_utils import quiet_libraries
 
@@ -15,9 +17,7 @@ TINY_BASE = str(PROJECT / "models" / "tiny-base")
 
 
 @pytest.fixture(autouse=True)
-def no_network_and_quiet(monkeypatch):
-    """No test may reach the Hub; those that play one set HF_ENDPOINT themselves."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def quiet():
     quiet_libraries()
 
 
