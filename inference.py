@@ -46,8 +46,11 @@ def main(argv):
     if options.instruction is not None:
         check_instruction(options.instruction)
     quiet_libraries()
+    import torch  # here, so that --help and a mistyped flag answer at once
+
     adapter_path, _ = find_adapter(options, given)
     model, tokenizer, settings = load(adapter_path, given, options.base_only)
+    torch.manual_seed(settings.seed)
     if options.instruction is not None:
         print_reply(model, tokenizer, [{"role": "user", "content": options.instruction}], settings)
     elif options.demo:
@@ -115,11 +118,8 @@ def chat(model, tokenizer, settings):
     Earlier turns are remembered where the tokenizer came with a chat template of its own; our Alpaca template is mostly
     trained on single turns, so there it is off until /history.
     """
-    import torch
-
     from prompt_utils import ALPACA_TEMPLATE
 
-    torch.manual_seed(settings.seed)
     messages, keep_history = [], tokenizer.chat_template != ALPACA_TEMPLATE
     if sys.stdin is None:
         raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
