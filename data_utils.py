@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-from run_utils import UserError, display_path, say
+from run_utils import UserError, display_path, resolve_path, say
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
@@ -289,6 +289,13 @@ def load_conversations(path, mapping=None):
     if not conversations:
         raise UserError(f"{report.line()}; no row is left to train on")
     return conversations, report
+
+
+def load_announced(label, path, mapping):
+    """Load the conversations of a path as the user gave it, and say what became of the rows."""
+    conversations, report = load_conversations(resolve_path(path), mapping)
+    say(f"{label}: {report.line()}")
+    return conversations
 
 
 def split_conversations(conversations, validation_split, seed):

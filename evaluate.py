@@ -11,6 +11,7 @@ import random
 import sys
 
 from run_utils import (
+    VALIDATION_ROWS,
     UserError,
     build_parser,
     check_writable,
@@ -20,7 +21,6 @@ from run_utils import (
     parse_command_line,
     printable,
     quiet_libraries,
-    resolve_path,
     run_script,
     say,
     write_json,
@@ -36,7 +36,7 @@ def main(argv):
     quiet_libraries()
     adapter_path, output_dir = find_adapter(options, given)
     # an adapter is measured on the rows that its own run held out: they lie beside it, or beside its checkpoints
-    runs = [folder for folder in adapter_path.parents[:2] if (folder / "validation.jsonl").is_file()]
+    runs = [folder for folder in adapter_path.parents[:2] if (folder / VALIDATION_ROWS).is_file()]
     run_dir = runs[0] if runs else output_dir
     evaluate(adapter_path, given, run_dir, target=output_dir if "output_dir" in given else run_dir)
 
@@ -70,11 +70,8 @@ def load_validation_rows(settings, run_dir):
     import data_utils
 
     if settings.validation_dataset_path is not None:
-        path = resolve_path(settings.validation_dataset_path)
-        conversations, report = data_utils.load_conversations(path, settings.dataset_columns)
-        say(f"Validation data: {report.line()}")
-        return conversations
-    path = run_dir / "validation.jsonl"
+        return data_utils.load_announced("Validation data", settings.validation_dataset_path, settings.dataset_columns)
+    path = run_dir / VALIDATION_ROWS
     if not path.exists():
         raise UserError(
             f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"

@@ -5,7 +5,7 @@ from threading import Thread
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from prompt_utils import encode_prompt, end_token_ids
+from prompt_utils import encode_prompt, end_token_ids, newest_positions
 from run_utils import printable
 
 
@@ -30,9 +30,11 @@ def autocast(model):
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
-def trim_history(prompt_ids, limit):
-    """Keep a prompt's first token (BOS) and its newest tokens, `limit` in all."""
-    return prompt_ids if len(prompt_ids) <= limit else [prompt_ids[0], *prompt_ids[len(prompt_ids) - limit + 1 :]]
+def trim_history(prompt_ids, limit, bos_id):
+    """Keep a prompt's BOS and its newest tokens, `limit` in all, as training does."""
+    if len(prompt_ids) <= limit:
+        return prompt_ids
+    return [prompt_ids[index] for index in newest_positions(prompt_ids, len(prompt_ids), limit, bos_id)]
 
 
 def prompt_limit(model, max_new_tokens):
@@ -59,7 +61,9 @@ def generate_replies(model, tokenizer, conversations, generation_config, batch_s
     Prompts beyond max_prompt_tokens or the model's context lose their oldest part, as in training.
     """
     limit = min(max_prompt_tokens, prompt_limit(model, generation_config.max_new_tokens))
-    prompts = [trim_history(encode_prompt(tokenizer, messages), limit) for messages in conversations]
+    prompts = [
+        trim_history(encode_prompt(tokenizer, messages), limit, tokenizer.bos_token_id) for messages in conversations
+    ]
     replies = []
     for start in range(0, len(prompts), batch_size):
         batch = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, model.device)
@@ -72,7 +76,7 @@ def generate_replies(model, tokenizer, conversations, generation_config, batch_s
 def stream_reply(model, tokenizer, messages, generation_config):
     """Yield a reply in printable chunks as it is generated; closing the generator stops the model after its token."""
     limit = prompt_limit(model, generation_config.max_new_tokens)
-    prompt = trim_history(encode_prompt(tokenizer, messages), limit)
+    prompt = trim_history(encode_prompt(tokenizer, messages), limit, tokenizer.bos_token_id)
     batch = left_pad([prompt], tokenizer.pad_token_id, model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = StopFlag()

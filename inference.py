@@ -69,7 +69,6 @@ def check_instruction(text):
 
 def load(adapter_path, given, base_only):
     """Return (model, tokenizer, settings); with base_only the adapter need not exist, and if it does names the base."""
-    import hub_utils
     import model_utils
 
     if not base_only:
@@ -77,14 +76,9 @@ def load(adapter_path, given, base_only):
         return (*model_utils.load_trained_model(adapter_path, settings), settings)
     recorded = model_utils.read_recorded_settings(adapter_path) if adapter_path.is_dir() else {}
     settings = make_settings(given, recorded)
-    models_dir = resolve_path(settings.models_dir)
-    base = hub_utils.locate_model(settings.base_model_name, models_dir)
-    device = model_utils.resolve_device(settings.device)
-    dtype = model_utils.choose_dtype(device, settings.use_fp16)
-    quantization = model_utils.build_quantization_config(settings, dtype)
     say(f"Base model: {settings.base_model_name}, no adapter")
-    model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
-    return model, model_utils.load_tokenizer(base, models_dir), settings
+    model = model_utils.load_settings_base(settings)
+    return model, model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir)), settings
 
 
 def print_reply(model, tokenizer, messages, settings):

@@ -9,7 +9,6 @@ What cannot be loaded is a UserError with its remedy.
 
 import copy
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -30,11 +29,13 @@ from run_utils import (
     DEFAULTS,
     UserError,
     display_path,
+    make_readable,
     make_settings,
     quiet_libraries,
     read_json,
     resolve_path,
     say,
+    staged_folder,
     write_json,
 )
 
@@ -129,6 +130,15 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
     return model.eval()
 
 
+def load_settings_base(settings):
+    """Load the base model that the settings name, as they say: device, number format and quantization."""
+    models_dir = resolve_path(settings.models_dir)
+    path = locate_model(settings.base_model_name, models_dir)
+    device = resolve_device(settings.device)
+    dtype = choose_dtype(device, settings.use_fp16)
+    return load_base_model(path, device, dtype, build_quantization_config(settings, dtype), models_dir)
+
+
 def share_token_ids(model, tokenizer):
     """Tell the model's configs the tokenizer's pad id, as the Trainer would, with a notice, at its start."""
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -197,24 +207,13 @@ def save_adapter(model, tokenizer, path):
     make_readable(path)
 
 
-def make_readable(folder):
-    """Give a folder's files the usual permissions; safetensors writes weights that only their owner can read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in Path(folder).iterdir():
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
-
-
 def save_finished_adapter(model, tokenizer, path, settings, record):
     """Save an adapter with its settings, run record and model card; the folder appears only when it is complete."""
-    staged = path.with_name(path.name + ".incomplete")
-    shutil.rmtree(staged, ignore_errors=True)
-    save_adapter(model, tokenizer, staged)
-    write_recorded_settings(staged, settings)
-    write_json(staged / "run.json", record)
-    (staged / "README.md").write_text(model_card(settings, record), encoding="utf-8")
-    os.replace(staged, path)
+    with staged_folder(path) as staged:
+        save_adapter(model, tokenizer, staged)
+        write_recorded_settings(staged, settings)
+        write_json(staged / "run.json", record)
+        (staged / "README.md").write_text(model_card(settings, record), encoding="utf-8")
 
 
 def model_card(settings, record):
@@ -278,8 +277,8 @@ def load_trained_model(adapter_path, settings=None):
     base model are missing or do not fit each other.
     """
     quiet_libraries()
-    folder = check_adapter_folder(adapter_path)
-    recorded = read_recorded_settings(folder)
+    recorded = read_recorded_settings(adapter_path)
+    folder = resolve_path(adapter_path)
     settings = settings or make_settings(recorded=recorded)
     if settings.base_model_name != recorded["base_model_name"]:
         raise UserError(
@@ -287,19 +286,9 @@ def load_trained_model(adapter_path, settings=None):
             f" {settings.base_model_name}; leave out --base_model_name (if the base was moved, correct"
             " base_model_name_or_path in the adapter's adapter_config.json)"
         )
-    models_dir = resolve_path(settings.models_dir)
     tokenizer = load_tokenizer(str(folder))
-    device = resolve_device(settings.device)
-    dtype = choose_dtype(device, settings.use_fp16)
     say(f"Base model: {settings.base_model_name}, adapter: {display_path(folder)}")
-    base = load_base_model(
-        locate_model(settings.base_model_name, models_dir),
-        device,
-        dtype,
-        build_quantization_config(settings, dtype),
-        models_dir,
-    )
-    return load_adapter(base, folder).eval(), tokenizer
+    return load_adapter(load_settings_base(settings), folder).eval(), tokenizer
 
 
 def load_adapter(base, folder):
@@ -349,12 +338,9 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
         raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
     merged.config.use_cache = True
     prepare_generation_config(merged.generation_config, tokenizer)
-    staged = target.with_name(target.name + ".incomplete")
-    shutil.rmtree(staged, ignore_errors=True)
-    merged.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
-    make_readable(staged)
-    os.replace(staged, target)
+    with staged_folder(target) as staged:
+        merged.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
     say(f"Merged model saved to {display_path(target)}")
 
 

@@ -192,12 +192,18 @@ def fit_to_length(ids, labels, last_start, max_seq_length, bos_id=None):
     if len(ids) <= max_seq_length:
         return ids, labels, "kept"
     answer_end = min(len(ids), last_start + max_seq_length - min(last_start, max_seq_length // 4))
-    prompt_start = answer_end - max_seq_length
-    kept = range(prompt_start, answer_end)
-    if ids[0] == bos_id:
-        kept = kept[1:] if any(ids[index] == bos_id for index in kept[1:2]) else [0, *kept[1:]]
+    kept = newest_positions(ids, answer_end, max_seq_length, bos_id)
     status = "shortened" if answer_end == len(ids) else "answer_cut"
     return [ids[index] for index in kept], [labels[index] for index in kept], status
+
+
+def newest_positions(ids, end, limit, bos_id):
+    """Positions of the last `limit` tokens before `end`, the first of them given up for the BOS at the start of ids."""
+    positions = range(max(end - limit, 0), end)
+    if ids[0] != bos_id:
+        return positions
+    # where the rest starts with a BOS of its own, two would stand in a row
+    return positions[1:] if any(ids[index] == bos_id for index in positions[1:2]) else [0, *positions[1:]]
 
 
 def check_example(tokenizer, example, end_id, where):

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import config
@@ -57,6 +58,8 @@ CHOICES = {
 }
 
 
+# What a run leaves in OUTPUT_DIR
+ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validation.jsonl"
 # What an adapter was trained with and needs again wherever it is loaded.
 BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "max_seq_length")
 
@@ -239,7 +242,7 @@ def find_adapter(options, given):
     output_dir = resolve_path(given.get("output_dir", DEFAULTS["output_dir"]))
     if options.adapter_path is not None and not options.adapter_path.strip():
         raise UserError("--adapter_path is empty; give an adapter's folder, or leave it out")
-    return resolve_path(options.adapter_path or output_dir / "lora-adapter"), output_dir
+    return resolve_path(options.adapter_path or output_dir / ADAPTER), output_dir
 
 
 def cuda_is_available():
@@ -276,6 +279,26 @@ def read_json(path, what):
     if not isinstance(value, dict):
         raise UserError(f"{what} {display_path(path)} holds no JSON object; train again or restore it")
     return value
+
+
+def make_readable(folder):
+    """Give a folder's files the usual permissions; safetensors writes weights that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
+@contextmanager
+def staged_folder(target):
+    """Yield an empty folder to fill beside target; it takes target's name only if nothing failed."""
+    staged = target.with_name(target.name + ".incomplete")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    yield staged
+    make_readable(staged)
+    os.replace(staged, target)
 
 
 def set_aside_previous_run(output_dir, names):

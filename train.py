@@ -13,6 +13,10 @@ import time
 from importlib.metadata import version
 
 from run_utils import (
+    ADAPTER,
+    CHECKPOINTS,
+    DEFAULTS,
+    VALIDATION_ROWS,
     build_parser,
     check_writable,
     display_path,
@@ -26,8 +30,7 @@ from run_utils import (
     set_aside_previous_run,
 )
 
-# What a run leaves in OUTPUT_DIR; an earlier run's are moved to OUTPUT_DIR/previous
-ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validation.jsonl"
+# An earlier run's are moved to OUTPUT_DIR/previous
 RUN_FOLDERS = (ADAPTER, CHECKPOINTS, VALIDATION_ROWS, "evaluation", "merged-model")
 
 
@@ -92,16 +95,15 @@ def load_data(settings):
     """Return (train, validation) conversations, each [(row number, messages), ...], after saying what was read."""
     import data_utils
 
-    path = resolve_path(settings.custom_dataset_path or "data/demo.json")
-    conversations, report = data_utils.load_conversations(path, settings.dataset_columns)
-    say(f"Data: {report.line()}")
+    path = settings.custom_dataset_path or "data/demo.json"
+    conversations = data_utils.load_announced("Data", path, settings.dataset_columns)
     if settings.max_train_rows:
         conversations = data_utils.split_conversations(conversations, 0, settings.seed)[0][: settings.max_train_rows]
     if settings.validation_dataset_path is None:
         return data_utils.split_conversations(conversations, settings.validation_split, settings.seed)
-    path = resolve_path(settings.validation_dataset_path)
-    validation, report = data_utils.load_conversations(path, settings.dataset_columns)
-    say(f"Validation data: {report.line()}")
+    validation = data_utils.load_announced(
+        "Validation data", settings.validation_dataset_path, settings.dataset_columns
+    )
     return data_utils.remove_overlap(conversations, validation), validation
 
 
@@ -171,7 +173,7 @@ def finish(trainer, settings, validation_rows, started):
     if not trainer.is_world_process_zero():
         return
     state = trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]  # best_metric is the kept adapter's
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     record = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "seconds": round(time.time() - started, 1),
@@ -179,7 +181,7 @@ def finish(trainer, settings, validation_rows, started):
         "best_step": state.best_global_step,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "validation_loss": state.best_metric,
+        "validation_loss": state.best_metric,  # of the checkpoint that was kept
         "peak_memory_gib": round(training_utils.peak_memory_gib(trainer.args.device), 3),
         "training_rows": len(trainer.train_dataset),
         "validation_rows": len(validation_rows),
@@ -200,7 +202,7 @@ def print_summary(settings, adapter_dir, record):
         validation = f", validation loss {record['validation_loss']:.4f} (perplexity {perplexity:.2f})"
         if record["best_step"]:
             validation += f" from step {record['best_step']}"
-    where = "" if settings.output_dir == "output" else f" --output_dir {settings.output_dir}"
+    where = "" if settings.output_dir == DEFAULTS["output_dir"] else f" --output_dir {settings.output_dir}"
     print(
         f"\nDone in {format_duration(record['seconds'])}: {record['steps']} steps, training loss"
         f" {record['first_loss']:.4f} -> {record['last_loss']:.4f}{validation},"

@@ -10,10 +10,21 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the Hub
 
 import model_utils
-from run_utils import quiet_libraries
+from run_utils import UserError, quiet_libraries
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(PROJECT / "models" / "tiny-base")
+
+
+def refusal(function, *args):
+    """The message of the UserError that the call must raise; it is one line."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert "\r" not in message
+    return message
 
 
 @pytest.fixture(autouse=True)

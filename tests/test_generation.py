@@ -108,8 +108,10 @@ def test_an_escape_sequence_split_over_chunks_is_neutralised_too():
 
 
 def test_a_history_beyond_the_context_keeps_bos_and_its_newest_tokens(model):
-    assert trim_history([1, 10, 11, 12, 13], 3) == [1, 12, 13]
-    assert trim_history([1, 10], 3) == [1, 10]
+    assert trim_history([1, 10, 11, 12, 13], 3, bos_id=1) == [1, 12, 13]
+    assert trim_history([1, 10], 3, bos_id=1) == [1, 10]
+    assert trim_history([9, 10, 11, 12], 2, bos_id=None) == [11, 12]
+    assert trim_history([1, 10, 11, 1, 12], 3, bos_id=1) == [1, 12]
     assert prompt_limit(model, 24) == 1000
     assert prompt_limit(model, 5000) == 256
 

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 import prompt_utils
+from conftest import refusal
 from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, encode_prompt, find_end_token
 from run_utils import UserError
 
@@ -106,15 +107,6 @@ def control_ids(tokenizer, ids):
 
 def untrained_text(tokenizer, ids, labels):
     return tokenizer.decode([token for token, label in zip(ids, labels, strict=True) if label == IGNORED])
-
-
-def refusal(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 def tokenize(tokenizer, *conversations, max_seq_length=512):

@@ -10,6 +10,7 @@ import pytest
 
 import config
 import run_utils
+from conftest import refusal
 from run_utils import CHOICES, DEFAULTS, PROJECT_DIR, RANGES, Settings, UserError
 
 CONSTANTS = {name: value for name, value in vars(config).items() if name.isupper()}
@@ -51,17 +52,6 @@ def given(*argv):
     """The settings that a command line gives."""
     parser = run_utils.build_parser("train.py", "about")
     return run_utils.parse_command_line(parser, [str(item) for item in argv])[1]
-
-
-def refusal(function, *args):
-    """The message of the UserError that the call must raise; it is one line."""
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    assert "\r" not in message
-    return message
 
 
 def with_value(name, value):
