@@ -1,30 +1,43 @@
-"""From a user's file to conversations: strict readers, the row formats, de-duplication and split.
+"""Rows to conversations: the shapes of a row, what is dropped and why, de-duplication and the split.
 
 A conversation is a list of messages, {"role": "user", "content": "..."}. Every format that is read becomes one.
 """
 
-import csv
-import io
+import hashlib
 import json
 import random
-from collections import Counter
-from dataclasses import dataclass, field
+import tempfile
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
-from run_utils import UserError, display_path, resolve_path, say
+import numpy as np
+
+from cache_utils import cached_folder, digest, hash_files
+from reader_utils import find_files, read_rows
+from run_utils import UserError, say
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
     "response": ("response", "output", "answer", "completion"),
     "input": ("input", "context"),
+    "system": ("system", "system_prompt"),
+    "messages": ("messages", "conversations"),
 }
+OPTIONAL = ("input", "system")
+INSTANCES = "instances"  # a column of {"input", "output"} objects that share one instruction, as in self-instruct
 # ShareGPT and OpenAI names of the speakers -> roles of a chat template
 ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "system": "system",
+    "developer": "system",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
@@ -33,163 +46,51 @@ ROLES = {
 
 @dataclass
 class DataReport:
-    """What became of every row, at reading (kept or dropped) or at tokenizing (shortened or cut as well)."""
+    """What became of every row of a file at reading: kept, or dropped with its reason."""
 
-    source: str
-    rows: int
+    name: str
+    format: str = ""
+    columns: dict = field(default_factory=dict)  # part of a conversation -> column
+    unused: list = field(default_factory=list)  # columns that nothing is made of
+    rows: int = 0
     kept: int = 0
-    shortened: int = 0
-    answer_cut: int = 0
-    dropped: Counter = field(default_factory=Counter)  # reason -> rows
-    first_rows: dict = field(default_factory=dict)  # reason -> number of the first such row
+    dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
 
-    def drop(self, reason, number):
-        self.dropped[reason] += 1
-        self.first_rows.setdefault(reason, number)
+    def drop(self, reason, numbers):
+        """Count the rows of these numbers as dropped."""
+        found = self.dropped.setdefault(reason, {"count": 0, "rows": []})
+        found["count"] += len(numbers)
+        found["rows"] = [*found["rows"], *numbers][:5]
 
-    def line(self, kept="kept"):
-        """One dense line: 'data/demo.json: 200 rows, 199 kept, 1 dropped: duplicate (first: row 7)'."""
-        parts = [f"{self.rows} rows", f"{self.kept} {kept}"]
-        parts += [f"{self.shortened} with the prompt shortened"] * (self.shortened > 0)
-        parts += [f"{self.answer_cut} with the answer cut"] * (self.answer_cut > 0)
-        parts += [f"{n} dropped: {why} (first: row {self.first_rows[why]})" for why, n in self.dropped.items()]
-        return f"{self.source}: {', '.join(parts)}"
+    def count_dropped(self):
+        return sum(found["count"] for found in self.dropped.values())
 
-
-# ---- Reading: nothing here changes a text ----------------------------------------------------------------------------
-def read_text(path):
-    """Return the file's text; a UTF-8 byte order mark is dropped, any other encoding is a UserError."""
-    name = display_path(path)
-    if not path.exists():
-        raise UserError(f"dataset {name} does not exist; give an existing .json, .jsonl or .csv file")
-    if path.is_dir():
-        raise UserError(f"dataset {name} is a folder, expected one .json, .jsonl or .csv file")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"dataset {name}, line {line}: not UTF-8 text; save the file as UTF-8 and try again") from None
-    if not text.strip():
-        raise UserError(f"dataset {name} is empty, expected rows with an instruction and a response")
-    return text
+    def line(self):
+        """One dense line: 'data/mine.csv, CSV (instruction, response): 200 rows, 199 kept, 1 dropped ...'."""
+        columns = ", ".join(self.columns.values()) + f"; not used: {', '.join(self.unused)}" * bool(self.unused)
+        parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
+        parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
+        return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
 
 
-def parse_json(text, where):
-    """json.loads whose failure names the line; NaN and Infinity, which are no JSON, are refused."""
-
-    def reject(constant):
-        line = text[: text.find(constant)].count("\n") + 1
-        raise UserError(f"{where(line)}: {constant} is not valid JSON; write null or a quoted text")
-
-    try:
-        return json.loads(text, parse_constant=reject)
-    except json.JSONDecodeError as error:
-        problem, remedy = f"invalid JSON ({error.msg}, column {error.colno})", "mend it there"
-        if error.msg == "Extra data":
-            remedy = "if each line is a row of its own, name the file .jsonl"
-        elif text.strip() in ("[", "[{"):
-            remedy = "if the file is one list of rows, name it .json"
-        raise UserError(f"{where(error.lineno)}: {problem}; {remedy}") from None
-    except (RecursionError, ValueError):  # thousands of brackets, or of digits in one number
-        raise UserError(f"{where(1)}: JSON nested too deeply or a number too long, expected rows of text") from None
-
-
-def read_json_rows(text, name):
-    rows = parse_json(text, lambda line: f"dataset {name}, line {line}")
-    if isinstance(rows, dict):
-        lists = [key for key, value in rows.items() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise UserError(f"dataset {name}: a JSON object, expected a list of rows: [{{...}}, {{...}}]")
-        rows = rows[lists[0]]
-    if not isinstance(rows, list):
-        raise UserError(f"dataset {name}: JSON {type(rows).__name__}, expected a list of rows: [{{...}}, {{...}}]")
-    return list(enumerate(rows, start=1))
-
-
-def read_jsonl_rows(text, name):
-    """Rows of a JSON Lines file, numbered by their lines; blank lines are allowed."""
-    rows = []
-    # split("\n") and not splitlines(): U+2028 and its like may stand inside a JSON string
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append((number, parse_json(line, lambda _, number=number: f"dataset {name}, line {number}")))
-    return rows
-
-
-def read_csv_rows(text, name):
-    """Rows of a CSV file by the standard library's reader, which keeps "007", "None" and blanks as they are.
-
-    The delimiter is the one of , ; and tab that the header line holds most often.
-    """
-    header_line = text.lstrip("\r\n").split("\n", 1)[0]
-    delimiter = max(",;\t", key=header_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, header = [], None
-    csv.field_size_limit(2**31 - 1)
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if header is None:
-                header = [cell.strip() for cell in cells]
-                width = len(header)
-                while header and not header[-1]:  # spreadsheets save empty columns behind the last one
-                    header.pop()
-                continue
-            if len(cells) == width and not any(cells[len(header) :]):
-                cells = cells[: len(header)]
-            if len(cells) != len(header):
-                raise UserError(
-                    f"dataset {name}, line {reader.line_num}: {len(cells)} cells, expected {len(header)} as in the"
-                    f" header ({', '.join(header)}); put quotes around texts that hold a {delimiter!r}"
-                )
-            rows.append((len(rows) + 1, dict(zip(header, cells, strict=True))))
-    except csv.Error as error:
-        line = reader.line_num
-        raise UserError(f"dataset {name}, line {line}: invalid CSV ({error}); mend the quotes there") from None
-    if len(set(header)) != len(header):
-        raise UserError(f"dataset {name}: the header names a column twice ({', '.join(header)}); rename one")
-    return rows
-
-
-READERS = {".json": read_json_rows, ".jsonl": read_jsonl_rows, ".csv": read_csv_rows}
-
-
-def read_rows(path):
-    """Return [(row number, row), ...] of a .json, .jsonl or .csv file; every row is a dict, at least one is there."""
-    name = display_path(path)
-    if path.is_file() and path.suffix.lower() not in READERS:
-        raise UserError(f"dataset {name}: unknown file type {path.suffix!r}, expected .json, .jsonl or .csv")
-    text = read_text(path)
-    rows = READERS[path.suffix.lower()](text, name)
-    if not rows:
-        raise UserError(f"dataset {name} holds no rows, expected rows with an instruction and a response")
-    for number, row in rows:
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise UserError(f"dataset {name}, row {number}: {kind}, expected an object with named columns")
-    return rows
+def list_rows(count, rows):
+    """'row 7', 'rows 7, 8', or 'rows 1, 2, 3, 4, 5, ...' where there are more."""
+    return f"row{'s' * (count > 1)} {', '.join(map(str, rows))}" + ", ..." * (count > len(rows))
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
 def find_columns(found, mapping, name):
-    """Return {"messages": column} or {"instruction": column, "response": column, perhaps "input": column}.
+    """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
 
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question).
     """
     if mapping:
         check_mapping(found, mapping, name)
         return dict(mapping)
-    by_lower = {column.strip().lower(): column for column in found}
-    for column in ("messages", "conversations"):
-        if column in by_lower:
-            return {"messages": by_lower[column]}
-    columns = {}
-    for role, names in COLUMN_NAMES.items():
-        present = [by_lower[candidate] for candidate in names if candidate in by_lower]
-        if present:
-            columns[role] = present[0]
+    columns = match_columns(found, COLUMN_NAMES)
+    if "messages" in columns:
+        return {part: column for part, column in columns.items() if part in ("messages", "system")}
+    columns.pop("messages", None)
     if not {"instruction", "response"} <= set(columns):
         raise UserError(
             f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or"
@@ -199,12 +100,24 @@ def find_columns(found, mapping, name):
     return columns
 
 
+def match_columns(found, parts):
+    """{part: the first column found under one of the part's usual names}."""
+    by_lower = {column.strip().lower(): column for column in found}
+    present = {part: [by_lower[name] for name in COLUMN_NAMES[part] if name in by_lower] for part in parts}
+    return {part: columns[0] for part, columns in present.items() if columns}
+
+
 def check_mapping(found, mapping, name):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
-    missing = [column for column in mapping.values() if not isinstance(column, str) or column not in found]
-    problem = f"missing {', '.join(map(str, missing))}" if missing else None
-    if set(mapping) != {"messages"} and not {"instruction", "response"} <= set(mapping) <= set(COLUMN_NAMES):
-        problem = "expected the keys instruction and response, perhaps input; or messages alone"
+    required = {"messages"} if "messages" in mapping else {"instruction", "response"}
+    allowed = required | ({"system"} if "messages" in mapping else set(OPTIONAL))
+    problem = None
+    if not required <= set(mapping) <= allowed:
+        problem = "expected the keys instruction and response, perhaps input and system; or messages"
+    elif missing := [str(mapping[part]) for part in sorted(required) if mapping[part] not in found]:
+        problem = f"missing {', '.join(missing)}"
+    elif any(not isinstance(column, str) for column in mapping.values()):
+        problem = "expected the names of columns"
     if problem:
         raise UserError(f"dataset {name}: --dataset_columns {mapping}: {problem}; columns found: {', '.join(found)}")
 
@@ -213,7 +126,7 @@ def require_text(value, what):
     """Return value if it is a text that can be written as UTF-8, else raise UserError."""
     if not isinstance(value, str):
         remedy = "give a text or remove the row" if value is None else "put it in quotes or remove the row"
-        raise UserError(f"{what}: {json.dumps(value)[:40]} is no text; {remedy}")
+        raise UserError(f"{what}: {json.dumps(value, default=str)[:40]} is no text; {remedy}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -221,38 +134,44 @@ def require_text(value, what):
     return value
 
 
-def message_text(row, columns, role, where):
-    column = columns.get(role)
-    if column is None or (role == "input" and row.get(column) is None):
+def message_text(row, columns, part, where):
+    column = columns.get(part)
+    if column is None or (part in OPTIONAL and row.get(column) is None):
         return ""
     if column not in row:
         raise UserError(f"{where}: column {column!r} is missing; columns found: {', '.join(row)}")
     return require_text(row[column], f"{where}, column {column!r}")
 
 
-def instruction_to_conversation(row, columns, where):
+def to_conversation(row, columns, where):
+    """The messages of a row: its system text if it is not blank, then its turns or its instruction and response."""
+    system = message_text(row, columns, "system", where)
+    conversation = [{"role": "system", "content": system}] if system.strip() else []
+    if "messages" in columns:
+        return conversation + read_turns(row.get(columns["messages"]), f"{where}, column {columns['messages']!r}")
     instruction, extra, response = (
-        message_text(row, columns, role, where) for role in ("instruction", "input", "response")
+        message_text(row, columns, part, where) for part in ("instruction", "input", "response")
     )
     prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return [*conversation, {"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
-def messages_to_conversation(row, columns, where):
-    """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns; a ShareGPT "system" column comes first."""
-    turns = row.get(columns["messages"])
+def read_turns(turns, where):
+    """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
     if not isinstance(turns, list):
-        raise UserError(f"{where}, column {columns['messages']!r}: expected a list of messages")
-    conversation = []
-    if row.get("system") is not None and require_text(row["system"], f"{where}, column 'system'").strip():
-        conversation.append({"role": "system", "content": row["system"]})
+        raise UserError(f"{where}: expected a list of messages")
+    messages = []
     for index, turn in enumerate(turns, start=1):
         speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise UserError(f"{where}, message {index}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
-        content = require_text(turn.get("content", turn.get("value")), f"{where}, message {index}")
-        conversation.append({"role": ROLES[speaker], "content": content})
-    return conversation
+        content = turn.get("content", turn.get("value"))
+        if content is None and turn.get("tool_calls"):
+            raise UserError(f"{where}, message {index}: tool_calls without a text; write the call as text in content")
+        require_text(content, f"{where}, message {index}")
+        if ROLES[speaker] != "system" or content.strip():
+            messages.append({"role": ROLES[speaker], "content": content})
+    return messages
 
 
 def reason_to_drop(conversation):
@@ -267,35 +186,157 @@ def reason_to_drop(conversation):
     return None
 
 
-def load_conversations(path, mapping=None):
-    """Read a file into [(row number, conversation), ...] without empty and duplicate rows; returns it and a report."""
-    rows = read_rows(path)
-    name = display_path(path)
-    # of all rows, in the order of their first appearance: an optional input may be absent from the first
-    columns = find_columns(dict.fromkeys(column for _, row in rows for column in row), mapping, name)
-    report = DataReport(f"{name} ({', '.join(columns.values())})", len(rows))
-    convert = messages_to_conversation if "messages" in columns else instruction_to_conversation
-    conversations, seen = [], set()
-    for number, row in rows:
-        conversation = convert(row, columns, f"dataset {name}, row {number}")
-        key = json.dumps(conversation, sort_keys=True)
-        reason = reason_to_drop(conversation) or ("duplicate" if key in seen else None)
-        if reason:
-            report.drop(reason, number)
-        else:
-            seen.add(key)
-            report.kept += 1
-            conversations.append((number, conversation))
-    if not conversations:
-        raise UserError(f"{report.line()}; no row is left to train on")
-    return conversations, report
+def read_conversations(paths, name, mapping, report, number_column=None):
+    """Yield (row number, conversation) of every row that can be trained on; counts the others in the report.
+
+    The first row decides the columns; optional ones may first appear later. With `number_column` the rows of
+    validation.jsonl keep the numbers that they had in the user's file.
+    """
+    known = {name for names in COLUMN_NAMES.values() for name in names}
+    known |= {str(column).strip().lower() for column in mapping.values()}
+    notes, seen = [], {}
+    for place, nested in read_rows(paths, name, notes, known):
+        number = nested.get(number_column) if number_column else place
+        number = number if isinstance(number, int) and abs(number) < 2**63 else place
+        for row in expand_instances(nested, f"dataset {name}, row {place}"):
+            if not report.columns:
+                report.columns = find_columns(list(row), mapping, name)
+            if tuple(row) not in seen:
+                seen[tuple(row)] = True
+                optional = [] if mapping else [part for part in OPTIONAL if part not in report.columns]
+                optional = [part for part in optional if part == "system" or "messages" not in report.columns]
+                report.columns |= match_columns(row, optional)
+            conversation = to_conversation(row, report.columns, f"dataset {name}, row {place}")
+            report.rows += 1
+            if reason := reason_to_drop(conversation):
+                report.drop(reason, [number])
+            else:
+                yield number, conversation
+    report.format = ", ".join(dict.fromkeys(notes))
+    columns = dict.fromkeys(column for row in seen for column in row)
+    report.unused = [column for column in columns if column not in (*report.columns.values(), number_column)]
 
 
-def load_announced(label, path, mapping):
-    """Load the conversations of a path as the user gave it, and say what became of the rows."""
-    conversations, report = load_conversations(resolve_path(path), mapping)
+def expand_instances(row, where):
+    """The row itself, or one row for each of its `instances` where it has no answer of its own."""
+    instances = row.get(INSTANCES)
+    if not isinstance(instances, list) or match_columns(row, ("response", "messages")):
+        return [row]
+    if not all(isinstance(instance, dict) for instance in instances):
+        raise UserError(f"{where}, column {INSTANCES!r}: expected a list of objects with input and output")
+    shared = {column: value for column, value in row.items() if column != INSTANCES}
+    return [shared | instance for instance in instances]
+
+
+# ---- Conversations on disk -------------------------------------------------------------------------------------------
+class Conversations(Sequence):
+    """Conversations in a JSONL file, read one at a time: [i] is (row number, messages).
+
+    `index` holds arrays with a value for each conversation, so that splitting, comparing and counting never read the
+    texts: those of INDEX, and `text`, a digest of all messages.
+    """
+
+    # row number, place in the file, and digests of the parts that describe() names
+    INDEX: ClassVar = {"number": "q", "offset": "q", "prompt": "Q", "answer": "Q", "opening": "Q", "closing": "Q"}
+
+    def __init__(self, path, index, folder=None):
+        self.path = Path(path)
+        self.index = index
+        self.folder = folder  # a TemporaryDirectory that lives as long as this object
+        self.file = open(path, "rb")  # noqa: SIM115 - open as long as this object lives
+
+    def __len__(self):
+        return len(self.index["number"])
+
+    def __getitem__(self, position):
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        self.file.seek(int(self.index["offset"][position]))
+        row = json.loads(self.file.readline())
+        return row["row"], row["messages"]
+
+    def select(self, positions):
+        """The conversations at these positions, in this order, or those where a mask of booleans is true."""
+        positions = np.asarray(positions, dtype=None if len(positions) else np.int64)
+        return Conversations(self.path, {name: values[positions] for name, values in self.index.items()}, self.folder)
+
+    def fingerprint(self):
+        """A hash of all texts and row numbers, in their order."""
+        return hashlib.sha256(self.index["text"].tobytes() + self.index["number"].tobytes()).hexdigest()
+
+
+def store_conversations(path, rows):
+    """Write (row number, messages) pairs as JSONL, a line each, and return their Conversations."""
+    texts, columns = bytearray(), {name: array(kind) for name, kind in Conversations.INDEX.items()}
+    with open(path, "wb") as file:
+        for number, messages in rows:
+            text = json.dumps(messages, ensure_ascii=False)
+            for name, value in zip(columns, (number, file.tell(), *describe(messages)), strict=True):
+                columns[name].append(value)
+            texts += digest(text)
+            file.write(f'{{"row": {number}, "messages": {text}}}\n'.encode())
+    index = {name: np.array(values) for name, values in columns.items()}
+    return Conversations(path, index | {"text": np.frombuffer(bytes(texts), dtype="S16")})
+
+
+def describe(messages):
+    """64-bit digests of the prompt, the last answer, its first four and its last four words (0 for short answers).
+
+    Case and white space do not count: prompts that differ in nothing else are the same question.
+    """
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = [word for message in messages[:last] for word in message["content"].casefold().split()]
+    answer = messages[last]["content"].split()
+    parts = (prompt, answer, answer[:4] if len(answer) >= 8 else (), answer[-4:] if len(answer) >= 8 else ())
+    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
+
+
+# ---- Loading and splitting -------------------------------------------------------------------------------------------
+def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None):
+    """Read a file or Hub dataset into Conversations without unusable and duplicate rows; returns them and a report.
+
+    They are kept in cache_dir under a key of the files' content, or in a temporary folder that goes with them.
+    """
+    mapping = mapping or {}
+    temporary = None
+    if cache_dir is None:
+        temporary = tempfile.TemporaryDirectory()
+        cache_dir = temporary.name
+    name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
+    code = Path(__file__).with_name("reader_utils.py")
+    key = hash_files([*paths, Path(__file__), code], mapping, number_column, [path.suffix for path in paths])
+
+    def build(folder):
+        report = DataReport(name)
+        rows = read_conversations(paths, name, mapping, report, number_column)
+        conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
+        report.kept = len(conversations)
+        if not report.kept:
+            raise UserError(f"{report.line()}; no row is left to train on")
+        np.savez(folder / "index.npz", **conversations.index)
+        (folder / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+    folder = cached_folder(cache_dir, "rows", key, build)
+    report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    report.name = name
+    with np.load(folder / "index.npz") as index:
+        return Conversations(folder / "conversations.jsonl", dict(index), temporary), report
+
+
+def drop_duplicates(conversations, report):
+    """The first of each conversation; the others are counted in the report."""
+    first = np.zeros(len(conversations), dtype=bool)
+    first[np.unique(conversations.index["text"], return_index=True)[1]] = True
+    if not first.all():
+        report.drop("duplicate", conversations.index["number"][~first].tolist())
+    return conversations.select(first)
+
+
+def load_announced(label, dataset, mapping, cache_dir):
+    """Load the conversations that the user named, and say what became of the rows; returns them and the report."""
+    conversations, report = load_conversations(dataset, mapping, cache_dir)
     say(f"{label}: {report.line()}")
-    return conversations
+    return conversations, report
 
 
 def split_conversations(conversations, validation_split, seed):
@@ -303,41 +344,24 @@ def split_conversations(conversations, validation_split, seed):
 
     Call it after de-duplication: then the two share no conversation.
     """
-    shuffled = list(conversations)
+    shuffled = list(range(len(conversations)))
     random.Random(seed).shuffle(shuffled)
     if validation_split == 0:
-        return shuffled, []
+        return conversations.select(shuffled), conversations.select([])
     held_out = max(1, round(len(shuffled) * validation_split))
     if held_out >= len(shuffled):
         raise UserError(
             f"{len(shuffled)} usable row(s) cannot be split into training and validation rows;"
             " add rows, or train without validation by --validation_split 0"
         )
-    return shuffled[held_out:], shuffled[:held_out]
+    return conversations.select(shuffled[held_out:]), conversations.select(shuffled[:held_out])
 
 
 def remove_overlap(conversations, validation):
     """Drop training conversations that the validation set holds too, and say how many."""
-    held_out = {json.dumps(conversation, sort_keys=True) for _, conversation in validation}
-    kept = [row for row in conversations if json.dumps(row[1], sort_keys=True) not in held_out]
-    if len(kept) < len(conversations):
-        say(f"{len(conversations) - len(kept)} training rows stand in the validation file too and are not trained on")
-    if not kept:
+    distinct = ~np.isin(conversations.index["text"], validation.index["text"])
+    if not distinct.all():
+        say(f"{(~distinct).sum()} training rows stand in the validation file too and are not trained on")
+    if not distinct.any():
         raise UserError("every training row stands in the validation file too; give a validation file of other rows")
-    return kept
-
-
-def read_conversations(path):
-    """Read back what write_conversations wrote: [(row number in the user's file, conversation), ...]."""
-    conversations, _ = load_conversations(path)
-    return [
-        (row.get("row", number), messages)
-        for (number, row), (_, messages) in zip(read_rows(path), conversations, strict=True)
-    ]
-
-
-def write_conversations(path, conversations):
-    """Write [(row number, conversation), ...] as JSONL that read_conversations reads back."""
-    rows = ({"row": number, "messages": messages} for number, messages in conversations)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return conversations.select(distinct)

@@ -11,6 +11,7 @@ import random
 import sys
 
 from run_utils import (
+    CACHE,
     VALIDATION_ROWS,
     UserError,
     build_parser,
@@ -45,15 +46,14 @@ def evaluate(adapter_path, given, run_dir, target):
     """The phases: settings, rows, model, figures and answers of base and tuned, report."""
     import generation_utils
     import model_utils
-    import prompt_utils
     import training_utils
 
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
-    target = target / "evaluation"
+    cache_dir, target = target / CACHE, target / "evaluation"
     check_writable(target, "--output_dir")
-    conversations = load_validation_rows(settings, run_dir)
+    conversations = load_validation_rows(settings, run_dir, cache_dir)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
-    rows, _ = prompt_utils.tokenize_conversations(tokenizer, conversations, settings.max_seq_length, "validation data")
+    rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
     say(f"Measuring base and tuned model on {len(rows)} rows")
     pass_tokens = training_utils.choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
     metrics = measure(model, rows, pass_tokens)
@@ -65,19 +65,35 @@ def evaluate(adapter_path, given, run_dir, target):
     print_report(target, metrics, samples)
 
 
-def load_validation_rows(settings, run_dir):
-    """The rows that the adapter's run held out, or those of VALIDATION_DATASET_PATH: [(row number, messages), ...]."""
+def load_validation_rows(settings, run_dir, cache_dir):
+    """The Conversations that the adapter's run held out, or those of VALIDATION_DATASET_PATH."""
     import data_utils
 
     if settings.validation_dataset_path is not None:
-        return data_utils.load_announced("Validation data", settings.validation_dataset_path, settings.dataset_columns)
+        path, columns = settings.validation_dataset_path, settings.dataset_columns
+        return data_utils.load_announced("Validation data", path, columns, cache_dir)[0]
     path = run_dir / VALIDATION_ROWS
     if not path.exists():
         raise UserError(
             f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"
             " give rows of your own by --validation_dataset_path"
         )
-    return data_utils.read_conversations(path)
+    return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row")[0]
+
+
+def tokenize_rows(tokenizer, conversations, settings, cache_dir):
+    """Tokenize the rows as training did, and say what it did to them."""
+    import report_utils
+    import token_utils
+
+    rows = token_utils.tokenize_conversations(
+        tokenizer, conversations, settings.max_seq_length, "validation data", cache_dir
+    )
+    if not len(rows):
+        raise UserError(f"--max_seq_length {settings.max_seq_length} leaves no token of an answer; raise it")
+    for line in report_utils.token_lines("validation", report_utils.describe_tokens(rows), settings.max_seq_length):
+        say(line)
+    return rows
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from threading import Thread
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from prompt_utils import encode_prompt, end_token_ids, newest_positions
+from prompt_utils import encode_prompt, end_token_ids
 from run_utils import printable
+from token_utils import newest_positions
 
 
 def build_generation_config(tokenizer, settings):

@@ -30,11 +30,15 @@ def locate_model(name, models_dir):
 
 
 class hub_errors:
-    """Context manager that turns the Hub's and the loaders' failures over one model into UserErrors."""
+    """Context manager that turns the Hub's and the loaders' failures over one model or dataset into UserErrors."""
 
-    def __init__(self, name, remedy="give a causal language model with safetensors weights"):
+    MODEL_HINT = "give a local folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base"
+    DATASET_HINT = "download it and give its file by --custom_dataset_path"
+
+    def __init__(self, name, remedy="give a causal language model with safetensors weights", kind="model"):
         self.name = name
         self.remedy = remedy
+        self.kind = kind
 
     def __enter__(self):
         return self
@@ -52,24 +56,26 @@ class hub_errors:
         while cause is not None:
             status = status or getattr(getattr(cause, "response", None), "status_code", None)
             if isinstance(cause, OfflineModeIsEnabled):
-                return f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder"
-            cause = cause.__cause__
+                hint = "give a local folder" if self.kind == "model" else self.DATASET_HINT
+                return f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it or {hint}"
+            cause = cause.__cause__ or cause.__context__
+        place = "folder" if self.kind == "model" else "file"
         if isinstance(error, HFValidationError):
-            return f"{self.name!r} is neither a folder nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
+            return f"{self.name!r} is neither a {place} nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
         if status in (401, 403):
+            page = f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
             return (
-                f"no local folder {self.name}, and the Hub refuses it ({status}): it is gated, private or does not"
-                f" exist; check the spelling, or accept its licence at https://huggingface.co/{self.name} and set"
-                " HF_TOKEN to a token that may read it"
+                f"no local {place} {self.name}, and the Hub refuses it ({status}): it is gated, private or does not"
+                f" exist; check the spelling, or accept its licence at {page} and set HF_TOKEN to a token that may"
+                " read it"
             )
         if status == 404:
-            return f"no local folder {self.name}, and the Hub knows no such model (404); check the spelling"
-        if status is not None or "Errno" in str(error.__cause__) or "connection" in str(error).lower():
+            return f"no local {place} {self.name}, and the Hub knows no such {self.kind} (404); check the spelling"
+        unreachable = isinstance(error, ConnectionError) or "connection" in str(error).lower()
+        if status is not None or "Errno" in str(error.__cause__) or unreachable:
             reason = f"it answered {status}" if status else "no connection"
-            return (
-                f"the Hub cannot be reached for {self.name} ({reason}); check the network and try again, give a local"
-                " folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base"
-            )
+            hint = self.MODEL_HINT if self.kind == "model" else self.DATASET_HINT
+            return f"the Hub cannot be reached for {self.name} ({reason}); check the network and try again, or {hint}"
         if isinstance(error, OSError) and error.errno:
             return f"{self.name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
         if "out of memory" in str(error):

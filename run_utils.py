@@ -24,6 +24,7 @@ Settings = namedtuple("Settings", DEFAULTS)
 # Inclusive limits of the numbers. A lower limit with a decimal point marks a decimal number.
 RANGES = {
     "validation_split": (0.0, 0.9),
+    "answers_cut_limit": (0.0, 1),
     "max_seq_length": (8, 1_000_000),
     "max_train_rows": (0, 1_000_000_000),
     "lora_r": (1, 4_096),
@@ -60,6 +61,7 @@ CHOICES = {
 
 # What a run leaves in OUTPUT_DIR
 ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validation.jsonl"
+DATA_REPORT, CACHE = "data_report.json", "cache"
 # What an adapter was trained with and needs again wherever it is loaded.
 BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "max_seq_length")
 
@@ -330,7 +332,7 @@ def quiet_libraries():
     import logging
     import warnings
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset it warns at every fork
     # printed where its optional CPU kernels are not installed; the built-in path is used and is right
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers 5.23 renames it to activation checkpointing; peft and older releases know the old name only

@@ -1,6 +1,6 @@
 """Fine-tune a causal language model with LoRA or QLoRA on your instructions and answers.
 
-    python train.py --dry_run                                  # the plan and one decoded example, then stop
+    python train.py --dry_run                                  # the data report, one row and the plan; then stop
     python train.py                                            # data/demo.json, or what config.py says
     python train.py --custom_dataset_path data/mine.json --num_epochs 2
 
@@ -14,9 +14,12 @@ from importlib.metadata import version
 
 from run_utils import (
     ADAPTER,
+    CACHE,
     CHECKPOINTS,
+    DATA_REPORT,
     DEFAULTS,
     VALIDATION_ROWS,
+    UserError,
     build_parser,
     check_writable,
     display_path,
@@ -28,15 +31,16 @@ from run_utils import (
     run_script,
     say,
     set_aside_previous_run,
+    write_json,
 )
 
 # An earlier run's are moved to OUTPUT_DIR/previous
-RUN_FOLDERS = (ADAPTER, CHECKPOINTS, VALIDATION_ROWS, "evaluation", "merged-model")
+RUN_FOLDERS = (ADAPTER, CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, "evaluation", "merged-model")
 
 
 def main(argv):
     parser = build_parser("train.py", __doc__)
-    parser.add_argument("--dry_run", action="store_true", help="print the plan and one decoded example, then stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the data report and the plan, then stop")
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
     settings = make_settings(given)
@@ -47,28 +51,33 @@ def main(argv):
 
 def train(settings, dry_run=False):
     """The phases of a run: tokenizer, data, plan, model, trainer, training, saving."""
-    # imported here, seconds of work, so that --help and a mistyped flag answer at once
+    started = time.time()
+    train_set, validation_set, read = load_data(settings)
+    # imported here, seconds of work, so that --help, a mistyped flag and a faulty row answer at once
     import hub_utils
     import model_utils
+    import report_utils
     import training_utils
 
-    started = time.time()
     models_dir = resolve_path(settings.models_dir)
     device = model_utils.resolve_device(settings.device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
-    train_set, validation_set = load_data(settings)
     base = hub_utils.locate_model(settings.base_model_name, models_dir)
     tokenizer = model_utils.load_tokenizer(base, models_dir)
-    train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
     arguments = training_utils.build_training_arguments(
-        settings, resolve_path(settings.output_dir) / CHECKPOINTS, device, dtype, bool(validation_rows)
+        settings, resolve_path(settings.output_dir) / CHECKPOINTS, device, dtype, bool(validation_set)
     )
+    with arguments.main_process_first(local=False):  # the others find the tokenized rows in the cache
+        train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
+    report = report_data(settings, read, train_set, validation_set, train_rows, validation_rows)
+    show_example(tokenizer, train_rows)
+    report_utils.check_cut_limit(report, settings.answers_cut_limit)
     parameters = model_utils.count_parameters(base, settings, models_dir)
     training_utils.print_plan(
         settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
     )
     if dry_run:
-        show_example(tokenizer, train_rows[0])
+        write_report(settings, report, dry_run=True)
         return
     quantization = model_utils.build_quantization_config(settings, dtype)
     model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
@@ -77,7 +86,7 @@ def train(settings, dry_run=False):
     run_name = settings.run_name or time.strftime("%Y%m%d-%H%M%S")
     callbacks = build_callbacks(settings, tokenizer, validation_set, resolve_path(settings.logs_dir) / run_name)
     with arguments.main_process_first(local=False):  # the others wait here until the folders are ready
-        prepare_output(arguments, settings, validation_set)
+        prepare_output(arguments, settings, validation_set, report)
     trainer = training_utils.build_trainer(
         model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks
     )
@@ -92,46 +101,72 @@ def train(settings, dry_run=False):
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 def load_data(settings):
-    """Return (train, validation) conversations, each [(row number, messages), ...], after saying what was read."""
+    """Return the training and validation Conversations and what was read, after saying it."""
     import data_utils
 
+    cache_dir = resolve_path(settings.output_dir) / CACHE
     path = settings.custom_dataset_path or "data/demo.json"
-    conversations = data_utils.load_announced("Data", path, settings.dataset_columns)
+    conversations, report = data_utils.load_announced("Data", path, settings.dataset_columns, cache_dir)
     if settings.max_train_rows:
-        conversations = data_utils.split_conversations(conversations, 0, settings.seed)[0][: settings.max_train_rows]
+        chosen = data_utils.split_conversations(conversations, 0, settings.seed)[0]
+        conversations = chosen.select(range(min(len(chosen), settings.max_train_rows)))
     if settings.validation_dataset_path is None:
-        return data_utils.split_conversations(conversations, settings.validation_split, settings.seed)
-    validation = data_utils.load_announced(
-        "Validation data", settings.validation_dataset_path, settings.dataset_columns
+        return *data_utils.split_conversations(conversations, settings.validation_split, settings.seed), [report]
+    validation, validation_report = data_utils.load_announced(
+        "Validation data", settings.validation_dataset_path, settings.dataset_columns, cache_dir
     )
-    return data_utils.remove_overlap(conversations, validation), validation
+    return data_utils.remove_overlap(conversations, validation), validation, [report, validation_report]
 
 
 def tokenize_data(tokenizer, train_set, validation_set, settings):
-    """Tokenize both sets and say what the sequence length did to them."""
-    import prompt_utils
+    """Tokenize both sets; at least one row of each must be left."""
+    import token_utils
 
-    examples = []
+    cache_dir = resolve_path(settings.output_dir) / CACHE
     for name, conversations in (("training", train_set), ("validation", validation_set)):
-        rows, report = prompt_utils.tokenize_conversations(
-            tokenizer, conversations, settings.max_seq_length, f"{name} data"
+        rows = token_utils.tokenize_conversations(
+            tokenizer, conversations, settings.max_seq_length, f"{name} data", cache_dir
         )
-        if report.kept < report.rows:
-            counts = report.line("whole")
-            say(f"At {settings.max_seq_length} tokens a row, {counts}; a larger --max_seq_length cuts fewer")
-        examples.append(rows)
-    return examples
+        if len(conversations) and not len(rows):
+            raise UserError(
+                f"no token of the {name} data's {len(conversations)} rows can be trained at --max_seq_length"
+                f" {settings.max_seq_length}; raise it"
+            )
+        yield rows
 
 
-def show_example(tokenizer, example):
-    """Print one example as the model sees it, its trained tokens marked."""
-    import prompt_utils
+def report_data(settings, read, train_set, validation_set, train_rows, validation_rows):
+    """Print the data report and return it."""
+    import report_utils
 
-    color = sys.stdout.isatty()
+    report = report_utils.build_report(
+        read, train_set, validation_set, train_rows, validation_rows, settings.max_seq_length
+    )
+    report_utils.print_report(report)
+    return report
+
+
+def write_report(settings, report, dry_run=False):
+    """Write the report to OUTPUT_DIR; a dry run leaves that of an earlier run there alone."""
+    folder = resolve_path(settings.output_dir)
+    if dry_run and any((folder / name).exists() for name in (ADAPTER, CHECKPOINTS)):
+        folder = folder / CACHE
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / DATA_REPORT, report)
+    say(f"Data report: {display_path(folder / DATA_REPORT)}")
+
+
+def show_example(tokenizer, rows):
+    """Show a row of usual length as the model sees it, its trained tokens marked."""
+    import token_utils
+
+    lengths = rows.index["length"][:1000]
+    example = rows[int(abs(lengths - sorted(lengths)[len(lengths) // 2]).argmin())]
+    color = sys.stderr.isatty()
     start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
     marks = "green" if color else "[ ]"
-    print(f"\nRow {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
-    print(prompt_utils.mark_trained_tokens(tokenizer, example, start, end))
+    say(f"Example: row {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
+    say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n")
 
 
 # ---- Before and after training ---------------------------------------------------------------------------------------
@@ -150,8 +185,8 @@ def build_callbacks(settings, tokenizer, validation_set, log_dir):
     ]
 
 
-def prepare_output(arguments, settings, validation_set):
-    """Move an earlier run out of the way and keep this run's validation rows, which evaluate.py measures on."""
+def prepare_output(arguments, settings, validation_set, report):
+    """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
     import data_utils
 
     if arguments.process_index != 0:
@@ -161,8 +196,9 @@ def prepare_output(arguments, settings, validation_set):
     if moved_to:
         say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     output_dir.mkdir(parents=True, exist_ok=True)
+    write_report(settings, report)
     if validation_set:
-        data_utils.write_conversations(output_dir / VALIDATION_ROWS, validation_set)
+        data_utils.store_conversations(output_dir / VALIDATION_ROWS, validation_set)
 
 
 def finish(trainer, settings, validation_rows, started):

@@ -21,8 +21,8 @@ from transformers import (
 
 from generation_utils import autocast, generate_replies
 from model_utils import save_adapter, write_recorded_settings
-from prompt_utils import build_pass, count_trained_tokens, pack_rows
 from run_utils import say
+from token_utils import build_pass, count_trained_tokens, pack_rows
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
@@ -380,8 +380,7 @@ def print_plan(settings, device, dtype, rows, validation_rows, parameters, proce
     """Say, before any weight is loaded, what the run will do and what it needs."""
     total, trainable = parameters
     steps = count_steps(len(rows), settings, processes)
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    trained = count_trained_tokens(rows)
+    tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
     quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
     # adapter in float32, and with each checkpoint the two moments of AdamW
     disk = trainable * 4 * (1 + 3 * settings.save_total_limit) / 2**20

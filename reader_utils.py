@@ -1,0 +1,268 @@
+"""Files to rows: strict readers of JSON, JSON Lines, CSV and Parquet that change no text, and datasets of the Hub.
+
+Rows come one at a time, so that a file may be larger than the memory; only a JSON array is read whole.
+"""
+
+import csv
+import json
+import re
+from itertools import chain, islice
+from pathlib import Path
+
+from run_utils import PROJECT_DIR, UserError, display_path, resolve_path, say
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+FILE_TYPES = ".json, .jsonl, .csv or .parquet"
+ROWS_EXPECTED = "expected rows with an instruction and a response"
+# Excel and others may name the delimiter in a first line of its own
+DELIMITERS, DELIMITER_LINE = ",;\t|", re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+
+
+# ---- Finding the files -----------------------------------------------------------------------------------------------
+def find_files(dataset, cache_dir):
+    """Return (name for messages, [path, ...]) of a local file, or of a Hub dataset's split, downloaded to cache_dir.
+
+    A Hub dataset is `name`, `name:split` or `name:configuration:split`; the split is "train" unless it is given.
+    """
+    local = resolve_path(dataset)
+    if local.is_file():
+        if local.suffix.lower() not in SUFFIXES:
+            raise UserError(f"dataset {display_path(local)}: unknown file type {local.suffix!r}, expected {FILE_TYPES}")
+        return display_path(local), [local]
+    if local.is_dir():
+        raise UserError(f"dataset {display_path(local)} is a folder, expected one {FILE_TYPES} file")
+    first, *rest = Path(dataset).parts
+    is_path = len(rest) > 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
+    if is_path or not HUB_ID.fullmatch(dataset) or (rest and (PROJECT_DIR / first).is_dir()):
+        raise UserError(f"dataset {display_path(local)} does not exist; give an existing {FILE_TYPES} file or a Hub id")
+    return dataset, download_from_hub(dataset, cache_dir)
+
+
+def download_from_hub(dataset, cache_dir):
+    """Download the data files of a Hub dataset's split and return their paths.
+
+    `datasets` finds the files of the split, as its documentation says; they are read by our own readers, since its
+    own turn "None" into null and "007" into 7.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    from hub_utils import hub_errors
+
+    name, *parts = dataset.split(":")
+    split = parts.pop() if parts else "train"
+    with hub_errors(name, f"give a dataset of {FILE_TYPES} files, or a local file", "dataset"):
+        say(f"Looking up the dataset {name} on the Hub")
+        builder = load_dataset_builder(f"hf://datasets/{name}", *parts, cache_dir=str(cache_dir))
+        found = builder.config.data_files or {}
+        if split in found:
+            resolved = [HfFileSystem().resolve_path(str(file)) for file in found[split]]
+            paths = [
+                Path(hf_hub_download(f.repo_id, f.path_in_repo, repo_type="dataset", revision=f.revision))
+                for f in resolved
+            ]
+    if split not in found:
+        raise UserError(f"dataset {name} has no split {split!r}; it has {', '.join(map(str, found)) or 'none'}")
+    if other := sorted({path.suffix for path in paths} - set(SUFFIXES)):
+        raise UserError(f"dataset {name} holds {', '.join(other)} files, expected {FILE_TYPES}; convert them first")
+    return paths
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+def read_rows(paths, name, notes, columns=()):
+    """Yield (row number, row) of one file or of several in a row; each row is a dict, and at least one comes.
+
+    Rows are numbered by their line in JSON Lines, else by their order. What was detected about the format is added to
+    the list `notes`. `columns` are names that the header of a CSV file is known to hold.
+    """
+    number = last = 0
+    for path in paths:
+        where = name if len(paths) == 1 else f"{name}, {path.name}"
+        for number, row in READERS[path.suffix.lower()](path, where, notes, columns):
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise UserError(f"dataset {where}, row {number}: {kind}, expected an object with named columns")
+            yield last + number, row
+        last += number
+    if not last:
+        raise UserError(f"dataset {name} holds no rows, {ROWS_EXPECTED}")
+
+
+def read_lines(path, name):
+    """Yield (line number, text) of a UTF-8 file, without its byte order mark; another encoding is a UserError.
+
+    Lines end at a line feed only: U+2028 and its like may stand inside a JSON string.
+    """
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                utf16 = number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+                found = "UTF-16, expected UTF-8 text" if utf16 else "not UTF-8 text"
+                remedy = "save the file as UTF-8 and try again"
+                raise UserError(f"dataset {name}, line {number}: {found}; {remedy}") from None
+
+
+def read_json(path, name, notes, columns):
+    """Rows of a JSON array, of the one array that an object holds, or of JSON Lines: told apart by how they begin."""
+    first = next((text for _, text in read_lines(path, name) if text.strip()), None)
+    if first is None:
+        raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
+    if begins_json_lines(path, name, first):
+        notes.append("JSON Lines")
+        return read_json_lines(path, name)
+    notes.append("JSON")
+    text = "".join(line for _, line in read_lines(path, name))
+    rows = parse_json(text, lambda line: f"dataset {name}, line {line}")
+    if isinstance(rows, dict):
+        lists = [key for key, value in rows.items() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise UserError(f"dataset {name}: a JSON object, expected a list of rows: [{{...}}, {{...}}]")
+        notes.append(f"rows under {lists[0]!r}")
+        rows = rows[lists[0]]
+    if not isinstance(rows, list):
+        raise UserError(f"dataset {name}: JSON {type(rows).__name__}, expected a list of rows: [{{...}}, {{...}}]")
+    return enumerate(rows, start=1)
+
+
+def begins_json_lines(path, name, first):
+    """Whether a file is JSON Lines: always by its name unless it opens an array, else by two objects in its lines."""
+    if path.suffix.lower() == ".jsonl":
+        return not first.lstrip().startswith("[")
+    lines = islice((text for _, text in read_lines(path, name) if text.strip()), 2)
+    return sum(text.startswith("{") and text.rstrip().endswith("}") for text in lines) == 2
+
+
+def read_json_lines(path, name):
+    for number, line in read_lines(path, name):
+        if line.strip():
+            yield number, parse_json(line, lambda _, number=number: f"dataset {name}, line {number}")
+
+
+def parse_json(text, where):
+    """json.loads whose failure names the line; NaN and Infinity, which are no JSON, are refused."""
+
+    def reject(constant):
+        line = text[: text.find(constant)].count("\n") + 1
+        raise UserError(f"{where(line)}: {constant} is not valid JSON; write null or a quoted text")
+
+    def unique(pairs):
+        if len(keys := dict(pairs)) < len(pairs):
+            twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+            raise UserError(f"{where(1)}: an object names {twice!r} twice; remove one of them")
+        return keys
+
+    try:
+        return json.loads(text, parse_constant=reject, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        problem = f"invalid JSON ({error.msg}, column {error.colno})"
+        remedy = "mend it there"
+        if text.strip() in ("{", "[", "[{"):
+            remedy = "a .jsonl file holds one row a line; if this file is one list of rows, name it .json"
+        raise UserError(f"{where(error.lineno)}: {problem}; {remedy}") from None
+    except (RecursionError, ValueError):  # thousands of brackets, or of digits in one number
+        raise UserError(f"{where(1)}: JSON nested too deeply or a number too long, expected rows of text") from None
+
+
+def read_parquet(path, name, notes, columns):
+    """Rows of a Parquet file, a thousand in memory at a time."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    notes.append("Parquet")
+    if path.stat().st_size == 0:
+        raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+    except (ArrowException, OSError, ValueError) as error:  # ValueError: text in it that is no UTF-8
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"dataset {name}: damaged or no Parquet file ({reason}); write it again") from None
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------------
+def read_csv(path, name, notes, columns):
+    """Rows of a CSV file by the standard library's reader, which keeps "007", "None" and blanks as they are."""
+    lines = (line for _, text in read_lines(path, name) for line in split_returns(text))
+    skipped, head = 0, []  # the head tells the delimiter and the quotes
+    for line in lines:
+        if head or line.strip():
+            head.append(line)
+        else:
+            skipped += 1
+        if sum(map(len, head)) > 65_536:
+            break
+    if not head:
+        raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
+    named = DELIMITER_LINE.fullmatch(head[0])
+    if named:
+        head, skipped = head[1:], skipped + 1
+    delimiter, quote = detect_dialect(head, named[1] if named else DELIMITERS, columns)
+    notes.append("CSV" + f" separated by {delimiter!r}" * (delimiter != ",") + f" in {quote} quotes" * (quote != '"'))
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, quotechar=quote, strict=True)
+    yield from enumerate(csv_rows(reader, name, skipped, delimiter), start=1)
+
+
+def split_returns(text):
+    """Lines of a text that also end at a lone carriage return, as old spreadsheets write them."""
+    return re.findall(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+", text)
+
+
+def detect_dialect(head, delimiters, columns):
+    """Return the (delimiter, quote) under which the header holds most known names, else cuts all lines evenly."""
+    scores = {}
+    for quote in "\"'":
+        for delimiter in delimiters:
+            try:
+                rows = [row for row in csv.reader(head, delimiter=delimiter, quotechar=quote) if row]
+            except csv.Error:
+                continue
+            rows = rows[:-1] if len(rows) > 2 else rows  # the last may be incomplete
+            widths = {len(row) for row in rows}
+            header = {cell.strip().lower() for cell in rows[0]} if rows else set()
+            even = len(widths) == 1 and widths != {1}
+            scores[delimiter, quote] = (len(header & set(columns)), even, quote == '"', len(header))
+    return max(scores, key=scores.get, default=(",", '"'))
+
+
+def csv_rows(reader, name, skipped, delimiter):
+    """Yield the rows of a csv.reader as dicts; every row must have as many cells as the header."""
+    header = None
+    line = skipped + 1  # where the record being read begins
+    try:
+        for cells in reader:
+            if cells and header is None:
+                header = read_header(cells, name)
+                width = len(cells)
+            elif cells:
+                if len(cells) == width and not any(cells[len(header) :]):
+                    cells = cells[: len(header)]
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"dataset {name}, line {line}: {len(cells)} cells, expected {len(header)} as in the header"
+                        f" ({', '.join(header)}); put quotes around texts that hold a {delimiter!r}"
+                    )
+                yield dict(zip(header, cells, strict=True))
+            line = skipped + reader.line_num + 1
+    except csv.Error as error:
+        reason = "a quote is opened and never closed" if "unexpected end" in str(error) else error
+        raise UserError(
+            f"dataset {name}, line {line}: invalid CSV ({reason}); mend the quotes there, and double those inside a"
+            ' text: ""'
+        ) from None
+
+
+def read_header(cells, name):
+    header = [cell.strip() for cell in cells]
+    while header and not header[-1]:  # spreadsheets save empty columns behind the last one
+        header.pop()
+    if len(set(header)) != len(header):
+        raise UserError(f"dataset {name}: the header names a column twice ({', '.join(header)}); rename one")
+    return header
+
+
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}

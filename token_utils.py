@@ -1,0 +1,275 @@
+"""Conversations to tokenized rows: encoded in batches, cut, checked, cached; and laid end to end in passes."""
+
+from array import array
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import transformers
+
+from cache_utils import cached_folder, hash_files
+from prompt_utils import (
+    IGNORED,
+    answer_spans,
+    control_tokens,
+    encode_conversation,
+    find_end_token,
+    hide_control_tokens,
+    render,
+)
+from run_utils import UserError, printable
+
+STATUSES = ("kept", "shortened", "answer_cut", "no trainable token")
+KEPT, SHORTENED, ANSWER_CUT, DROPPED = range(4)
+BATCH = 1000  # conversations that are tokenized together, to use all cores
+
+
+# ---- Tokenized rows on disk ------------------------------------------------------------------------------------------
+class TokenizedRows(Sequence):
+    """Tokenized rows, read from disk one at a time: [i] is {"input_ids", "labels", "row", "status"}.
+
+    `index` holds an array of each of INDEX for every row; `all_rows` is the same index with the dropped rows in it.
+    """
+
+    # start in the file, tokens, trained tokens, tokens before cutting, row number, status, whether the answers hold
+    # control tokens
+    INDEX: ClassVar = {
+        "start": "q",
+        "length": "q",
+        "trained": "q",
+        "full_length": "q",
+        "row": "q",
+        "status": "b",
+        "control": "b",
+    }
+
+    def __init__(self, folder):
+        with np.load(folder / "index.npz") as index:
+            self.all_rows = dict(index)
+        kept = self.all_rows["status"] != DROPPED
+        self.index = {name: values[kept] for name, values in self.all_rows.items()}
+        tokens = int(self.index["length"].sum())
+        # an empty file cannot be mapped
+        self.ids, self.is_trained = (
+            np.memmap(folder / name, dtype=kind, mode="r") if tokens else np.zeros(0, dtype=kind)
+            for name, kind in (("ids.bin", np.int32), ("trained.bin", bool))
+        )
+
+    def __len__(self):
+        return len(self.index["row"])
+
+    def __getitem__(self, position):
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        start, length = int(self.index["start"][position]), int(self.index["length"][position])
+        ids, trained = self.ids[start : start + length], self.is_trained[start : start + length]
+        return {
+            "input_ids": ids.tolist(),
+            "labels": np.where(trained, ids, IGNORED).tolist(),
+            "row": int(self.index["row"][position]),
+            "status": STATUSES[self.index["status"][position]],
+        }
+
+
+def tokenize_conversations(tokenizer, conversations, max_seq_length, source, cache_dir):
+    """Turn Conversations into TokenizedRows, kept in cache_dir under a key of all that shapes them.
+
+    The key covers the texts, the tokenizer's own files and template, the length, and the code of this step.
+    """
+    code = [Path(__file__), Path(__file__).with_name("prompt_utils.py")]
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    key = hash_files(
+        code,
+        conversations.fingerprint(),
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        tokens,
+        max_seq_length,
+        transformers.__version__,
+    )
+    folder = cached_folder(
+        cache_dir, "tokens", key, lambda staged: write_rows(staged, tokenizer, conversations, max_seq_length, source)
+    )
+    return TokenizedRows(folder)
+
+
+def write_rows(folder, tokenizer, conversations, max_seq_length, source):
+    """Tokenize, cut and check conversations, BATCH at a time, and write what TokenizedRows reads."""
+    end_token = find_end_token(tokenizer)
+    special = (tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(end_token))
+    index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items()}
+    start, rows = 0, iter(conversations)
+    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as trained_file:
+        while batch := list(islice(rows, BATCH)):
+            for (number, _), row in zip(batch, encode_batch(tokenizer, batch, end_token, source), strict=True):
+                ids, trained, full_length, status, control = cut_row(*row, max_seq_length, special[0])
+                if status != DROPPED:
+                    check_row(ids, trained, status, *special, f"{source}, row {number}")
+                    ids_file.write(ids.tobytes())
+                    trained_file.write(trained.tobytes())
+                values = (start, len(ids), int(trained[1:].sum()), full_length, number, status, control)
+                for values_of, value in zip(index.values(), values, strict=True):
+                    values_of.append(value)
+                start += len(ids) if status != DROPPED else 0
+    np.savez(folder / "index.npz", **{name: np.array(values) for name, values in index.items()})
+
+
+def encode_batch(tokenizer, batch, end_token, source):
+    """Yield (ids, trained, start of the last answer in tokens, control tokens in an answer?) of each conversation.
+
+    All texts are encoded in one call. The result is encode_conversation's, which still does the rows with control
+    tokens in their texts, and those in which a token spans the start of an answer.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    rendered = [render_row(tokenizer, messages, end_token, f"{source}, row {number}") for number, messages in batch]
+    encodings = backend.encode_batch([text for text, _, _ in rendered], add_special_tokens=False)
+    for (number, messages), (_, spans, hidden), encoding in zip(batch, rendered, encodings, strict=True):
+        stretches = None if hidden else find_stretches(encoding, spans, end_token)
+        if stretches is None:
+            try:
+                ids, labels, last_start = encode_conversation(tokenizer, messages, end_token)
+            except UserError as error:
+                raise UserError(f"{source}, row {number}: {error}") from None
+            yield np.array(ids, np.int32), np.array(labels) != IGNORED, last_start, holds_control(tokenizer, messages)
+            continue
+        trained = np.zeros(stretches[-1][1], dtype=bool)
+        for start, end in stretches:
+            trained[start:end] = True
+        yield np.array(encoding.ids[: len(trained)], np.int32), trained, stretches[-1][0], False
+
+
+def render_row(tokenizer, messages, end_token, where):
+    """Return (text up to the last end token, answer spans in characters, whether stand-ins are in it)."""
+    hidden = hide_control_tokens(tokenizer, messages)
+    try:
+        text = render(tokenizer, hidden, add_generation_prompt=False)
+        spans = answer_spans(tokenizer, hidden, text, end_token)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return text[: spans[-1][1]], spans, hidden != messages
+
+
+def find_stretches(encoding, spans, end_token):
+    """The (first, behind the last) token of each answer; None where the tokens do not begin where the answer does."""
+    stretches = []
+    for start, end in spans:
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - len(end_token))
+        if first is None or last is None or encoding.token_to_chars(first)[0] != start:
+            return None
+        stretches.append((first, last + 1))
+    return stretches
+
+
+def holds_control(tokenizer, messages):
+    pattern = control_tokens(tokenizer)[0]
+    return any(message["role"] == "assistant" and pattern.search(message["content"]) for message in messages)
+
+
+def fit_to_length(ids, last_start, max_seq_length, bos_id=None):
+    """Choose what is left of a row that is longer than max_seq_length; returns (positions of ids, status).
+
+    The oldest part of the prompt goes first, but never its BOS. Only an answer that would leave less than a quarter of
+    the length to its prompt loses its tail, and then gets no end token: the model must not learn to stop in
+    mid-sentence.
+    """
+    answer_end = min(len(ids), last_start + max_seq_length - min(last_start, max_seq_length // 4))
+    positions = newest_positions(ids, answer_end, max_seq_length, bos_id)
+    return np.array(positions), SHORTENED if answer_end == len(ids) else ANSWER_CUT
+
+
+def newest_positions(ids, end, limit, bos_id):
+    """Positions of the last `limit` tokens before `end`, the first of them given up for the BOS at the start of ids."""
+    positions = range(max(end - limit, 0), end)
+    if ids[0] != bos_id:
+        return positions
+    # where the rest starts with a BOS of its own, two would stand in a row
+    return positions[1:] if any(ids[index] == bos_id for index in positions[1:2]) else [0, *positions[1:]]
+
+
+def cut_row(ids, trained, last_start, control, max_seq_length, bos_id):
+    """Cut an encoded row to max_seq_length tokens; returns (ids, trained, length before cutting, status, control)."""
+    full_length, status = len(ids), KEPT
+    if full_length > max_seq_length:
+        positions, status = fit_to_length(ids, last_start, max_seq_length, bos_id)
+        ids, trained = ids[positions], trained[positions]
+    return ids, trained, full_length, status if trained[1:].any() else DROPPED, control
+
+
+def check_row(ids, trained, status, bos_id, end_id, where):
+    """The promises made of every row: no doubled BOS, trained and untrained tokens, a trained end token.
+
+    Some templates (Llama 2's) write a BOS for each question, so only two in a row are wrong.
+    """
+    if bos_id not in (None, end_id):
+        begins = ids == bos_id
+        assert not (begins[1:] & begins[:-1]).any(), f"{where}: two BOS tokens in a row"
+    assert trained.any(), f"{where}: no trained token"
+    assert not trained.all(), f"{where}: no untrained token"
+    last = ids[np.flatnonzero(trained)[-1]]
+    assert status == ANSWER_CUT or last == end_id, f"{where}: the end token is not trained"
+
+
+def mark_trained_tokens(tokenizer, example, start="[", end="]"):
+    """Decode an example with its trained stretches between `start` and `end`, so that a user can check the mask."""
+    pieces, stretch, trained = [], [], False
+    for token, label in [*zip(example["input_ids"], example["labels"], strict=True), (None, None)]:
+        if token is None or (label != IGNORED) != trained:
+            text = printable(tokenizer.decode(stretch))
+            pieces.append(f"{start}{text}{end}" if trained else text)
+            stretch, trained = [], label != IGNORED
+        stretch.append(token)
+    return "".join(pieces)
+
+
+# ---- Batches: rows laid end to end -----------------------------------------------------------------------------------
+def pack_rows(lengths, max_tokens):
+    """Cut one optimizer step's rows into few passes of at most max_tokens tokens; returns lists of indices.
+
+    First-fit decreasing. A row longer than max_tokens gets a pass of its own.
+    """
+    passes, room = [], []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = next((p for p, free in enumerate(room) if lengths[index] <= free), None)
+        if fitting is None:
+            passes.append([])
+            room.append(max_tokens)
+            fitting = len(passes) - 1
+        passes[fitting].append(index)
+        room[fitting] -= lengths[index]
+    return passes
+
+
+def build_pass(rows):
+    """Lay rows end to end, without padding, as one batch of size 1 for a causal LM.
+
+    input_ids and position_ids have shape (1, tokens); positions restart at 0 with each row, which is how transformers'
+    masks keep the rows apart (it needs attention_mask=None and use_cache=False; masking_utils.py). `predicting` holds
+    the positions whose next token is trained, `targets` that token, `row_of_target` the row's index: (targets,) each.
+    """
+    ids, positions, predicting, targets, row_of_target = [], [], [], [], []
+    for index, row in enumerate(rows):
+        for position, label in enumerate(row["labels"][1:]):
+            if label != IGNORED:
+                predicting.append(len(ids) + position)
+                targets.append(label)
+                row_of_target.append(index)
+        ids += row["input_ids"]
+        positions += range(len(row["input_ids"]))
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "predicting": torch.tensor(predicting, dtype=torch.long),
+        "targets": torch.tensor(targets, dtype=torch.long),
+        "row_of_target": torch.tensor(row_of_target, dtype=torch.long),
+    }
+
+
+def count_trained_tokens(rows):
+    """Number of tokens whose prediction is trained: labels other than IGNORED, without a row's first token."""
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
