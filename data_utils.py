@@ -148,7 +148,7 @@ def to_conversation(row, columns, where):
     system = message_text(row, columns, "system", where)
     conversation = [{"role": "system", "content": system}] if system.strip() else []
     if "messages" in columns:
-        return conversation + read_turns(row.get(columns["messages"]), f"{where}, column {columns['messages']!r}")
+        return conversation + read_turns(row.get(columns["messages"]), columns["messages"], where)
     instruction, extra, response = (
         message_text(row, columns, part, where) for part in ("instruction", "input", "response")
     )
@@ -156,10 +156,10 @@ def to_conversation(row, columns, where):
     return [*conversation, {"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
-def read_turns(turns, where):
+def read_turns(turns, column, where):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
     if not isinstance(turns, list):
-        raise UserError(f"{where}: expected a list of messages")
+        raise UserError(f"{where}, column {column!r}: expected a list of messages")
     messages = []
     for index, turn in enumerate(turns, start=1):
         speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None

@@ -1,10 +1,14 @@
 """Readers, rows to conversations, de-duplication and the split: texts are kept, and faults are one plain line each."""
 
+import datetime
+import io
 import json
+import os
 import tempfile
-from collections import Counter
+import tracemalloc
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,6 +154,9 @@ def test_jsonl_rows_are_numbered_by_their_lines(write):
 )
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json"])
 def test_another_encoding_than_utf_8_is_refused_with_its_line(write, suffix, content, line):
+    if suffix == ".jsonl":  # its lines are parsed as they are read
+        for text in (b"instruction,response\n", b"q,a\n"):
+            content = content.replace(text, JSON_ROWS[1:-1].encode() + b"\n")
     message = refusal(write(f"rows{suffix}", content))
     assert f"line {line}:" in message
     assert "UTF-8" in message
@@ -282,6 +289,165 @@ def test_blank_lines_before_the_csv_header_are_skipped(write):
     assert pairs(write("rows.csv", "\n\ninstruction;response\nq;a\n")) == [("q", "a")]
 
 
+# ---- Formats ---------------------------------------------------------------------------------------------------------
+def parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet_texts_are_read_exactly_and_null_inputs_are_allowed(tmp_path):
+    rows = [{"instruction": f"{text} {i}", "input": None, "response": text} for i, text in enumerate(ODD_TEXTS)]
+    path = parquet(tmp_path / "rows.parquet", rows)
+    assert pairs(path) == [(row["instruction"], row["response"]) for row in rows]
+    assert "Parquet (instruction, response, input)" in load_conversations(path)[1].line()
+
+
+def test_parquet_messages_are_read_and_numbers_in_it_are_refused_with_their_row(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert pairs(parquet(tmp_path / "chat.parquet", [{"messages": turns}])) == [("q", "a")]
+    rows = [{"instruction": "q", "response": None}, {"instruction": "q", "response": "a"}]
+    assert "row 1, column 'response': null" in refusal(parquet(tmp_path / "null.parquet", rows))
+    assert "row 1, column 'response': 7" in refusal(
+        parquet(tmp_path / "number.parquet", [{"instruction": "q", "response": 7}])
+    )
+    day = datetime.date(2024, 1, 31)
+    assert "2024-01-31" in refusal(parquet(tmp_path / "date.parquet", [{"instruction": "q", "response": day}]))
+
+
+def test_many_row_groups_of_parquet_are_read_in_order(tmp_path):
+    table = pyarrow.Table.from_pylist([{"instruction": f"q{i}", "response": "a"} for i in range(2500)])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=700)
+    conversations, _ = load_conversations(tmp_path / "rows.parquet")
+    assert [(number, messages[0]["content"]) for number, messages in conversations] == [
+        (i + 1, f"q{i}") for i in range(2500)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ("instruction|response\nq, or r|a\n", "separated by '|'"),
+        ("sep=;\ninstruction;response\nq, or r;a\n", "separated by ';'"),
+        ("\nsep=|\r\ninstruction|response\r\nq, or r|a\r\n", "separated by '|'"),
+        ("'instruction','response'\n'q, or r','a'\n", "in ' quotes"),
+        ("instruction,response\n'q, or r',a\n'q, or s',b\n", "in ' quotes"),
+        ('instruction,response\r"q, or r",a\r', "CSV ("),
+        ("id;note, or not;instruction;response\n1;x, y, z;q, or r;a\n", "separated by ';'"),
+    ],
+)
+def test_delimiter_and_quotes_are_detected_and_named(write, content, note):
+    path = write("rows.csv", content)
+    assert pairs(path)[0] == ("q, or r", "a")
+    assert note in load_conversations(path)[1].line()
+
+
+@pytest.mark.parametrize("text", ["it's 'fine', isn't it", "'tis; so | it \t is"])
+def test_quotes_and_delimiters_inside_texts_do_not_mislead_the_detection(write, text):
+    path = write("rows.csv", f'instruction,response\n"{text}","{text}, a"\n"{text} b",c\n')
+    assert pairs(path) == [(text, f"{text}, a"), (f"{text} b", "c")]
+
+
+def test_a_mapped_header_decides_the_delimiter(write):
+    path = write("rows.csv", "Frage, kurz;Antwort, lang, gut\nq;a\n")
+    assert pairs(path, {"instruction": "Frage, kurz", "response": "Antwort, lang, gut"}) == [("q", "a")]
+
+
+def test_a_ragged_row_and_an_open_quote_name_the_line_that_they_begin_in(write):
+    assert "line 3: 3 cells" in refusal(write("ragged.csv", 'instruction,response\nq,a\n"two\nlines",b,c\n'))
+    assert "line 4: invalid CSV (a quote is opened and never closed)" in refusal(
+        write("open.csv", 'instruction,response\n"two\nlines",b\n"q,c\nr,d\ns,e\n')
+    )
+    assert "line 5: 3 cells" in refusal(write("sep.csv", "\nsep=;\ninstruction;response\nq;a\nr;b;c\n"))
+
+
+def test_the_key_of_nested_rows_is_named(write):
+    _, report = load_conversations(write("rows.json", f'{{"version": 2, "data": {JSON_ROWS}}}'))
+    assert "JSON, rows under 'data'" in report.line()
+
+
+def test_instances_become_a_row_each_with_the_shared_instruction(write):
+    row = {"instruction": "Translate.", "instances": [{"input": "ja", "output": "yes"}, {"input": "", "output": "no"}]}
+    path = write("rows.jsonl", json.dumps(row) + "\n" + json.dumps(row | {"id": 2, "instruction": "Say it."}))
+    assert pairs(path) == [
+        ("Translate.\n\nja", "yes"),
+        ("Translate.", "no"),
+        ("Say it.\n\nja", "yes"),
+        ("Say it.", "no"),
+    ]
+    conversations, report = load_conversations(path)
+    assert [number for number, _ in conversations] == [1, 1, 2, 2]
+    assert report.rows == 4
+    assert report.unused == ["id"]
+
+
+@pytest.mark.parametrize("instances", [["x"], [None], [5]])
+def test_instances_that_are_no_objects_are_refused(write, instances):
+    rows = json.dumps([{"instruction": "q", "instances": instances}])
+    assert "row 1, column 'instances'" in refusal(write("rows.json", rows))
+
+
+def test_columns_that_are_not_used_are_named(write):
+    rows = [{"instruction": "q", "response": "a", "category": "x"}, {"instruction": "r", "response": "b", "tools": "t"}]
+    assert "not used: category, tools" in load_conversations(write("rows.json", json.dumps(rows)))[1].line()
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_text_beside_instruction_and_response_comes_first(write, column):
+    rows = [{column: "Be brief.", "question": "q", "response": "a"}, {column: "", "question": "r", "response": "b"}]
+    conversations, _ = load_conversations(write("rows.json", json.dumps(rows)))
+    assert [[m["role"] for m in messages] for _, messages in conversations] == [
+        ["system", "user", "assistant"],
+        ["user", "assistant"],
+    ]
+
+
+def test_a_blank_system_turn_is_left_out_and_a_developer_is_a_system(write):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [
+        {"messages": [{"role": role, "content": text}, *turns]} for role, text in (("system", " "), ("developer", "x"))
+    ]
+    conversations, report = load_conversations(write("rows.json", json.dumps(rows)))
+    assert [messages[0]["role"] for _, messages in conversations] == ["user", "system"]
+    assert report.count_dropped() == 0
+
+
+def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(write, tmp_path, monkeypatch):
+    cache, path = tmp_path / "cache", write("rows.json", JSON_ROWS)
+    first, report = load_conversations(path, cache_dir=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(data_utils, "read_rows", None)
+        again, same_report = load_conversations(path, cache_dir=cache)
+    assert list(again) == list(first)
+    assert same_report == report
+    stamp = path.stat().st_mtime_ns
+    path.write_text(JSON_ROWS.replace('"a"', '"b"'))  # of the same size and time
+    os.utime(path, ns=(stamp, stamp))
+    assert load_conversations(path, cache_dir=cache)[0][0][1][1]["content"] == "b"
+    swapped = load_conversations(path, {"instruction": "response", "response": "instruction"}, cache)[0]
+    assert [m["content"] for m in swapped[0][1]] == ["b", "q"]
+
+
+def test_a_file_that_is_refused_leaves_nothing_in_the_cache(write, tmp_path):
+    with pytest.raises(UserError):
+        load_conversations(
+            write("rows.json", '[{"instruction": "q", "response": "a"}, 5]'), cache_dir=tmp_path / "cache"
+        )
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_large_jsonl_file_is_read_in_a_fraction_of_its_size(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with open(path, "w") as file:
+        file.writelines(f'{{"instruction": "q{i}", "response": "{"long answer " * 200}"}}\n' for i in range(10_000))
+    tracemalloc.start()
+    conversations, _ = load_conversations(path)
+    assert len(list(conversations.select(range(9000, 9010)))) == 10
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 20e6
+    assert peak < 5e6
+
+
 # ---- Values that are no text -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("column", ["instruction", "response", "input"])
 @pytest.mark.parametrize("value", [5, 1.5, True, ["a"], {"a": "b"}, "\ud800 half a pair"])
@@ -394,8 +560,11 @@ def test_empty_columns_behind_the_last_are_ignored_but_a_comma_of_the_text_is_no
 
 
 def test_json_and_json_lines_under_each_others_name_are_told_apart(write):
-    assert "name the file .jsonl" in refusal(write("rows.json", '{"a": 1}\n{"a": 2}\n'))
-    assert "name it .json" in refusal(write("rows.jsonl", '[\n{"instruction": "q"}\n]'))
+    row = '{"instruction": "q", "response": "a"}'
+    assert pairs(write("rows.json", f"{row}\n\n{row.replace('q', 'r')}\n")) == [("q", "a"), ("r", "a")]
+    assert pairs(write("rows.jsonl", f"[\n{row}\n]")) == [("q", "a")]
+    assert pairs(write("one.jsonl", row)) == [("q", "a")]
+    assert "name it .json" in refusal(write("object.jsonl", '{\n"data": []\n}'))
 
 
 # ---- Conversations ---------------------------------------------------------------------------------------------------
@@ -408,7 +577,7 @@ def test_openai_messages_are_kept_in_order_with_their_roles(write):
         {"role": "assistant", "content": "a2"},
     ]
     conversations, report = load_conversations(write("rows.jsonl", json.dumps({"messages": turns})))
-    assert conversations == [(1, turns)]
+    assert list(conversations) == [(1, turns)]
     assert "messages" in report.line()
 
 
@@ -476,7 +645,7 @@ def test_conversations_without_an_answer_are_dropped_and_counted(write):
     rows = [{"messages": turns} for turns in ([user, answer], [user], [], [user, blank], [user, answer, user, blank])]
     conversations, report = load_conversations(write("rows.json", json.dumps(rows)))
     assert [number for number, _ in conversations] == [1]
-    assert report.dropped.total() == 4
+    assert report.count_dropped() == 4
 
 
 # ---- Counts ----------------------------------------------------------------------------------------------------------
@@ -484,24 +653,25 @@ def test_blank_answers_and_instructions_are_dropped_and_counted_with_the_first_r
     path = write("rows.csv", "instruction,response\nq,a\nr,\ns,  \n ,b\nt,c\n")
     conversations, report = load_conversations(path)
     assert [number for number, _ in conversations] == [1, 5]
-    assert (report.rows, report.kept, report.dropped.total()) == (5, 2, 3)
+    assert (report.rows, report.kept, report.count_dropped()) == (5, 2, 3)
     line = report.line()
-    assert "5 rows, 2 kept, 3 dropped: an empty text (first: row 2)" in line
+    assert "5 rows, 2 kept, 3 dropped: an empty text (rows 2, 3, 4)" in line
 
 
 def test_duplicates_are_dropped_and_counted_and_near_duplicates_kept(write):
     path = write("rows.csv", "instruction,response\nq,a\nq,b\nq,a\nq ,a\nq,a\n")
     conversations, report = load_conversations(path)
     assert [number for number, _ in conversations] == [1, 2, 4]
-    assert (report.rows, report.kept, report.dropped) == (5, 3, Counter(duplicate=2))
-    assert "2 dropped: duplicate (first: row 3)" in report.line()
+    assert (report.rows, report.kept) == (5, 3)
+    assert report.dropped == {"duplicate": {"count": 2, "rows": [3, 5]}}
+    assert "2 dropped: duplicate (rows 3, 5)" in report.line()
 
 
 def test_duplicates_are_found_across_formats_of_the_same_conversation(write):
     openai = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     named = [{"content": "q", "role": "user", "id": 1}, {"from": "gpt", "value": "a"}]
     _, report = load_conversations(write("rows.json", json.dumps([{"messages": openai}, {"messages": named}])))
-    assert report.dropped == Counter(duplicate=1)
+    assert report.dropped == {"duplicate": {"count": 1, "rows": [2]}}
 
 
 def test_a_file_of_dropped_rows_only_is_an_error_with_the_counts(write):
@@ -510,61 +680,99 @@ def test_a_file_of_dropped_rows_only_is_an_error_with_the_counts(write):
 
 
 # ---- Splitting -------------------------------------------------------------------------------------------------------
-def numbered(count):
-    return list(enumerate(rows_of(*(f"q{i}" for i in range(count))), start=1))
+def store(conversations, folder):
+    """Conversations of [(row number, messages), ...] in a file of their own."""
+    return data_utils.store_conversations(Path(folder) / f"{len(list(Path(folder).iterdir()))}.jsonl", conversations)
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """numbered(3) -> Conversations of rows 1, 2, 3 with the questions q0, q1, q2."""
+    return lambda count: store(enumerate(rows_of(*(f"q{i}" for i in range(count))), start=1), tmp_path)
 
 
 @given(count=st.integers(2, 40), share=st.floats(0.01, 0.6), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_split_is_seeded_disjoint_and_complete(count, share, seed):
-    rows = numbered(count)
-    try:
-        train, validation = data_utils.split_conversations(rows, share, seed)
-    except UserError:
-        assert round(count * share) >= count
-        return
-    assert sorted(number for number, _ in train + validation) == list(range(1, count + 1))
-    assert train
-    assert len(validation) == max(1, round(count * share))
-    assert data_utils.split_conversations(rows, share, seed) == (train, validation)
-    assert rows == numbered(count)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = store(enumerate(rows_of(*(f"q{i}" for i in range(count))), start=1), folder)
+        try:
+            train, validation = data_utils.split_conversations(rows, share, seed)
+        except UserError:
+            assert round(count * share) >= count
+            return
+        assert sorted(number for number, _ in [*train, *validation]) == list(range(1, count + 1))
+        assert all(messages[0]["content"] == f"q{number - 1}" for number, messages in [*train, *validation])
+        assert train
+        assert len(validation) == max(1, round(count * share))
+        again = data_utils.split_conversations(rows, share, seed)
+        assert [list(part) for part in again] == [list(train), list(validation)]
 
 
-def test_another_seed_splits_otherwise_and_the_rows_are_shuffled():
-    first, second = (data_utils.split_conversations(numbered(40), 0.2, seed) for seed in (1, 2))
+def test_another_seed_splits_otherwise_and_the_rows_are_shuffled(numbered):
+    first, second = (list(data_utils.split_conversations(numbered(40), 0.2, seed)[0]) for seed in (1, 2))
     assert first != second
-    assert [number for number, _ in first[0]] != sorted(number for number, _ in first[0])
+    assert [number for number, _ in first] != sorted(number for number, _ in first)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
-def test_one_row_cannot_be_split_and_the_remedy_is_named(share):
+def test_one_row_cannot_be_split_and_the_remedy_is_named(numbered, share):
     with pytest.raises(UserError) as caught:
         data_utils.split_conversations(numbered(1), share, 42)
     assert "--validation_split 0" in one_line(str(caught.value))
 
 
-def test_a_split_of_zero_holds_nothing_out():
+def test_a_split_of_zero_holds_nothing_out(numbered):
     train, validation = data_utils.split_conversations(numbered(5), 0, 42)
-    assert validation == []
+    assert list(validation) == []
     assert sorted(number for number, _ in train) == [1, 2, 3, 4, 5]
 
 
-def test_training_rows_of_the_validation_file_are_dropped_and_announced(capsys):
-    validation = [(9, numbered(3)[1][1]), (10, numbered(9)[8][1])]
+def test_training_rows_of_the_validation_file_are_dropped_and_announced(numbered, tmp_path, capsys):
+    validation = store([(9, rows_of("q1")[0]), (10, rows_of("q8")[0])], tmp_path)
     kept = data_utils.remove_overlap(numbered(3), validation)
     assert [number for number, _ in kept] == [1, 3]
     assert capsys.readouterr().err.startswith("1 training row")
 
 
-def test_no_overlap_is_no_message(capsys):
-    assert data_utils.remove_overlap(numbered(3), numbered(9)[5:]) == numbered(3)
+def test_no_overlap_is_no_message(numbered, capsys):
+    rows = numbered(9)
+    assert list(data_utils.remove_overlap(rows.select([0, 1, 2]), rows.select([5, 6]))) == rows[:3]
     assert capsys.readouterr().err == ""
 
 
-def test_training_rows_that_all_stand_in_the_validation_file_are_an_error():
+def test_training_rows_that_all_stand_in_the_validation_file_are_an_error(numbered):
     with pytest.raises(UserError) as caught:
         data_utils.remove_overlap(numbered(2), numbered(3))
     one_line(str(caught.value))
+
+
+def test_conversations_are_read_by_position_slice_and_mask(numbered):
+    rows = numbered(5)
+    assert rows[-1] == rows[4] == list(rows)[4]
+    assert [number for number, _ in rows[1:3]] == [2, 3]
+    assert [number for number, _ in rows.select([3, 0])] == [4, 1]
+    assert [number for number, _ in rows.select([True, False, False, True, False])] == [1, 4]
+    assert len(rows.select([])) == 0
+    with pytest.raises(IndexError):
+        rows[5]
+
+
+def test_prompts_are_compared_without_case_and_white_space_and_answers_by_their_words(tmp_path):
+    long = "one two three four five six seven eight nine"
+    texts = [
+        ("What  is\nit?", long),
+        ("what is it?", f"one two three four {long}"),
+        ("What is that?", "yes"),
+        ("x", "yes "),
+    ]
+    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
+    index = store(enumerate(rows), tmp_path).index
+    assert index["prompt"][0] == index["prompt"][1] != index["prompt"][2]
+    assert index["opening"][0] == index["opening"][1] != 0
+    assert index["closing"][0] == index["closing"][1] != index["opening"][0]
+    assert index["answer"][2] == index["answer"][3] != index["answer"][0]
+    assert index["opening"][2] == index["closing"][2] == 0
 
 
 # ---- Round trip and fuzzing ------------------------------------------------------------------------------------------
@@ -579,9 +787,9 @@ def test_written_conversations_are_read_back_as_they_were(texts):
     distinct = [row for index, row in enumerate(rows) if row not in rows[:index]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "validation.jsonl"
-        data_utils.write_conversations(path, [(index * 7, row) for index, row in enumerate(distinct)])
-        conversations, report = load_conversations(path)
-    assert [messages for _, messages in conversations] == distinct
+        data_utils.store_conversations(path, [(index * 7, row) for index, row in enumerate(distinct)])
+        conversations, report = load_conversations(path, number_column="row")
+        assert list(conversations) == [(index * 7, row) for index, row in enumerate(distinct)]
     assert not report.dropped
 
 
@@ -596,7 +804,7 @@ def load_or_refuse(name, content):
             one_line(str(error))
             return
     assert 0 < report.kept == len(conversations)
-    assert report.kept + report.dropped.total() == report.rows
+    assert report.kept + report.count_dropped() == report.rows
     for _, messages in conversations:
         assert any(message["role"] == "assistant" for message in messages)
         for message in messages:
@@ -628,7 +836,7 @@ ROWS = st.lists(
 FUZZ = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-@given(st.sampled_from([".json", ".jsonl", ".csv"]), st.binary(max_size=60))
+@given(st.sampled_from([".json", ".jsonl", ".csv", ".parquet"]), st.binary(max_size=60))
 @FUZZ
 def test_random_bytes_end_in_one_line_or_in_rows(suffix, content):
     load_or_refuse(f"rows{suffix}", content)
@@ -653,3 +861,22 @@ CSV_PIECES = st.sampled_from(
 def test_random_csv_ends_in_one_line_or_in_rows(with_header, text):
     header = "instruction,response\n" if with_header else ""
     load_or_refuse("rows.csv", (header + text).encode("utf-8", "surrogatepass"))
+
+
+@given(ROWS, st.integers(0, 400), st.binary(min_size=1, max_size=8))
+@FUZZ
+def test_parquet_with_random_bytes_in_it_ends_in_one_line_or_in_rows(rows, place, noise):
+    try:
+        table = pyarrow.Table.from_pylist(rows)
+    except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError):  # no Parquet file can hold such rows
+        return
+    buffer = io.BytesIO()
+    try:
+        pyarrow.parquet.write_table(table, buffer)
+    except pyarrow.ArrowException:
+        return
+    content = bytearray(buffer.getvalue())
+    load_or_refuse("rows.parquet", bytes(content))
+    place %= len(content)
+    content[place : place + len(noise)] = noise
+    load_or_refuse("rows.parquet", bytes(content))
