@@ -1,7 +1,9 @@
 """Conversations to tokenized rows: encoded in batches, cut, checked, cached; and laid end to end in passes."""
 
+import copy
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -97,39 +99,53 @@ def tokenize_conversations(tokenizer, conversations, max_seq_length, source, cac
 
 
 def write_rows(folder, tokenizer, conversations, max_seq_length, source):
-    """Tokenize, cut and check conversations, BATCH at a time, and write what TokenizedRows reads."""
+    """Tokenize, cut and check conversations and write what TokenizedRows reads."""
     end_token = find_end_token(tokenizer)
     special = (tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(end_token))
     index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items()}
-    start, rows = 0, iter(conversations)
+    start, numbers = 0, conversations.index["number"].tolist()
+    encoded = encode_conversations(tokenizer, conversations, end_token, source)
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as trained_file:
-        while batch := list(islice(rows, BATCH)):
-            for (number, _), row in zip(batch, encode_batch(tokenizer, batch, end_token, source), strict=True):
-                ids, trained, full_length, status, control = cut_row(*row, max_seq_length, special[0])
-                if status != DROPPED:
-                    check_row(ids, trained, status, *special, f"{source}, row {number}")
-                    ids_file.write(ids.tobytes())
-                    trained_file.write(trained.tobytes())
-                values = (start, len(ids), int(trained[1:].sum()), full_length, number, status, control)
-                for values_of, value in zip(index.values(), values, strict=True):
-                    values_of.append(value)
-                start += len(ids) if status != DROPPED else 0
+        for number, row in zip(numbers, encoded, strict=True):
+            ids, trained, full_length, status, control = cut_row(*row, max_seq_length, special[0])
+            if status != DROPPED:
+                check_row(ids, trained, status, *special, f"{source}, row {number}")
+                ids_file.write(ids.tobytes())
+                trained_file.write(trained.tobytes())
+            values = (start, len(ids), int(trained[1:].sum()), full_length, number, status, control)
+            for values_of, value in zip(index.values(), values, strict=True):
+                values_of.append(value)
+            start += len(ids) if status != DROPPED else 0
     np.savez(folder / "index.npz", **{name: np.array(values) for name, values in index.items()})
 
 
-def encode_batch(tokenizer, batch, end_token, source):
-    """Yield (ids, trained, start of the last answer in tokens, control tokens in an answer?) of each conversation.
+def encode_conversations(tokenizer, conversations, end_token, source):
+    """Yield (ids, trained, start of the last answer in tokens, control tokens in an answer?) of (number, messages).
 
-    All texts are encoded in one call. The result is encode_conversation's, which still does the rows with control
-    tokens in their texts, and those in which a token spans the start of an answer.
+    BATCH texts are encoded in one call, in a thread of its own that leaves Python free to render the next ones. The
+    result is encode_conversation's, which still does the rows with control tokens in their texts, and those in which a
+    token spans the start of an answer.
     """
-    backend = tokenizer.backend_tokenizer
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)  # the thread's own
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = False
-    rendered = [render_row(tokenizer, messages, end_token, f"{source}, row {number}") for number, messages in batch]
-    encodings = backend.encode_batch([text for text, _, _ in rendered], add_special_tokens=False)
-    for (number, messages), (_, spans, hidden), encoding in zip(batch, rendered, encodings, strict=True):
+    rows, waiting = iter(conversations), None
+    with ThreadPoolExecutor(1) as thread:
+        while batch := list(islice(rows, BATCH)):
+            rendered = [render_row(tokenizer, messages, end_token, f"{source}, row {n}") for n, messages in batch]
+            texts = [text for text, _, _ in rendered]
+            encodings = thread.submit(backend.encode_batch, texts, add_special_tokens=False)
+            if waiting:
+                yield from label_batch(tokenizer, *waiting, end_token, source)
+            waiting = (batch, rendered, encodings)
+        if waiting:
+            yield from label_batch(tokenizer, *waiting, end_token, source)
+
+
+def label_batch(tokenizer, batch, rendered, encodings, end_token, source):
+    """Finish what encode_conversations began: wait for the encodings and find the trained tokens."""
+    for (number, messages), (_, spans, hidden), encoding in zip(batch, rendered, encodings.result(), strict=True):
         stretches = None if hidden else find_stretches(encoding, spans, end_token)
         if stretches is None:
             try:
