@@ -55,6 +55,26 @@ def find_end_token(tokenizer):
     return found[0]
 
 
+def describe_template(tokenizer):
+    """One line on how prompts are made: whose template, its BOS and its end token."""
+    source = "ours, in Alpaca's style" if tokenizer.chat_template == ALPACA_TEMPLATE else "the model's own"
+    return f"{source}; {describe_bos(tokenizer)}; answers end with {find_end_token(tokenizer)}"
+
+
+def describe_bos(tokenizer):
+    if tokenizer.bos_token is None:
+        return "no BOS"
+    if writes_bos(tokenizer):
+        return f"begins with {tokenizer.bos_token}"
+    by_itself = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "writes no BOS" + f", though plain texts of this tokenizer begin with {tokenizer.bos_token}" * by_itself
+
+
+def writes_bos(tokenizer):
+    """Whether the chat template begins a conversation with BOS."""
+    return render(tokenizer, [{"role": "user", "content": "Hi"}], True).startswith(tokenizer.bos_token)
+
+
 def end_token_ids(tokenizer):
     """The ids that end a reply: EOS, and the token that the chat template writes after an answer."""
     return sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))})
@@ -149,9 +169,15 @@ def answer_spans(tokenizer, messages, text, end_token):
         end = text.find(end_token, start + len(answer))
         # an end token before the answer: these words belong to a later turn, this one was left out
         if not text.startswith(prompt) or start < 0 or end < 0 or end_token in text[len(prompt) : start]:
+            shown_alone = answer in render(tokenizer, messages[: index + 1], add_generation_prompt=False)
+            if index + 1 < len(messages) and shown_alone:
+                raise UserError(
+                    f"the model's chat template rewrites message {index + 1} once other turns follow (it drops earlier"
+                    " thinking, say), so that answer cannot be trained; split the row so that each answer ends one"
+                )
             raise UserError(
                 f"the model's chat template changes message {index + 1} or leaves it out, so the answer cannot be"
-                " located; if the row has several turns try single-turn rows, else choose another base model"
+                " located; try rows with plain text answers, or choose another base model"
             )
         spans.append((len(prompt), end + len(end_token)))
     return spans

@@ -56,6 +56,7 @@ def train(settings, dry_run=False):
     # imported here, seconds of work, so that --help, a mistyped flag and a faulty row answer at once
     import hub_utils
     import model_utils
+    import prompt_utils
     import report_utils
     import training_utils
 
@@ -70,6 +71,7 @@ def train(settings, dry_run=False):
     with arguments.main_process_first(local=False):  # the others find the tokenized rows in the cache
         train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
     report = report_data(settings, read, train_set, validation_set, train_rows, validation_rows)
+    say(f"Template: {prompt_utils.describe_template(tokenizer)}")
     show_example(tokenizer, train_rows)
     report_utils.check_cut_limit(report, settings.answers_cut_limit)
     parameters = model_utils.count_parameters(base, settings, models_dir)
