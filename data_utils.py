@@ -100,6 +100,11 @@ def find_columns(found, mapping, name):
     return columns
 
 
+def optional_parts(columns):
+    """The parts that rows of this shape may have or lack."""
+    return ("system",) if "messages" in columns else OPTIONAL
+
+
 def match_columns(found, parts):
     """{part: the first column found under one of the part's usual names}."""
     by_lower = {column.strip().lower(): column for column in found}
@@ -110,7 +115,7 @@ def match_columns(found, parts):
 def check_mapping(found, mapping, name):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
     required = {"messages"} if "messages" in mapping else {"instruction", "response"}
-    allowed = required | ({"system"} if "messages" in mapping else set(OPTIONAL))
+    allowed = required | set(optional_parts(mapping))
     problem = None
     if not required <= set(mapping) <= allowed:
         problem = "expected the keys instruction and response, perhaps input and system; or messages"
@@ -201,11 +206,9 @@ def read_conversations(paths, name, mapping, report, number_column=None):
         for row in expand_instances(nested, f"dataset {name}, row {place}"):
             if not report.columns:
                 report.columns = find_columns(list(row), mapping, name)
-            if tuple(row) not in seen:
-                seen[tuple(row)] = True
-                optional = [] if mapping else [part for part in OPTIONAL if part not in report.columns]
-                optional = [part for part in optional if part == "system" or "messages" not in report.columns]
-                report.columns |= match_columns(row, optional)
+            elif tuple(row) not in seen and not mapping:
+                report.columns = match_columns(row, optional_parts(report.columns)) | report.columns
+            seen[tuple(row)] = True
             conversation = to_conversation(row, report.columns, f"dataset {name}, row {place}")
             report.rows += 1
             if reason := reason_to_drop(conversation):

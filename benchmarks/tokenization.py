@@ -21,7 +21,7 @@ import token_utils
 import training_utils
 from run_utils import quiet_libraries
 
-WORDS = "the of shop chain wheel brake order return light tyre what when should ride saddle number kind answer".split()
+WORDS = ["the", "of", "shop", "chain", "wheel", "brake", "order", "return", "light", "tyre", "what", "when", "should"]
 
 
 def main():

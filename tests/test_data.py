@@ -432,7 +432,7 @@ def test_a_file_that_is_refused_leaves_nothing_in_the_cache(write, tmp_path):
         load_conversations(
             write("rows.json", '[{"instruction": "q", "response": "a"}, 5]'), cache_dir=tmp_path / "cache"
         )
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_large_jsonl_file_is_read_in_a_fraction_of_its_size(tmp_path):
