@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 CACHED_FOLDERS = 8  # of each kind and of the newest use; older ones are removed
@@ -18,23 +19,36 @@ def digest(text, size=16):
 def cached_folder(cache_dir, kind, key, build):
     """Return cache_dir/<kind>-<key>, filled by build(folder) unless it is there; it appears only when complete.
 
-    The folders that were used least lately are removed.
+    The folders that were used least lately are removed. A build that fails leaves nothing, not even cache_dir.
     """
     target = Path(cache_dir) / f"{kind}-{key[:24]}"
     if not target.is_dir():
+        made = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".incomplete", dir=cache_dir))
         try:
             build(staged)
-            if not target.is_dir():  # another process may have been quicker
-                os.replace(staged, target)
+            os.replace(staged, target)
+        except OSError:
+            if not target.is_dir():  # else another process was quicker
+                raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        kept = sorted(target.parent.glob(f"{kind}-*"), key=lambda folder: folder.stat().st_mtime)
-        for old in kept[:-CACHED_FOLDERS]:
+            with suppress(OSError):  # those that hold something stay
+                for folder in made:
+                    folder.rmdir()
+        for old in sorted(target.parent.glob(f"{kind}-*"), key=last_use)[:-CACHED_FOLDERS]:
             shutil.rmtree(old, ignore_errors=True)
     os.utime(target)
     return target
+
+
+def last_use(folder):
+    """When a folder was last used; 0 if another process has just removed or renamed it."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0
 
 
 def hash_files(paths, *parts):

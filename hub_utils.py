@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
 from run_utils import PROJECT_DIR, UserError, display_path, resolve_path, say
@@ -33,7 +33,7 @@ class hub_errors:
     """Context manager that turns the Hub's and the loaders' failures over one model or dataset into UserErrors."""
 
     MODEL_HINT = "give a local folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base"
-    DATASET_HINT = "download it and give its file by --custom_dataset_path"
+    DATASET_HINT = "give a local file by --custom_dataset_path"
 
     def __init__(self, name, remedy="give a causal language model with safetensors weights", kind="model"):
         self.name = name
@@ -45,7 +45,7 @@ class hub_errors:
 
     def __exit__(self, kind, error, traceback):
         if kind is None or not issubclass(
-            kind, (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+            kind, (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HTTPError)
         ):
             return False
         raise UserError(self.explain(error)) from error
@@ -56,8 +56,10 @@ class hub_errors:
         while cause is not None:
             status = status or getattr(getattr(cause, "response", None), "status_code", None)
             if isinstance(cause, OfflineModeIsEnabled):
-                hint = "give a local folder" if self.kind == "model" else self.DATASET_HINT
-                return f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it or {hint}"
+                if self.kind == "dataset":
+                    hint = self.DATASET_HINT
+                    return f"HF_HUB_OFFLINE is set, so the Hub is not asked for {self.name}; unset it or {hint}"
+                return f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder"
             cause = cause.__cause__ or cause.__context__
         place = "folder" if self.kind == "model" else "file"
         if isinstance(error, HFValidationError):
@@ -71,7 +73,7 @@ class hub_errors:
             )
         if status == 404:
             return f"no local {place} {self.name}, and the Hub knows no such {self.kind} (404); check the spelling"
-        unreachable = isinstance(error, ConnectionError) or "connection" in str(error).lower()
+        unreachable = isinstance(error, (ConnectionError, HTTPError)) or "connection" in str(error).lower()
         if status is not None or "Errno" in str(error.__cause__) or unreachable:
             reason = f"it answered {status}" if status else "no connection"
             hint = self.MODEL_HINT if self.kind == "model" else self.DATASET_HINT

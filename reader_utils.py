@@ -33,40 +33,58 @@ def find_files(dataset, cache_dir):
     if local.is_dir():
         raise UserError(f"dataset {display_path(local)} is a folder, expected one {FILE_TYPES} file")
     first, *rest = Path(dataset).parts
-    is_path = len(rest) > 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
-    if is_path or not HUB_ID.fullmatch(dataset) or (rest and (PROJECT_DIR / first).is_dir()):
-        raise UserError(f"dataset {display_path(local)} does not exist; give an existing {FILE_TYPES} file or a Hub id")
+    is_path = len(rest) != 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
+    if is_path or not HUB_ID.fullmatch(dataset) or (PROJECT_DIR / first).is_dir():
+        hint = f"give an existing {FILE_TYPES} file or a Hub id such as team/name"
+        raise UserError(f"dataset {display_path(local)} does not exist; {hint}")
     return dataset, download_from_hub(dataset, cache_dir)
 
 
 def download_from_hub(dataset, cache_dir):
-    """Download the data files of a Hub dataset's split and return their paths.
+    """Download the data files of a Hub dataset's split to cache_dir and return their paths.
 
     `datasets` finds the files of the split, as its documentation says; they are read by our own readers, since its
     own turn "None" into null and "007" into 7.
     """
-    from datasets import load_dataset_builder
-    from huggingface_hub import HfFileSystem, hf_hub_download
+    from datasets import get_dataset_config_names, load_dataset_builder
+    from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 
     from hub_utils import hub_errors
 
     name, *parts = dataset.split(":")
     split = parts.pop() if parts else "train"
+    url = f"hf://datasets/{name}"
     with hub_errors(name, f"give a dataset of {FILE_TYPES} files, or a local file", "dataset"):
         say(f"Looking up the dataset {name} on the Hub")
-        builder = load_dataset_builder(f"hf://datasets/{name}", *parts, cache_dir=str(cache_dir))
-        found = builder.config.data_files or {}
-        if split in found:
-            resolved = [HfFileSystem().resolve_path(str(file)) for file in found[split]]
-            paths = [
-                Path(hf_hub_download(f.repo_id, f.path_in_repo, repo_type="dataset", revision=f.revision))
-                for f in resolved
-            ]
-    if split not in found:
-        raise UserError(f"dataset {name} has no split {split!r}; it has {', '.join(map(str, found)) or 'none'}")
-    if other := sorted({path.suffix for path in paths} - set(SUFFIXES)):
-        raise UserError(f"dataset {name} holds {', '.join(other)} files, expected {FILE_TYPES}; convert them first")
-    return paths
+        HfApi().auth_check(name, repo_type="dataset")  # a refusal with its status, which `datasets` leaves out
+        try:
+            builder = load_dataset_builder(url, *parts, cache_dir=str(cache_dir))
+        except ValueError:
+            names = get_dataset_config_names(url)
+            if (parts and parts[0] in names) or (not parts and len(names) == 1):
+                raise
+            what = f"has no configuration {parts[0]!r}" if parts else "has several configurations"
+            listed = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+            example = (split, "train") if split in names else (names[0], split)
+            raise UserError(
+                f"dataset {name} {what}; choose one of {listed}, for example"
+                f" --custom_dataset_path {':'.join((name, *example))}"
+            ) from None
+        found = {str(key): list(map(str, files)) for key, files in (builder.config.data_files or {}).items()}
+        if split not in found:
+            config, several = builder.config.name, len(builder.builder_configs) > 1
+            where = f" in its configuration {config}, one of {', '.join(builder.builder_configs)}" * several
+            splits = ", ".join(found) or "none"
+            raise UserError(
+                f"dataset {name} has no split {split!r}{where}; its splits are {splits}; choose one of them"
+            )
+        if other := sorted({Path(file).suffix.lower() for file in found[split]} - set(SUFFIXES)):
+            raise UserError(f"dataset {name} holds {', '.join(other)} files, expected {FILE_TYPES}; convert them first")
+        paths = []
+        for file in map(HfFileSystem().resolve_path, found[split]):
+            place = {"repo_type": "dataset", "revision": file.revision, "cache_dir": cache_dir}
+            paths.append(Path(hf_hub_download(file.repo_id, file.path_in_repo, **place)))
+        return paths
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------

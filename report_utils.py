@@ -63,7 +63,8 @@ def describe_answers(conversations):
         values, first, counts = np.unique(conversations.index[part], return_index=True, return_counts=True)
         counts[values == 0] = 0
         most = int(counts.argmax())
-        text = conversations[int(first[most])][1][-1]["content"].split()
+        messages = conversations[int(first[most])][1]
+        text = next(message["content"] for message in reversed(messages) if message["role"] == "assistant").split()
         words = {"answer": text[:12], "opening": text[:4], "closing": text[-4:]}[part]
         share = float(counts[most]) / len(conversations)
         found[part] = {"text": " ".join(words)[:80], "share": round(share, 4), "count": int(counts[most])}

@@ -141,12 +141,15 @@ def test_inference_refuses_an_empty_instruction(call, folders):
 
 
 # ---- Base models -----------------------------------------------------------------------------------------------------
-def test_train_refuses_a_mistyped_local_path_without_asking_the_hub(call, folders, tmp_path):
+def test_train_refuses_a_mistyped_local_path_without_asking_the_hub(call, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(GOOD_ROWS))
     flags = ("--custom_dataset_path", tmp_path / "rows.json", "--base_model_name", "models/tiny-bose")
-    done = call("train.py", *flags, *folders)
+    done = call("train.py", *flags, "--output_dir", tmp_path / "output", "--logs_dir", tmp_path / "logs")
     check_refusal(done, "models/tiny-bose", "does not exist", "Hub id")
     assert "Looking up" not in done.stderr
+    # the rows were read by then, and are read faster the next time
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "rows.json"]
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["cache"]
 
 
 def test_inference_refuses_a_base_model_that_is_not_there_without_a_network(run, folders, tmp_path):

@@ -1,90 +1,29 @@
 """Base models from a Hub: downloaded, cached and used offline; each refusal in one line; the token is never written."""
 
-import hashlib
-import http.server
 import json
-import threading
 from pathlib import Path
 
 import pytest
 
 from conftest import TINY_BASE
+from fake_hub import COMMIT, NO_SERVER, TOKEN, environment, serve
 
-TOKEN = "hf_secret_test"
-COMMIT = "c0ffee" * 6 + "c0ff"
 REPO = "team/tiny"
-# other repositories of the fake Hub: status and the Hub's error code
-REFUSALS = {
-    "team/private": (401, "RepoNotFound"),
-    "team/gated": (403, "GatedRepo"),
-    "team/unknown": (404, "RepoNotFound"),
-    "team/broken": (500, None),
-}
-NO_SERVER = "http://127.0.0.1:9"  # the discard port: connections are refused
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Serves models/tiny-base as REPO, as far as transformers asks; refuses the repositories of REFUSALS."""
-
-    def do_GET(self):
-        self.server.requests.append((self.path, self.headers.get("Authorization")))
-        path = self.path.split("?")[0].strip("/").removeprefix("api/models/").split("/")
-        status, headers, body = self.answer("/".join(path[:2]), path[2:])
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": len(body)}).items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def answer(self, repo, rest):
-        """Return (status, headers, body). Routes: <repo>/resolve/<revision>/<file>, <repo>/tree/<revision>, <repo>."""
-        if repo != REPO:
-            status, code = REFUSALS.get(repo, (404, "RepoNotFound"))
-            return status, {"X-Error-Code": code} if code else {}, b""
-        files = sorted(Path(TINY_BASE).iterdir())
-        missing = (404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
-        if not rest:
-            siblings = [{"rfilename": file.name} for file in files]
-            return 200, {}, json.dumps({"id": REPO, "sha": COMMIT, "tags": [], "siblings": siblings}).encode()
-        if rest[0] == "tree":
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
-            return (200, {}, json.dumps(tree).encode()) if len(rest) == 2 else missing
-        file = Path(TINY_BASE) / rest[-1]
-        if not file.is_file():
-            return missing
-        body = file.read_bytes()
-        return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture(scope="module")
 def hub():
-    """A running fake Hub: `url`, and `requests`, which are (path, Authorization header) each."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.url, server.requests = f"http://127.0.0.1:{server.server_port}", []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    """A fake Hub that serves models/tiny-base as REPO."""
+    with serve(models={REPO: {file.name: file.read_bytes() for file in Path(TINY_BASE).iterdir()}}) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a small dataset, and with a sitecustomize.py that makes the Hub library's waits short.
-
-    huggingface_hub tries again for 23 seconds where there is no server, and has no setting for it.
-    """
+    """A folder with a small dataset."""
     folder = tmp_path_factory.mktemp("hub")
     rows = [{"instruction": f"Say {n}", "response": f"Here is number {n}."} for n in range(6)]
     (folder / "rows.json").write_text(json.dumps(rows))
-    (folder / "path").mkdir()
-    (folder / "path/sitecustomize.py").write_text(
-        "import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(min(seconds, 0.01))\n"
-    )
     return folder
 
 
@@ -94,16 +33,8 @@ def run_with_hub(run, workplace):
 
     def run_script(url, name, script, *arguments, offline="0"):
         folders = ("--output_dir", workplace / name / "output", "--logs_dir", workplace / name / "logs")
-        environment = {
-            "HF_ENDPOINT": url,
-            "HF_HUB_OFFLINE": offline,
-            "HF_HOME": str(workplace / "home"),
-            "HF_TOKEN": TOKEN,
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(workplace / "path"),
-            "OMP_NUM_THREADS": "1",
-        }
-        return run(script, *arguments, *folders, "--models_dir", workplace / "models", **environment)
+        folders += ("--models_dir", workplace / "models")
+        return run(script, *arguments, *folders, **environment(url, workplace, offline))
 
     return run_script
 

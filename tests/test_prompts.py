@@ -1,8 +1,10 @@
-"""Token ids and labels, exactly; cutting to length; packing: each test here fails on a known trap (TRAPS.md)."""
+"""Token ids and labels, exactly: each test here fails on a known trap (TRAPS.md)."""
+
+import tempfile
+from pathlib import Path
 
 import jinja2
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -10,8 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 import prompt_utils
 from conftest import refusal
+from data_utils import store_conversations
 from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, encode_prompt, find_end_token
 from run_utils import UserError
+from token_utils import mark_trained_tokens, tokenize_conversations
 
 BOS, EOS = 1, 2  # ids of <s> and </s> in models/tiny-base
 # ChatML, with two reserved tokens of the bundled tokenizer as <|im_start|> and <|im_end|>
@@ -110,14 +114,16 @@ def untrained_text(tokenizer, ids, labels):
 
 
 def tokenize(tokenizer, *conversations, max_seq_length=512):
-    rows = list(enumerate((list(messages) for messages in conversations), start=1))
-    return prompt_utils.tokenize_conversations(tokenizer, rows, max_seq_length, "data")
+    """The TokenizedRows of conversations, numbered from 1."""
+    with tempfile.TemporaryDirectory() as folder:  # what is mapped stays readable
+        stored = store_conversations(Path(folder) / "rows.jsonl", enumerate(map(list, conversations), start=1))
+        return tokenize_conversations(tokenizer, stored, max_seq_length, "data", folder)
 
 
 def tokenize_or_message(tokenizer, *messages):
     """(example, None) of one conversation, or (None, message) of the UserError that names its row."""
     try:
-        return tokenize(tokenizer, messages)[0][0], None
+        return tokenize(tokenizer, messages)[0], None
     except UserError as error:
         message = str(error)
     assert "row 1" in message
@@ -328,8 +334,7 @@ def test_without_a_bos_token_the_bundled_template_writes_the_same_prompt_but_for
     tokenizer.bos_token = None
     assert with_bos == "<s>" + prompt_utils.render(tokenizer, messages, False)
     assert encoded(tokenizer, *messages) == (ids[1:], labels[1:])
-    examples, _ = tokenize(tokenizer, messages)
-    assert len(examples) == 1
+    assert len(tokenize(tokenizer, messages)) == 1
     # servers that pass bos_token as null to the template
     assert (
         jinja2.Template(ALPACA_TEMPLATE).render(messages=messages, bos_token=None, eos_token="</s>").startswith("###")
@@ -381,176 +386,7 @@ def test_a_control_token_in_a_text_adds_no_blank_to_it(llama_like, text):
     assert f"Instruction:\n{text}\n\n### Response:\n{text}</s>" in tokenizer.decode(ids)
 
 
-# ---- Cutting to length -----------------------------------------------------------------------------------------------
-def parts(prompt_length, answer_length):
-    """An example whose ids count from 0, so that every token tells where it came from."""
-    ids = list(range(prompt_length + answer_length))
-    return ids, [IGNORED] * prompt_length + ids[prompt_length:], prompt_length
-
-
-def test_a_row_that_fits_exactly_is_left_alone():
-    ids, labels, start = parts(6, 4)
-    assert prompt_utils.fit_to_length(ids, labels, start, 10) == (ids, labels, "kept")
-
-
-def test_the_prompt_is_trimmed_first_and_keeps_its_bos_and_its_end():
-    ids, labels, status = prompt_utils.fit_to_length(*parts(9, 3), 8, bos_id=0)
-    assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
-    assert labels == [IGNORED] * 5 + [9, 10, 11]
-    assert status == "shortened"
-
-
-def test_a_long_answer_keeps_a_quarter_for_its_prompt_and_loses_its_tail():
-    ids, labels, status = prompt_utils.fit_to_length(*parts(6, 20), 8, bos_id=0)
-    assert ids == [0, 5, 6, 7, 8, 9, 10, 11]
-    assert labels == [IGNORED] * 2 + [6, 7, 8, 9, 10, 11]
-    assert status == "answer_cut"
-
-
-@given(prompt=st.integers(1, 60), answer=st.integers(1, 60), limit=st.integers(8, 48))
-@settings(max_examples=300, deadline=None, derandomize=True)
-def test_whatever_the_lengths_the_cut_is_exact(prompt, answer, limit):
-    ids, labels, status = prompt_utils.fit_to_length(*parts(prompt, answer), limit, bos_id=0)
-    assert len(ids) == len(labels) == min(prompt + answer, limit)
-    assert ids[0] == 0
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    kept_answer = trained(labels)
-    kept_prompt = ids[: len(ids) - len(kept_answer)]
-    # the answer from its first token on, the prompt's end right before it
-    assert kept_answer == list(range(prompt, prompt + len(kept_answer)))
-    assert kept_prompt == [0, *range(prompt - len(kept_prompt) + 1, prompt)]
-    whole = answer <= limit - min(prompt, limit // 4)
-    assert (len(kept_answer) == answer) == whole
-    assert len(kept_prompt) >= min(prompt, limit // 4)
-    assert status == ("answer_cut" if not whole else "kept" if prompt + answer <= limit else "shortened")
-
-
-def test_earlier_turns_are_trimmed_with_their_labels(tokenizer):
-    turns = [turn for i in range(6) for turn in (user(f"question {i}"), assistant(f"answer {i}"))]
-    (example,), report = tokenize(tokenizer, turns, max_seq_length=48)
-    whole, labels = encoded(tokenizer, *turns)
-    assert example["input_ids"] == [BOS, *whole[-47:]]
-    assert example["labels"] == [IGNORED, *labels[-47:]]
-    assert report.shortened == 1
-
-
-def test_the_report_counts_every_row_once_and_names_its_fate(tokenizer):
-    long = "word " * 100
-    examples, report = tokenize(
-        tokenizer,
-        (user("q"), assistant("a")),
-        (user(long), assistant("a")),
-        (user("q"), assistant(long)),
-        (user(long), assistant(long)),
-        max_seq_length=40,
-    )
-    assert [example["status"] for example in examples] == ["kept", "shortened", "answer_cut", "answer_cut"]
-    assert [example["row"] for example in examples] == [1, 2, 3, 4]
-    assert (report.rows, report.kept, report.shortened, report.answer_cut) == (4, 1, 1, 2)
-    assert not report.dropped
-    line = report.line()
-    assert line.startswith("data: 4 rows, 1 kept")
-    assert "1 with the prompt shortened" in line
-    assert "2 with the answer cut" in line
-
-
-def test_a_cut_answer_gets_no_end_token_and_a_whole_one_keeps_it(tokenizer):
-    long = "word " * 100
-    cut, shortened = tokenize(tokenizer, (user("q"), assistant(long)), (user(long), assistant("a")), max_seq_length=40)[
-        0
-    ]
-    assert [len(example["input_ids"]) for example in (cut, shortened)] == [40, 40]
-    assert EOS not in cut["input_ids"]
-    assert trained(shortened["labels"]) == [*plain_ids(tokenizer, "a"), EOS]
-    assert (cut["input_ids"].count(BOS), shortened["input_ids"].count(BOS)) == (1, 1)
-
-
-def test_rows_of_which_no_trained_token_is_left_are_dropped_and_none_at_all_is_an_error(tokenizer):
-    message = refusal(lambda: tokenize(tokenizer, (user("q"), assistant("a")), max_seq_length=1))
-    assert "1 rows, 0 kept, 1 dropped: no trainable token (first: row 1)" in message
-    assert "--max_seq_length" in message
-
-
-def test_no_conversations_give_no_examples_and_no_error(tokenizer):
-    assert tokenize(tokenizer)[0] == []
-
-
-def test_the_trained_stretches_are_marked_and_the_rest_is_shown_as_it_is_read(tokenizer):
-    examples, _ = tokenize(tokenizer, (user("q1 </s>"), assistant("☃"), user("q2"), assistant(" a2")))
-    assert prompt_utils.mark_trained_tokens(tokenizer, examples[0], "«", "»") == (
-        "<s>### Instruction:\nq1 </s>\n\n### Response:\n«☃</s>»\n\n### Instruction:\nq2\n\n### Response:\n« a2</s>»"
-    )
-
-
-# ---- Passes ----------------------------------------------------------------------------------------------------------
-@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 50))
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_every_row_is_in_one_pass_and_no_pass_exceeds_the_limit(lengths, limit):
-    passes = prompt_utils.pack_rows(lengths, limit)
-    assert sorted(index for indices in passes for index in indices) == list(range(len(lengths)))
-    totals = [sum(lengths[index] for index in indices) for indices in passes]
-    assert all(total <= limit or len(indices) == 1 for total, indices in zip(totals, passes, strict=True))
-    # few passes: no two of them would fit into one
-    assert all(a + b > limit for i, a in enumerate(totals) for b in totals[:i])
-
-
-def test_long_rows_are_placed_first_so_that_short_ones_fill_the_gaps():
-    assert [sorted(indices) for indices in prompt_utils.pack_rows([4, 5, 6, 5], 10)] == [[0, 2], [1, 3]]
-
-
-def test_no_rows_are_no_passes():
-    assert prompt_utils.pack_rows([], 10) == []
-
-
-ROWS = (
-    {"input_ids": [1, 11, 12, 2], "labels": [IGNORED, IGNORED, 12, 2]},
-    {"input_ids": [21], "labels": [IGNORED]},
-    {"input_ids": [31, 32, 33], "labels": [31, 32, IGNORED]},  # no BOS: its first token is labelled
-)
-
-
-def test_a_pass_lays_rows_end_to_end_and_restarts_positions(tokenizer):
-    batch = prompt_utils.build_pass(ROWS)
-    assert batch["input_ids"].tolist() == [[1, 11, 12, 2, 21, 31, 32, 33]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
-    assert "attention_mask" not in batch  # with one, transformers lets the rows read each other
-
-
-def test_targets_are_the_next_trained_tokens_of_the_same_row():
-    batch = prompt_utils.build_pass(ROWS)
-    assert batch["targets"].tolist() == [12, 2, 32]
-    assert batch["predicting"].tolist() == [1, 2, 5]
-    assert batch["row_of_target"].tolist() == [0, 0, 2]
-    ids, after = batch["input_ids"][0], batch["predicting"] + 1
-    assert torch.equal(ids[after], batch["targets"])
-    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-
-
-def test_a_pass_without_targets_has_empty_indices_of_whole_numbers():
-    batch = prompt_utils.build_pass([ROWS[1]])
-    assert [batch[name].shape for name in ("predicting", "targets", "row_of_target")] == [(0,)] * 3
-    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-
-
-def test_trained_tokens_are_counted_as_they_are_predicted():
-    assert [prompt_utils.count_trained_tokens([row]) for row in ROWS] == [2, 0, 1]
-    assert prompt_utils.count_trained_tokens(ROWS) == len(prompt_utils.build_pass(ROWS)["targets"]) == 3
-    assert prompt_utils.count_trained_tokens([]) == 0
-
-
 # ---- Templates and tokenizers of well-known families, imitated on the bundled tokenizer ------------------------------
-def test_a_cut_row_never_starts_with_two_bos_tokens(tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[I] ' + m['content'] + ' [/I]' }}"
-        "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-    )
-    turns = [message for n in range(4) for message in (user(f"question {n} " * 4), assistant(f"answer {n} " * 4))]
-    for length in range(8, 130):
-        examples, _ = prompt_utils.tokenize_conversations(tokenizer, [(1, turns)], length, "data")
-        assert len(examples[0]["input_ids"]) <= length
-        assert examples[0]["input_ids"][:2] != [BOS, BOS]
-
-
 def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<|reserved_0|>{{ m['role'] + '\\n' }}"
@@ -560,8 +396,8 @@ def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(tokenizer):
         "{% if enable_thinking is defined and enable_thinking is false %}"
         "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
     )
-    examples, _ = prompt_utils.tokenize_conversations(tokenizer, [(1, [user("Is it?"), assistant("Yes")])], 64, "data")
-    assert prompt_utils.mark_trained_tokens(tokenizer, examples[0]).endswith("</think>\n\n[Yes<|reserved_1|>]")
+    (example,) = tokenize(tokenizer, [user("Is it?"), assistant("Yes")])
+    assert mark_trained_tokens(tokenizer, example).endswith("</think>\n\n[Yes<|reserved_1|>]")
 
 
 def test_an_end_token_that_takes_the_line_break_along_is_trained_in_every_turn(tokenizer):

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -353,11 +355,18 @@ def test_tensorboard_holds_the_curves_the_samples_and_the_settings(dataset, tmp_
 def test_no_pickle_but_the_optimizers_own_and_no_training_arguments_are_saved(dataset, tmp_path):
     out = small_run(dataset, tmp_path)
     names = {path.name for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")}
-    assert names == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    bare_numbers = {"ids.bin", "trained.bin"}  # of the tokenized rows, read by numpy.memmap
+    assert names - bare_numbers == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert {path.parent.parent for path in out.rglob("*") if path.name in bare_numbers} == {out / "cache"}
+    archives = list(out.rglob("*.npz"))
+    assert archives
+    for path in archives:
+        with np.load(path, allow_pickle=False) as arrays:
+            assert all(arrays[name].dtype.kind != "O" for name in arrays.files)
     assert {path.suffix for path in (out / "lora-adapter").iterdir()} == {".safetensors", ".json", ".jinja", ".md"}
 
 
-def test_a_dry_run_prints_the_plan_and_an_example_and_writes_nothing(dataset, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(dataset, tmp_path, capsys):
     settings = Settings(**DEFAULTS)._replace(
         base_model_name=TINY_BASE,
         device="cpu",
@@ -368,6 +377,7 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_nothing(dataset, tm
     train.train(settings, dry_run=True)
     captured = capsys.readouterr()
     assert "Plan: 22 rows" in captured.err
-    assert "[red red" in captured.out or "[green" in captured.out or "[blue" in captured.out or "[grey" in captured.out
-    assert "</s>]" in captured.out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]
+    assert captured.out == ""
+    assert re.search(r"### Response:\n\[(red|green|blue|grey)( \1)*</s>\]\n", captured.err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cache", "data_report.json"]
