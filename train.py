@@ -137,15 +137,16 @@ def show_example(tokenizer, example):
 # ---- Before and after training ---------------------------------------------------------------------------------------
 def build_callbacks(settings, tokenizer, validation_set, log_dir):
     import generation_utils
+    import progress_utils
     import training_utils
 
-    board = training_utils.RunBoard(log_dir, settings)
+    board = progress_utils.RunBoard(log_dir, settings)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
     prompts = [conversation for _, conversation in validation_set[: settings.sample_prompts]]
     return [
-        training_utils.ProgressLine(),
+        progress_utils.ProgressLine(),
         board,
-        training_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
+        progress_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
         training_utils.CheckpointSettings(settings),
     ]
 

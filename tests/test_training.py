@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
+import progress_utils
 import train
 import training_utils
 from conftest import TINY_BASE
@@ -341,7 +342,7 @@ def test_tensorboard_holds_the_curves_the_samples_and_the_settings(dataset, tmp_
     small_run(dataset, tmp_path)
     board = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
     scalars = set(board.Tags()["scalars"])
-    assert scalars == set(training_utils.RunBoard.NAMES.values())
+    assert scalars == set(progress_utils.RunBoard.NAMES.values())
     for name in scalars:
         assert all(math.isfinite(event.value) for event in board.Scalars(name)), name
     texts = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]}
