@@ -48,7 +48,8 @@ class RunBoard(TrainerCallback):
         "eval_perplexity": "validation/perplexity",
     }
 
-    def __init__(self, log_dir, settings):
+    def __init__(self, log_dir, settings, first_step=0):
+        self.first_step = first_step  # what a killed run wrote of later steps is not shown
         self.log_dir = log_dir
         self.settings = settings
         self.writer = None
@@ -57,7 +58,7 @@ class RunBoard(TrainerCallback):
         if state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.log_dir))
+            self.writer = SummaryWriter(str(self.log_dir), purge_step=self.first_step + 1 if self.first_step else None)
             rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
             self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
 
