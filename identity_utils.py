@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hub_utils import hub_errors, model_folder
+from run_utils import UserError, display_path, read_json, say, write_json
 
 # Settings that a resumed run may change: they shape no weight, or what counts of them is hashed or resolved instead.
 # A setting that is not listed here belongs to the identity, so that a new one is refused before it is overlooked.
@@ -17,6 +18,7 @@ FREE_SETTINGS = {
     *("output_dir", "logs_dir", "models_dir", "run_name"),
 }
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+IDENTITY_FILE = "identity.json"  # beside an adapter
 SHOWN_DIGITS = 12  # of a hash: enough to tell two apart, short enough for one line
 
 
@@ -76,6 +78,40 @@ def tokenizer_content(tokenizer):
 
 def template_content(tokenizer):
     return short_hash(json.dumps(tokenizer.chat_template, sort_keys=True))
+
+
+# ---- An adapter ------------------------------------------------------------------------------------------------------
+def write_adapter_identity(folder, name, content):
+    """Record beside an adapter the base model that it was trained on and the tokenizer files that lie there."""
+    write_json(folder / IDENTITY_FILE, {"base_model": f"{name} @ {content}", "files": tokenizer_files(folder)})
+
+
+def tokenizer_files(folder):
+    """{name: hash} of the files that make prompts and answers token ids."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return {name: short_hash((folder / name).read_bytes()) for name in names if (folder / name).is_file()}
+
+
+def check_adapter_identity(folder, base_name, content):
+    """Raise UserError unless base model and tokenizer are those that the adapter was trained with.
+
+    An adapter of another tool has no record: it is loaded with a notice.
+    """
+    shown = display_path(folder)
+    if not (folder / IDENTITY_FILE).is_file():
+        say(f"Adapter {shown} has no {IDENTITY_FILE}, so its base model and tokenizer are taken on trust")
+        return
+    recorded = read_json(folder / IDENTITY_FILE, "the adapter's identity")
+    trained_on, old, files = str(recorded.get("base_model")), recorded.get("files"), tokenizer_files(folder)
+    old = old if isinstance(old, dict) else {}
+    if trained_on.rpartition(" @ ")[2] != content:
+        raise UserError(
+            f"adapter {shown} does not fit its base model {base_name}: it was trained on {trained_on}, whose weights or"
+            f" config are not these ({content}); give that model, or train again"
+        )
+    if changed := sorted(name for name in old.keys() | files.keys() if old.get(name) != files.get(name)):
+        names = ", ".join(changed)
+        raise UserError(f"{names} in {shown} changed since the adapter was trained; restore it or train again")
 
 
 # ---- A run -----------------------------------------------------------------------------------------------------------
