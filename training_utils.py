@@ -256,8 +256,9 @@ class LoraTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_adapter(self.model, self.processing_class, output_dir)
+        if self.args.should_save:  # the first process alone: two would write into the same files
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_adapter(self.model, self.processing_class, output_dir)
 
 
 def peak_memory_gib(device):

@@ -53,13 +53,14 @@ def test_thirty_kills_many_of_them_inside_saves_change_no_byte():
 
 
 # ---- Signals, as a user sends them -----------------------------------------------------------------------------------
-FLAGS = ("--max_steps", 60, "--eval_steps", 4, "--sample_prompts", 0, "--lora_dropout", 0.1)
+FLAGS = ("--eval_steps", 4, "--sample_prompts", 0, "--lora_dropout", 0.1)
+LONG, SHORT = ("--num_epochs", 40), ("--max_steps", 14)
 
 
 @contextlib.contextmanager
-def running(folder, *launcher):
+def running(folder, *flags, launcher=()):
     """A real run in the background, once it has saved a checkpoint."""
-    flags = map(str, (*FLAGS, "--output_dir", folder / "out", "--logs_dir", folder / "logs"))
+    flags = map(str, (*FLAGS, *flags, "--output_dir", folder / "out", "--logs_dir", folder / "logs"))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
@@ -80,7 +81,7 @@ def running(folder, *launcher):
 
 
 def test_a_running_folder_is_refused_and_sigterm_saves_and_exits_with_143(run, tmp_path):
-    with running(tmp_path) as process:
+    with running(tmp_path, *LONG) as process:
         second = run("train.py", "--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
@@ -96,7 +97,7 @@ def test_a_running_folder_is_refused_and_sigterm_saves_and_exits_with_143(run, t
 
 def test_two_processes_stop_together_and_go_on_to_the_same_bytes(run, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    with running(tmp_path, *launcher) as process:
+    with running(tmp_path, *SHORT, launcher=launcher) as process:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and both processes
         process.wait(60)
     log = (tmp_path / "log").read_text()
@@ -106,7 +107,7 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bytes(run, tmp_path):
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
     for name in ("out", "whole"):
         folders = ("--output_dir", tmp_path / name, "--logs_dir", tmp_path / "logs")
-        done = run("train.py", *FLAGS, *folders, torchrun=launcher[2:], OMP_NUM_THREADS="1")
+        done = run("train.py", *FLAGS, *SHORT, *folders, torchrun=launcher[2:], OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr
         assert ("Going on" in done.stderr) == (name == "out")
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
