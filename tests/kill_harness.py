@@ -7,6 +7,7 @@ one line of JSON: kills, how many of them inside a save, runs, and how many of t
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -141,6 +142,8 @@ def harass(folder, kills, seed):
 
 
 if __name__ == "__main__":
+    for module in ("checkpoint_utils", "data_utils", "generation_utils", "progress_utils", "torch.utils.tensorboard"):
+        importlib.import_module(module)  # train.py loads them late; the forks are to find them loaded
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
