@@ -49,8 +49,12 @@ def stop_at_step(monkeypatch, step, number=signal.SIGTERM):
 
 
 def losses(output_dir):
+    """What a run reports: its record's figures and every loss that it logged."""
     record = json.loads((output_dir / "lora-adapter/run.json").read_text())
-    return {name: record[name] for name in ("steps", "best_step", "first_loss", "last_loss", "validation_loss")}
+    figures = {name: record[name] for name in ("steps", "best_step", "first_loss", "last_loss", "validation_loss")}
+    newest = list_checkpoints(output_dir / "checkpoints")[0]
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return figures | {"logged": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]}
 
 
 def interrupted(dataset, folder, monkeypatch, step=5, **changes):
