@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
@@ -27,6 +27,13 @@ def locate_model(name, models_dir):
         say(f"Looking up {name} (cache: {display_path(models_dir)})")
         hf_hub_download(name, "config.json", cache_dir=models_dir)
     return name
+
+
+def model_folder(name, models_dir):
+    """The folder that a located model is loaded from: its own, or the cache's, which is named after the commit."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(try_to_load_from_cache(name, "config.json", cache_dir=models_dir)).parent
 
 
 class hub_errors:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.pytorch_utils import Conv1D
 
 from hub_utils import hub_errors, locate_model
+from identity_utils import base_content, check_adapter_identity, write_adapter_identity
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids
 from run_utils import (
     DEFAULTS,
@@ -127,6 +128,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}, which would be random; give a"
             " complete causal language model"
         )
+    model.content = base_content(path, models_dir)  # adapters record what they were trained on
     return model.eval()
 
 
@@ -204,6 +206,8 @@ def save_adapter(model, tokenizer, path):
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
     model.save_pretrained(path, save_embedding_layers=False)
     tokenizer.save_pretrained(path)
+    if content := getattr(model.get_base_model(), "content", None):
+        write_adapter_identity(Path(path), model.peft_config["default"].base_model_name_or_path, content)
     make_readable(path)
 
 
@@ -288,7 +292,9 @@ def load_trained_model(adapter_path, settings=None):
         )
     tokenizer = load_tokenizer(str(folder))
     say(f"Base model: {settings.base_model_name}, adapter: {display_path(folder)}")
-    return load_adapter(load_settings_base(settings), folder).eval(), tokenizer
+    base = load_settings_base(settings)
+    check_adapter_identity(folder, settings.base_model_name, base.content)
+    return load_adapter(base, folder).eval(), tokenizer
 
 
 def load_adapter(base, folder):
@@ -297,6 +303,7 @@ def load_adapter(base, folder):
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             saved = set(file.keys())
+            poisoned = [key for key in sorted(saved) if not torch.isfinite(file.get_tensor(key)).all()]
         model = PeftModel.from_pretrained(base, folder)
     except SafetensorError as error:
         raise UserError(f"{name}/{ADAPTER_WEIGHTS} is damaged ({error}); train again or restore it") from error
@@ -305,6 +312,10 @@ def load_adapter(base, folder):
             f"adapter {name} does not fit its base model {base.name_or_path}: its adapter_config.json was changed, or"
             " it was trained on another one"
         ) from error
+    if poisoned:
+        raise UserError(
+            f"{name}/{ADAPTER_WEIGHTS} holds weights that are not finite, such as {poisoned[0]}; train again"
+        )
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != expected:
         raise UserError(

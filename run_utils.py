@@ -62,6 +62,8 @@ CHOICES = {
 # What a run leaves in OUTPUT_DIR
 ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validation.jsonl"
 DATA_REPORT, CACHE = "data_report.json", "cache"
+# What a disk refuses with: full, over quota, read-only, no permission, broken
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # What an adapter was trained with and needs again wherever it is loaded.
 BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "max_seq_length")
 
@@ -72,6 +74,14 @@ class UserError(Exception):
     def __init__(self, message):
         # names out of a user's file can hold line breaks and control characters
         super().__init__(printable(" ".join(message.split())))
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and it did after saving. Its message is one line: where, and how to go on."""
+
+    def __init__(self, signal_number, message):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # as a shell reports it
 
 
 # C0 and C1 control characters except tab and newline: no foreign text may steer the terminal
@@ -92,7 +102,8 @@ def say(message):
 def run_script(main, argv):
     """Run an entry script's main(argv) and return its exit code.
 
-    A UserError ends in one line and code 2 (--debug shows its traceback), Ctrl-C in 130; our own bugs in a traceback.
+    A UserError ends in one line and code 2 (--debug shows its traceback), Ctrl-C in 130, another signal in 128 and its
+    number; our own bugs in a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -111,8 +122,11 @@ def run_script(main, argv):
     except KeyboardInterrupt:
         say("\nStopped by Ctrl-C.")
         return 130
+    except Stopped as stop:
+        say(str(stop))
+        return stop.exit_code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        if error.errno not in STORAGE_ERRORS:
             raise
         say(f"error: {os.strerror(error.errno)}: {error.filename or 'output'}; mend that and try again")
         return 2
@@ -269,7 +283,22 @@ def write_json(path, value):
     """Write value as readable JSON, by a temporary file and a rename, so that a reader never meets half a file."""
     staged = Path(f"{path}.tmp")
     staged.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync_file(staged)
     os.replace(staged, path)
+
+
+def sync_file(path):
+    """Wait until a file's content is on the disk, so that a power cut cannot take it."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder):
+    """The same for the names in a folder; Windows keeps no such promise and offers no such call."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def read_json(path, what):
@@ -300,7 +329,11 @@ def staged_folder(target):
     staged.mkdir(parents=True)
     yield staged
     make_readable(staged)
+    for path in staged.iterdir():
+        sync_file(path)
+    sync_folder(staged)
     os.replace(staged, target)
+    sync_folder(target.parent)
 
 
 def set_aside_previous_run(output_dir, names):

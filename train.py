@@ -2,11 +2,13 @@
 
     python train.py --dry_run                                  # the data report, one row and the plan; then stop
     python train.py                                            # data/demo.json, or what config.py says
+    python train.py                                            # the same again goes on with a run that was interrupted
     python train.py --custom_dataset_path data/mine.json --num_epochs 2
 
 The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
 """
 
+import os
 import platform
 import sys
 import time
@@ -34,46 +36,48 @@ from run_utils import (
     write_json,
 )
 
-# An earlier run's are moved to OUTPUT_DIR/previous
-RUN_FOLDERS = (ADAPTER, CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, "evaluation", "merged-model")
+# An earlier run's are moved to OUTPUT_DIR/previous. The adapter goes last: where it is, the run had finished, also if
+# this is killed halfway.
+RUN_FOLDERS = (CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, "evaluation", "merged-model", ADAPTER)
 
 
 def main(argv):
     parser = build_parser("train.py", __doc__)
     parser.add_argument("--dry_run", action="store_true", help="print the data report and the plan, then stop")
+    parser.add_argument("--fresh", action="store_true", help="set an interrupted run aside instead of going on with it")
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
     settings = make_settings(given)
     check_writable(resolve_path(settings.output_dir), "--output_dir")
     check_writable(resolve_path(settings.logs_dir), "--logs_dir")
-    train(settings, options.dry_run)
+    train(settings, options.dry_run, options.fresh)
 
 
-def train(settings, dry_run=False):
+def train(settings, dry_run=False, fresh=False):
     """The phases of a run: tokenizer, data, plan, model, trainer, training, saving."""
     started = time.time()
     train_set, validation_set, read = load_data(settings)
     # imported here, seconds of work, so that --help, a mistyped flag and a faulty row answer at once
+    import fault_utils
     import hub_utils
+    import identity_utils
     import model_utils
-    import prompt_utils
-    import report_utils
     import training_utils
 
-    models_dir = resolve_path(settings.models_dir)
+    output_dir, models_dir = resolve_path(settings.output_dir), resolve_path(settings.models_dir)
+    lock = fault_utils.RunLock(output_dir, held_by_us=os.environ.get("RANK", "0") == "0")
+    if not dry_run:
+        lock.check()
     device = model_utils.resolve_device(settings.device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
     base = hub_utils.locate_model(settings.base_model_name, models_dir)
     tokenizer = model_utils.load_tokenizer(base, models_dir)
     arguments = training_utils.build_training_arguments(
-        settings, resolve_path(settings.output_dir) / CHECKPOINTS, device, dtype, bool(validation_set)
+        settings, output_dir / CHECKPOINTS, device, dtype, bool(validation_set)
     )
     with arguments.main_process_first(local=False):  # the others find the tokenized rows in the cache
         train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
-    report = report_data(settings, read, train_set, validation_set, train_rows, validation_rows)
-    say(f"Template: {prompt_utils.describe_template(tokenizer)}")
-    show_example(tokenizer, train_rows)
-    report_utils.check_cut_limit(report, settings.answers_cut_limit)
+    report = report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows)
     parameters = model_utils.count_parameters(base, settings, models_dir)
     training_utils.print_plan(
         settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
@@ -81,24 +85,34 @@ def train(settings, dry_run=False):
     if dry_run:
         write_report(settings, report, dry_run=True)
         return
-    quantization = model_utils.build_quantization_config(settings, dtype)
-    model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
-    model_utils.share_token_ids(model, tokenizer)
-    model = model_utils.attach_lora(model, settings)
-    run_name = settings.run_name or time.strftime("%Y%m%d-%H%M%S")
-    callbacks = build_callbacks(settings, tokenizer, validation_set, resolve_path(settings.logs_dir) / run_name)
-    with arguments.main_process_first(local=False):  # the others wait here until the folders are ready
-        prepare_output(arguments, settings, validation_set, report)
-    trainer = training_utils.build_trainer(
-        model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks
+    identity = identity_utils.run_identity(
+        settings, base, tokenizer, train_rows, validation_rows, arguments, dtype, models_dir
     )
+    with lock:
+        checkpoints = open_checkpoints(settings, identity, parameters[1], fresh)
+        quantization = model_utils.build_quantization_config(settings, dtype)
+        model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
+        model_utils.share_token_ids(model, tokenizer)
+        model = model_utils.attach_lora(model, settings)
+        callbacks = build_callbacks(settings, tokenizer, validation_set, checkpoints)
+        fault_utils.from_first_process(prepare_output, settings, validation_set, report, checkpoints.resumption)
+        trainer = training_utils.build_trainer(
+            model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints
+        )
+        run(trainer, settings, validation_rows, started)
+
+
+def run(trainer, settings, validation_rows, started):
+    """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
+    resumption = trainer.checkpoints.resumption
     say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
-    try:
-        trainer.train()
-    except KeyboardInterrupt:
-        say(f"\nStopped at step {trainer.state.global_step}; checkpoints: {display_path(arguments.output_dir)}")
-        raise
-    finish(trainer, settings, validation_rows, started)
+    with trainer.signals:
+        try:
+            trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
+        except KeyboardInterrupt:
+            say(f"\nStopped at once, in step {trainer.state.global_step + 1}; {trainer.checkpoints.last()}")
+            raise
+        finish(trainer, settings, validation_rows, started)
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -137,14 +151,18 @@ def tokenize_data(tokenizer, train_set, validation_set, settings):
         yield rows
 
 
-def report_data(settings, read, train_set, validation_set, train_rows, validation_rows):
-    """Print the data report and return it."""
+def report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows):
+    """Print the data report with one row as the model sees it, and return it; refuse data of which too much is lost."""
+    import prompt_utils
     import report_utils
 
     report = report_utils.build_report(
         read, train_set, validation_set, train_rows, validation_rows, settings.max_seq_length
     )
     report_utils.print_report(report)
+    say(f"Template: {prompt_utils.describe_template(tokenizer)}")
+    show_example(tokenizer, train_rows)
+    report_utils.check_cut_limit(report, settings.answers_cut_limit)
     return report
 
 
@@ -172,49 +190,65 @@ def show_example(tokenizer, rows):
 
 
 # ---- Before and after training ---------------------------------------------------------------------------------------
-def build_callbacks(settings, tokenizer, validation_set, log_dir):
-    import generation_utils
-    import training_utils
+def open_checkpoints(settings, identity, trainable, fresh):
+    """Decide, in the first process for all, whether an interrupted run goes on; refuse one that is another run's."""
+    import checkpoint_utils
+    import fault_utils
 
-    board = training_utils.RunBoard(log_dir, settings)
+    output_dir = resolve_path(settings.output_dir)
+    resumption = None
+    if not (output_dir / ADAPTER).exists():  # else the run there had finished
+        resumption = fault_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
+    run_name = settings.run_name or (resumption and resumption.run_name) or time.strftime("%Y%m%d-%H%M%S")
+    folder = output_dir / CHECKPOINTS
+    checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
+    checkpoints.check_space()
+    return checkpoints
+
+
+def build_callbacks(settings, tokenizer, validation_set, checkpoints):
+    import generation_utils
+    import progress_utils
+
+    log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
+    board = progress_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
     prompts = [conversation for _, conversation in validation_set[: settings.sample_prompts]]
     return [
-        training_utils.ProgressLine(),
+        progress_utils.ProgressLine(),
         board,
-        training_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
-        training_utils.CheckpointSettings(settings),
+        progress_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
     ]
 
 
-def prepare_output(arguments, settings, validation_set, report):
+def prepare_output(settings, validation_set, report, resumption):
     """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
     import data_utils
 
-    if arguments.process_index != 0:
-        return
     output_dir = resolve_path(settings.output_dir)
-    moved_to = set_aside_previous_run(output_dir, RUN_FOLDERS)
-    if moved_to:
-        say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if resumption is None:
+        moved_to = set_aside_previous_run(output_dir, RUN_FOLDERS)
+        if moved_to:
+            say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
-    if validation_set:
+    if validation_set and not (output_dir / VALIDATION_ROWS).exists():
         data_utils.store_conversations(output_dir / VALIDATION_ROWS, validation_set)
 
 
 def finish(trainer, settings, validation_rows, started):
     """Save the adapter with its record, and say how the run went and what to type next."""
+    import checkpoint_utils
+    import fault_utils
     import model_utils
     import training_utils
 
     if not trainer.is_world_process_zero():
         return
-    state = trainer.state
+    state, resumption = trainer.state, trainer.checkpoints.resumption
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     record = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.time() - (trainer.checkpoints.started if resumption else started), 1),
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "first_loss": losses[0],
@@ -227,7 +261,8 @@ def finish(trainer, settings, validation_rows, started):
         "python": platform.python_version(),
     }
     adapter_dir = resolve_path(settings.output_dir) / ADAPTER
-    model_utils.save_finished_adapter(trainer.model, trainer.processing_class, adapter_dir, settings, record)
+    with fault_utils.saving("the adapter", f"{trainer.checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
+        model_utils.save_finished_adapter(trainer.model, trainer.processing_class, adapter_dir, settings, record)
     print_summary(settings, adapter_dir, record)
 
 

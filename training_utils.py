@@ -1,27 +1,27 @@
-"""The Trainer subclass with its exact, padding-free passes, its callbacks, and the plan shown before training."""
+"""The Trainer subclass with its exact, padding-free passes, and the plan shown before training."""
 
 import contextlib
 import math
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from accelerate.utils import gather_object
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
-from generation_utils import autocast, generate_replies
-from model_utils import save_adapter, write_recorded_settings
-from run_utils import say
+from checkpoint_utils import AGAIN
+from fault_utils import StopSignals, run_bytes
+from generation_utils import autocast
+from model_utils import save_adapter
+from run_utils import Stopped, UserError, display_path, say
 from token_utils import build_pass, count_trained_tokens, pack_rows
 
 
@@ -100,8 +100,11 @@ class LoraTrainer(Trainer):
     gradient does not depend on how the rows were cut.
     """
 
-    def __init__(self, *args, max_pass_tokens, **kwargs):
+    def __init__(self, *args, max_pass_tokens, checkpoints=None, **kwargs):
         super().__init__(*args, data_collator=list, **kwargs)
+        self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
+        self.signals = StopSignals()
+        self.rows_of_step, self.loss_of_step, self.stop_now = [], None, 0
         self.max_pass_tokens = max_pass_tokens
         self.tokens_trained = 0  # real tokens of this process and seconds of training, both since the last log
         self.seconds_trained = 0.0
@@ -110,6 +113,7 @@ class LoraTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward over one step's rows; returns the step's mean loss a token."""
         self.clock = time.perf_counter()
+        self.rows_of_step = inputs
         model.train()
         processes = self.accelerator.num_processes
         trained = torch.tensor(count_trained_tokens(inputs), device=self.args.device)
@@ -125,7 +129,41 @@ class LoraTrainer(Trainer):
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
         self.tokens_trained += sum(len(row["input_ids"]) for row in inputs)
+        self.loss_of_step = step_loss
         return step_loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Refuse a loss or gradient that is not finite before the optimizer sees it, and agree on whether to stop."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite = torch.isfinite(self.loss_of_step) & (torch.isfinite(norm) | self._scaler_will_skip())
+        # one message for both, since it makes the host wait for the device; all processes must decide alike
+        flags = torch.stack([~finite, torch.tensor(self.signals.requested > 0, device=finite.device)]).int()
+        faults, self.stop_now = self.accelerator.reduce(flags, "sum").tolist()
+        if faults:
+            what = "gradient" if torch.isfinite(self.loss_of_step) else "loss"
+            self._refuse(f"the {what} of step {self.state.global_step + 1}", self.rows_of_step)
+        return norm
+
+    def _scaler_will_skip(self):
+        """Whether fp16's loss scaling answers an overflowing gradient by a smaller scale, as it must at first."""
+        scaler = self.accelerator.scaler
+        return torch.tensor(scaler is not None and scaler.get_scale() > 1, device=self.args.device)
+
+    def _refuse(self, what, rows, name="training data"):
+        """Raise the UserError of a loss or gradient that is not finite, naming the rows at fault as far as known."""
+        bad = [
+            row["row"]
+            for row, (nll, _) in zip(rows, score_rows(self.model, rows, 0), strict=True)
+            if not math.isfinite(nll)
+        ]
+        numbers = gather_object([(bad, [row["row"] for row in rows])])
+        numbers = sorted({number for own, _ in numbers for number in own} or {n for _, every in numbers for n in every})
+        shown = ", ".join(map(str, numbers[:20])) + f" and {len(numbers) - 20} more" * (len(numbers) > 20)
+        last = self.checkpoints.last() if self.checkpoints else "nothing saved"
+        raise UserError(
+            f"{what} is not finite (nan or inf); its rows of the {name}: {shown}; {last}; look at these rows, or train"
+            " anew with --fresh and a lower --learning_rate or a longer --warmup_ratio"
+        )
 
     def _count_time(self):
         """Add the time since the step began, or since the last call, to the time spent in training."""
@@ -138,7 +176,18 @@ class LoraTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop_now and not self.control.should_training_stop:
+            self._stop()
         self.clock = time.perf_counter()  # what it took to evaluate and save is no training time
+
+    def _stop(self):
+        """Save where the run is and end it, as a signal asked."""
+        number = max(gather_object([self.signals.requested]))
+        step, steps = self.state.global_step, self.state.max_steps
+        if self.checkpoints.saved_step != step:
+            self._save_checkpoint(self.model, None)
+        where = display_path(self.checkpoints.path(step))
+        raise Stopped(number, f"Stopped at step {step} of {steps}, saved in {where}; {AGAIN}")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""
@@ -151,6 +200,8 @@ class LoraTrainer(Trainer):
         sums = torch.tensor(sums, dtype=exact, device=self.args.device)
         nll, tokens = self.accelerator.reduce(sums, "sum").tolist()
         loss = nll / tokens
+        if not math.isfinite(loss):
+            self._refuse(f"the validation loss of step {self.state.global_step}", mine, "validation data")
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -170,10 +221,44 @@ class LoraTrainer(Trainer):
         """Not counted: the Trainer's estimate needs padded batches."""
         return 0
 
+    # ---- Checkpoints ----
+    def _get_output_dir(self, trial):
+        """Where the Trainer puts checkpoint-<step>: a folder that it leaves only when it is whole."""
+        return str(self.checkpoints.staging) if self.checkpoints else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        # each process adds up its own rows' losses, and the log shows their mean
+        loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
+        progress = {"loss_since_log": loss, "last_logged_step": self._globalstep_last_logged}
+        with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
+            super()._save_checkpoint(model, trial)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        if checkpoint is not None:
+            best = self.checkpoints.resumption.best_step
+            self.state.best_global_step = best
+            self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
+            self.state.best_metric = best and self.state.best_metric
+            self.state.compute_steps(self.args, max_steps)  # LOGGING_STEPS may have been changed
+        return begin
+
+    def _run_epoch(self, **kwargs):
+        """One epoch, or the rest of it where a run is resumed; the loss that was not logged yet is kept."""
+        resumption = self.checkpoints and self.checkpoints.resumption
+        if resumption and self.state.global_step == resumption.step:
+            self._tr_loss += resumption.progress["loss_since_log"]
+            self._globalstep_last_logged = resumption.progress["last_logged_step"]
+            if resumption.finished:  # killed between its last checkpoint and the adapter
+                self.control.should_training_stop = True
+                return
+        super()._run_epoch(**kwargs)
+
     def _save(self, output_dir=None, state_dict=None):
         """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_adapter(self.model, self.processing_class, output_dir)
+        if self.args.should_save:  # the first process alone: two would write into the same files
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_adapter(self.model, self.processing_class, output_dir)
 
 
 def peak_memory_gib(device):
@@ -216,7 +301,7 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         eval_steps=settings.eval_steps,
         save_strategy="steps",
         save_steps=settings.eval_steps,
-        save_total_limit=settings.save_total_limit,
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting where it was
         load_best_model_at_end=has_validation,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -226,6 +311,9 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         ddp_find_unused_parameters=False,  # every LoRA weight takes part in every pass
         report_to=[],
     )
+    if arguments.n_gpu > 1:
+        launch = f"accelerate launch --num_processes {arguments.n_gpu} train.py"
+        say(f"{arguments.n_gpu} GPUs are visible and one is used; to use them all: {launch}")
     # Without a launcher the Trainer would scale the loss by the number of visible GPUs (trainer.py, n_gpu)
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -235,7 +323,7 @@ def fused_adamw(device):
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 
-def build_trainer(model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks):
+def build_trainer(model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints=None):
     if settings.early_stopping_patience and validation_rows:
         callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping_patience)]
     trainer = LoraTrainer(
@@ -245,127 +333,13 @@ def build_trainer(model, tokenizer, train_rows, validation_rows, settings, argum
         eval_dataset=validation_rows or None,
         processing_class=tokenizer,
         max_pass_tokens=choose_pass_tokens(model, settings.batch_size * settings.max_seq_length),
+        checkpoints=checkpoints,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
-
-
-# ---- Callbacks -------------------------------------------------------------------------------------------------------
-class ProgressLine(ProgressCallback):
-    """One dense line for each logged loss and each evaluation, above a progress bar if stderr is a terminal."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
-        self.current_step = 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        if "loss" in logs:
-            line = (
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-                f"  gradient {logs.get('grad_norm', 0):.2f}  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
-            )
-        elif "eval_loss" in logs:
-            line = (
-                f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
-                f"  perplexity {logs['eval_perplexity']:.2f}"
-            )
-        else:
-            return
-        self.training_bar.write(line, file=sys.stderr)
-
-
-class RunBoard(TrainerCallback):
-    """Writes a run to TensorBoard: losses, learning rate, gradient, speed, memory, sample answers and settings."""
-
-    NAMES: ClassVar = {
-        "loss": "train/loss",
-        "learning_rate": "train/learning_rate",
-        "grad_norm": "train/gradient_norm",
-        "tokens_per_second": "train/tokens_per_second",
-        "peak_memory_gib": "train/peak_memory_gib",
-        "eval_loss": "validation/loss",
-        "eval_perplexity": "validation/perplexity",
-    }
-
-    def __init__(self, log_dir, settings):
-        self.log_dir = log_dir
-        self.settings = settings
-        self.writer = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.log_dir))
-            rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
-            self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.writer is not None:
-            for name in self.NAMES.keys() & logs.keys():
-                self.writer.add_scalar(self.NAMES[name], logs[name], state.global_step)
-            self.writer.flush()
-
-    def add_samples(self, prompts, expected, replies, step):
-        """Show each prompt with the reply of this step and the answer in the data."""
-        if self.writer is not None:
-            parts = [
-                f"**Prompt** {prompt}\n\n**Reply** {reply}\n\n**Answer in the data** {answer}"
-                for prompt, reply, answer in zip(prompts, replies, expected, strict=True)
-            ]
-            self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
-            self.writer.flush()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
-
-
-class SampleAnswers(TrainerCallback):
-    """Answers a few validation prompts at each evaluation, so that progress can be read and not only plotted.
-
-    Greedily: the replies must not move the random numbers that dropout and shuffling draw from.
-    """
-
-    def __init__(self, tokenizer, conversations, generation_config, max_prompt_tokens, board):
-        self.tokenizer = tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
-        self.prompts = [conversation[: last_answer(conversation)] for conversation in conversations]
-        self.expected = [conversation[last_answer(conversation)]["content"] for conversation in conversations]
-        self.generation_config = generation_config
-        self.board = board
-
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or not self.prompts:
-            return
-        model.eval()
-        replies = generate_replies(
-            model, self.tokenizer, self.prompts, self.generation_config, max_prompt_tokens=self.max_prompt_tokens
-        )
-        self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, replies, state.global_step)
-
-
-def last_answer(conversation):
-    """Index of a conversation's last assistant message."""
-    return max(index for index, message in enumerate(conversation) if message["role"] == "assistant")
-
-
-class CheckpointSettings(TrainerCallback):
-    """Puts the settings beside the adapter of each checkpoint, so that it can be evaluated and talked to as it is."""
-
-    def __init__(self, settings):
-        self.settings = settings
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_recorded_settings(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.settings)
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -382,8 +356,7 @@ def print_plan(settings, device, dtype, rows, validation_rows, parameters, proce
     steps = count_steps(len(rows), settings, processes)
     tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
     quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
-    # adapter in float32, and with each checkpoint the two moments of AdamW
-    disk = trainable * 4 * (1 + 3 * settings.save_total_limit) / 2**20
+    disk = run_bytes(trainable, settings.save_total_limit) / 2**20
     say(
         f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(dtype).removeprefix('torch.')}"
         f" on {device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
@@ -393,3 +366,5 @@ def print_plan(settings, device, dtype, rows, validation_rows, parameters, proce
         f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
         f" about {disk:,.0f} MiB on disk"
     )
+    if steps == 1 and settings.warmup_ratio > 0:
+        say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")

@@ -1,5 +1,6 @@
 """Fixtures that several test files share: the bundled tokenizer, tiny models, and a way to run the scripts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the Hub
 
 import model_utils
-from run_utils import UserError, quiet_libraries
+import train
+from run_utils import DEFAULTS, Settings, UserError, quiet_libraries
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(PROJECT / "models" / "tiny-base")
@@ -51,3 +53,56 @@ def run():
         )
 
     return run_script
+
+
+# ---- Whole small runs, in this process -------------------------------------------------------------------------------
+@pytest.fixture
+def dataset(tmp_path):
+    rows = [
+        {"instruction": f"Say {word} {n} times", "response": " ".join([word] * n)}
+        for word in ("red", "green", "blue", "grey")
+        for n in range(1, 7)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def small_run(dataset, folder, fresh=False, **changes):
+    """Train the bundled base for a few steps with dropout and accumulation; returns the output folder."""
+    settings = Settings(**DEFAULTS)._replace(
+        base_model_name=TINY_BASE,
+        custom_dataset_path=str(dataset),
+        output_dir=str(folder / "out"),
+        logs_dir=str(folder / "logs"),
+        run_name="run",
+        use_4bit_quantization=False,
+        device="cpu",
+        gradient_checkpointing=False,
+        lora_dropout=0.1,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        num_epochs=1,
+        eval_steps=2,
+        sample_prompts=1,
+        max_new_tokens=4,
+        learning_rate=1e-3,
+    )
+    train.train(settings._replace(**changes), fresh=fresh)
+    return folder / "out"
+
+
+def adapter_bytes(output_dir):
+    return (output_dir / "lora-adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def contradicted(folder):
+    """Settings whose validation answers are not the training ones: the loss on them falls at first, then rises."""
+    rows = [{"instruction": f"Say red {n} times", "response": "A dog ran home."} for n in range(10, 14)]
+    (folder / "validation.json").write_text(json.dumps(rows))
+    return {
+        "validation_dataset_path": str(folder / "validation.json"),
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant_with_warmup",
+        "num_epochs": 3,
+    }

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
+import progress_utils
 import train
 import training_utils
-from conftest import TINY_BASE
+from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
 from model_utils import attach_lora
 from run_utils import DEFAULTS, Settings
 from training_utils import LoraTrainer, build_training_arguments, count_steps, mean_loss, pass_losses, score_rows
@@ -170,17 +171,17 @@ def test_only_positions_before_a_trained_token_cost_logits():
     assert row_of_target.tolist() == sorted(row_of_target.tolist())
 
 
-def test_a_diverged_loss_is_not_logged_as_zero(tmp_path):
+def test_a_diverged_loss_ends_the_run_before_a_step_and_is_not_logged_as_zero(tmp_path):
     model, rows = make_model(), make_rows((8,) * 8)
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(math.nan)
     settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1, num_epochs=1, logging_steps=1)
     trainer = make_trainer(model, rows, tmp_path, 1000, settings)
     trainer.args.set_save("no")
-    trainer.train()
-    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx(
-        [math.nan, math.nan], nan_ok=True
-    )
+    message = refusal(trainer.train)
+    assert "the loss of step 1 is not finite" in message
+    assert [entry for entry in trainer.state.log_history if "loss" in entry] == []
+    assert trainer.state.global_step == 0
 
 
 def test_two_visible_gpus_without_a_launcher_do_not_scale_the_loss(tmp_path, monkeypatch):
@@ -232,46 +233,6 @@ def test_the_plan_counts_steps_as_the_trainer_does(rows, expected, tmp_path):
 
 
 # ---- Whole small runs, in this process -------------------------------------------------------------------------------
-@pytest.fixture
-def dataset(tmp_path):
-    rows = [
-        {"instruction": f"Say {word} {n} times", "response": " ".join([word] * n)}
-        for word in ("red", "green", "blue", "grey")
-        for n in range(1, 7)
-    ]
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-def small_run(dataset, folder, **changes):
-    """Train the bundled base for a few steps with dropout and accumulation; returns the output folder."""
-    settings = Settings(**DEFAULTS)._replace(
-        base_model_name=TINY_BASE,
-        custom_dataset_path=str(dataset),
-        output_dir=str(folder / "out"),
-        logs_dir=str(folder / "logs"),
-        run_name="run",
-        use_4bit_quantization=False,
-        device="cpu",
-        gradient_checkpointing=False,
-        lora_dropout=0.1,
-        batch_size=2,
-        gradient_accumulation_steps=2,
-        num_epochs=1,
-        eval_steps=2,
-        sample_prompts=1,
-        max_new_tokens=4,
-        learning_rate=1e-3,
-    )
-    train.train(settings._replace(**changes))
-    return folder / "out"
-
-
-def adapter_bytes(output_dir):
-    return (output_dir / "lora-adapter" / "adapter_model.safetensors").read_bytes()
-
-
 def test_a_run_is_reproducible_to_the_byte_and_its_seed_matters(dataset, tmp_path):
     first = adapter_bytes(small_run(dataset, tmp_path / "1"))
     assert adapter_bytes(small_run(dataset, tmp_path / "2")) == first
@@ -290,18 +251,6 @@ def test_batch_size_and_accumulation_only_matter_by_their_product(dataset, tmp_p
     assert first["steps"] == second["steps"]
     assert first["last_loss"] == pytest.approx(second["last_loss"], rel=1e-4)
     assert first["validation_loss"] == pytest.approx(second["validation_loss"], rel=1e-4)
-
-
-def contradicted(folder):
-    """Settings whose validation answers are not the training ones: the loss on them falls at first, then rises."""
-    rows = [{"instruction": f"Say red {n} times", "response": "A dog ran home."} for n in range(10, 14)]
-    (folder / "validation.json").write_text(json.dumps(rows))
-    return {
-        "validation_dataset_path": str(folder / "validation.json"),
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant_with_warmup",
-        "num_epochs": 3,
-    }
 
 
 def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(dataset, tmp_path):
@@ -343,7 +292,7 @@ def test_tensorboard_holds_the_curves_the_samples_and_the_settings(dataset, tmp_
     small_run(dataset, tmp_path)
     board = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
     scalars = set(board.Tags()["scalars"])
-    assert scalars == set(training_utils.RunBoard.NAMES.values())
+    assert scalars == set(progress_utils.RunBoard.NAMES.values())
     for name in scalars:
         assert all(math.isfinite(event.value) for event in board.Scalars(name)), name
     texts = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]}

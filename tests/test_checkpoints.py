@@ -1,0 +1,418 @@
+"""Checkpoints are whole or do not count, and a run that goes on from one ends in the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import checkpoint_utils
+import fault_utils
+import train
+import training_utils
+from checkpoint_utils import find_newest, list_checkpoints, verify
+from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
+from identity_utils import base_content, differences, rows_content
+from run_utils import Stopped, write_json
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process: nothing of ours catches it but what removes a torn save."""
+
+
+def kill_at_step(monkeypatch, step):
+    """Let the next run of this test end abruptly at a step."""
+    original = training_utils.LoraTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training_utils.LoraTrainer, "training_step", training_step)
+
+
+def stop_at_step(monkeypatch, step, number=signal.SIGTERM):
+    """Let the next run of this test get a signal in a step."""
+    original = training_utils.LoraTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training_utils.LoraTrainer, "training_step", training_step)
+
+
+def losses(output_dir):
+    """What a run reports: its record's figures and every loss that it logged."""
+    record = json.loads((output_dir / "lora-adapter/run.json").read_text())
+    figures = {name: record[name] for name in ("steps", "best_step", "first_loss", "last_loss", "validation_loss")}
+    newest = list_checkpoints(output_dir / "checkpoints")[0]
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return figures | {"logged": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]}
+
+
+def interrupted(dataset, folder, monkeypatch, step=5, **changes):
+    """A run of which step `step` + 1 never ended; returns its output folder."""
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, step)
+        with pytest.raises(Killed):
+            small_run(dataset, folder, **changes)
+    return folder / "out"
+
+
+# ---- The same bytes --------------------------------------------------------------------------------------------------
+def test_a_run_killed_in_every_third_step_ends_like_an_undisturbed_one(dataset, tmp_path, monkeypatch, capsys):
+    changes = {"num_epochs": 3, "logging_steps": 3, "eval_steps": 2}
+    expected = small_run(dataset, tmp_path / "whole", **changes)
+    for step in (5, 8, 11, 14):
+        interrupted(dataset, tmp_path / "killed", monkeypatch, step, **changes)
+    capsys.readouterr()
+    found = small_run(dataset, tmp_path / "killed", **changes)
+    assert "from" in capsys.readouterr().err
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert losses(found) == losses(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["TERM", "INT", "HUP"])
+def test_a_signal_saves_after_the_step_and_the_run_ends_the_same(number, dataset, tmp_path, monkeypatch):
+    changes = {"num_epochs": 2, "logging_steps": 4, "eval_steps": 4}
+    expected = small_run(dataset, tmp_path / "whole", **changes)
+    for step in (2, 6):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step, number)
+            with pytest.raises(Stopped) as stop:
+                small_run(dataset, tmp_path / "stopped", **changes)
+        assert stop.value.exit_code == 128 + number
+        assert f"step {step + 1} of 12" in str(stop.value)
+        assert "same command" in str(stop.value)
+        assert verify(tmp_path / f"stopped/out/checkpoints/checkpoint-{step + 1}")["finished"] is False
+    found = small_run(dataset, tmp_path / "stopped", **changes)
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert losses(found) == losses(expected)
+
+
+def test_early_stopping_counts_on_and_the_best_checkpoint_is_kept_across_kills(dataset, tmp_path, monkeypatch):
+    changes = contradicted(tmp_path) | {"early_stopping_patience": 2}
+    expected = small_run(dataset, tmp_path / "whole", **changes)
+    steps = losses(expected)["steps"]
+    assert losses(expected)["best_step"] < steps < 18  # early stopping has work to do
+    for step in range(3, steps):
+        interrupted(dataset, tmp_path / "killed", monkeypatch, step, **changes)
+    found = small_run(dataset, tmp_path / "killed", **changes)
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert losses(found) == losses(expected)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["at the last step", "by early stopping"])
+def test_a_run_killed_between_its_last_checkpoint_and_the_adapter_trains_no_more(early, dataset, tmp_path, monkeypatch):
+    changes = (contradicted(tmp_path) | {"early_stopping_patience": 1}) if early else {"max_steps": 4}
+    expected = small_run(dataset, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            small_run(dataset, tmp_path / "killed", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_utils.LoraTrainer, "training_step", lambda *args: pytest.fail("a step was trained"))
+        found = small_run(dataset, tmp_path / "killed", **changes)
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert losses(found) == losses(expected)
+
+
+def test_a_run_goes_on_where_its_folder_was_moved(dataset, tmp_path, monkeypatch):
+    changes = contradicted(tmp_path)
+    expected = small_run(dataset, tmp_path / "whole", **changes)
+    interrupted(dataset, tmp_path / "old", monkeypatch, 15, **changes)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    found = small_run(dataset, tmp_path / "new", **changes)
+    assert losses(found)["best_step"] < 14  # the best was found before the move
+    assert adapter_bytes(found) == adapter_bytes(expected)
+
+
+# ---- Whole or not at all ---------------------------------------------------------------------------------------------
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def flip_a_bit(folder):
+    path = folder / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def forget_the_optimizer(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["optimizer.pt"]
+    write_json(folder / "manifest.json", manifest)
+    (folder / "optimizer.pt").unlink()
+
+
+# what happens to a checkpoint -> words of the reason
+DAMAGES = {
+    "no manifest": (remove("manifest.json"), "no manifest.json"),
+    "no optimizer": (remove("optimizer.pt"), "optimizer.pt is missing"),
+    "no random state": (remove("rng_state.pth"), "rng_state.pth is missing"),
+    "no scheduler": (remove("scheduler.pt"), "scheduler.pt is missing"),
+    "no weights": (remove("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
+    "cut short": (lambda folder: os.truncate(folder / "optimizer.pt", 100), "optimizer.pt has 100 bytes, expected"),
+    "one bit": (flip_a_bit, "optimizer.pt is damaged"),
+    "a torn manifest": (lambda folder: os.truncate(folder / "manifest.json", 40), "cannot be read"),
+    "an empty manifest": (lambda folder: (folder / "manifest.json").write_text("{}"), "is damaged"),
+    "a manifest without the optimizer": (forget_the_optimizer, "lacks optimizer.pt"),
+}
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """The output folder of a run that was killed in its sixth step: checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("halfway")
+    dataset = folder / "rows.json"
+    words = ("red", "green", "blue", "grey")
+    rows = [{"instruction": f"Say {w} {n} times", "response": " ".join([w] * n)} for w in words for n in range(1, 7)]
+    dataset.write_text(json.dumps(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        return interrupted(dataset, folder, patch), dataset
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_checkpoint_is_skipped_with_its_reason_if_it_has(damage, halfway, tmp_path):
+    folder = shutil.copytree(halfway[0] / "checkpoints", tmp_path / "checkpoints")
+    assert find_newest(folder)[0][0].name == "checkpoint-4"
+    spoil, words = DAMAGES[damage]
+    spoil(folder / "checkpoint-4")
+    (newest, manifest), skipped = find_newest(folder)
+    assert (newest.name, manifest["step"]) == ("checkpoint-2", 2)
+    assert [path.name for path, _ in skipped] == ["checkpoint-4"]
+    assert words in skipped[0][1]
+
+
+def test_a_checkpoint_under_another_ones_name_does_not_count(halfway, tmp_path):
+    shutil.copytree(halfway[0] / "checkpoints/checkpoint-4", tmp_path / "checkpoint-9")
+    assert find_newest(tmp_path)[0] is None
+
+
+def test_a_run_goes_on_from_the_newest_whole_one_and_says_what_it_skipped(halfway, tmp_path, capsys):
+    expected = small_run(halfway[1], tmp_path / "whole")
+    shutil.copytree(halfway[0], tmp_path / "again/out")
+    flip_a_bit(tmp_path / "again/out/checkpoints/checkpoint-4")
+    capsys.readouterr()
+    found = small_run(halfway[1], tmp_path / "again")
+    said = capsys.readouterr().err
+    assert "Skipped" in said
+    assert "checkpoint-4: optimizer.pt is damaged" in said
+    assert "checkpoint-2; --fresh" in said
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    (aside,) = (found / "previous").glob("*/checkpoint-4")
+    assert (aside / "optimizer.pt").exists()
+
+
+def test_without_a_whole_checkpoint_the_run_is_set_aside_and_begins_again(halfway, tmp_path, capsys):
+    expected = small_run(halfway[1], tmp_path / "whole")
+    shutil.copytree(halfway[0], tmp_path / "again/out")
+    for path in list_checkpoints(tmp_path / "again/out/checkpoints"):
+        (path / "manifest.json").unlink()
+    capsys.readouterr()
+    found = small_run(halfway[1], tmp_path / "again")
+    said = capsys.readouterr().err
+    assert said.count("Skipped") == 2
+    assert "no whole checkpoint; starting afresh" in said
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert len(list((found / "previous").glob("*/checkpoints/checkpoint-*"))) == 2
+
+
+def test_a_lost_best_checkpoint_is_named_and_the_run_still_goes_on(dataset, tmp_path, monkeypatch, capsys):
+    changes = contradicted(tmp_path)
+    out = interrupted(dataset, tmp_path, monkeypatch, 15, **changes)
+    best = json.loads((out / "checkpoints/checkpoint-14/manifest.json").read_text())["best_step"]
+    assert best < 14
+    flip_a_bit(out / f"checkpoints/checkpoint-{best}")
+    capsys.readouterr()
+    small_run(dataset, tmp_path, **changes)
+    assert f"checkpoint-{best}, is lost (optimizer.pt is damaged" in capsys.readouterr().err
+    assert losses(out)["best_step"] >= 14
+
+
+def test_checkpoints_hold_no_absolute_path(halfway):
+    for path in (halfway[0] / "checkpoints").rglob("*.json"):
+        if path.name != "settings.json":
+            assert str(halfway[0]) not in path.read_text(), path
+
+
+def test_an_old_checkpoint_is_deleted_only_after_the_new_one_verifies(dataset, tmp_path, monkeypatch):
+    seen = []
+    original = checkpoint_utils.verify
+
+    def watched(folder):
+        seen.append(sorted(path.name for path in list_checkpoints(folder.parent)))
+        return original(folder)
+
+    monkeypatch.setattr(checkpoint_utils, "verify", watched)
+    small_run(dataset, tmp_path, save_total_limit=1)
+    assert seen[1] == ["checkpoint-2", "checkpoint-4"]
+
+
+# ---- Another run -----------------------------------------------------------------------------------------------------
+CHANGES = {
+    "learning rate": ({"learning_rate": 5e-4}, "learning_rate 0.001 -> 0.0005"),
+    "alpha": ({"lora_alpha": 8}, "lora_alpha 32 -> 8"),
+    "accumulation": ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps 2 -> 1"),
+    "seed": ({"seed": 7}, "seed 42 -> 7"),
+    "length": ({"max_seq_length": 64}, "max_seq_length 512 -> 64"),
+    "quantization": ({"use_4bit_quantization": True}, "use_4bit_quantization False -> True"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_interrupted_run_refuses_to_go_on_with_another(change, halfway, tmp_path):
+    shutil.copytree(halfway[0], tmp_path / "out")
+    changes, words = CHANGES[change]
+    message = refusal(lambda: small_run(halfway[1], tmp_path, **changes))
+    assert words in message
+    assert "--fresh" in message
+    assert find_newest(tmp_path / "out/checkpoints")[0][0].name == "checkpoint-4"  # nothing was touched
+
+
+def test_other_data_is_refused_with_both_contents(halfway, tmp_path):
+    shutil.copytree(halfway[0], tmp_path / "out")
+    rows = json.loads(halfway[1].read_text())
+    rows[0]["response"] = "another answer"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    message = refusal(lambda: small_run(tmp_path / "rows.json", tmp_path))
+    assert "_data 2" in message
+    assert " rows " in message
+
+
+def test_what_shapes_no_weight_may_change(halfway, tmp_path):
+    expected = small_run(halfway[1], tmp_path / "whole")
+    shutil.copytree(halfway[0], tmp_path / "again/out")
+    free = {"logging_steps": 2, "sample_prompts": 0, "save_total_limit": 3, "max_new_tokens": 2}
+    assert adapter_bytes(small_run(halfway[1], tmp_path / "again", **free)) == adapter_bytes(expected)
+
+
+def test_other_library_versions_are_a_warning(halfway, tmp_path, capsys, monkeypatch):
+    shutil.copytree(halfway[0], tmp_path / "out")
+    for path in list_checkpoints(tmp_path / "out/checkpoints"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["identity"]["versions"]["peft"] = "0.1"
+        write_json(path / "manifest.json", manifest)
+    small_run(halfway[1], tmp_path)
+    assert "peft 0.1 -> " in capsys.readouterr().err
+
+
+def test_a_fresh_start_sets_the_interrupted_run_aside(halfway, tmp_path):
+    shutil.copytree(halfway[0], tmp_path / "out")
+    small_run(halfway[1], tmp_path, fresh=True, seed=7)
+    (aside,) = (tmp_path / "out/previous").iterdir()
+    assert find_newest(aside / "checkpoints")[0][0].name == "checkpoint-4"
+
+
+def test_a_resumed_run_keeps_its_name_in_tensorboard(halfway, tmp_path):
+    shutil.copytree(halfway[0], tmp_path / "out")
+    small_run(halfway[1], tmp_path, run_name=None)
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["run"]
+
+
+def test_a_moved_base_is_the_same_and_another_is_not():
+    old = {"base_model": "models/a @ 12ab", "seed": 1}
+    assert differences(old, {"base_model": "/elsewhere/a @ 12ab", "seed": 1}) == []
+    assert differences(old, {"base_model": "models/a @ 34cd", "seed": 1}) == [
+        "base_model models/a @ 12ab -> models/a @ 34cd"
+    ]
+
+
+def test_the_content_of_a_base_changes_with_any_tensor_and_not_with_its_files_or_place(tmp_path):
+
+    expected = base_content(TINY_BASE, None)
+    copy = Path(shutil.copytree(TINY_BASE, tmp_path / "copy"))
+    assert base_content(str(copy), None) == expected
+    weights = load_file(copy / "model.safetensors")
+    name = sorted(weights)[len(weights) // 2]
+    weights[name].view(-1)[0] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert base_content(str(copy), None) != expected
+
+
+def test_the_content_of_rows_depends_on_ids_labels_and_order():
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
+    others = (rows[::-1], rows[:1], [rows[0], {"input_ids": [3], "labels": [-100]}])
+    assert len({rows_content(each) for each in (rows, *others)}) == 4
+    assert rows_content(iter_once(rows)) == rows_content(rows)
+
+
+class iter_once:
+    """A Sequence that is no list."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+# ---- Disk ------------------------------------------------------------------------------------------------------------
+def test_too_little_disk_for_the_run_is_said_before_training(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(fault_utils.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 10**6))
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert "1 MiB free" in message
+    assert "the run needs" in message
+    assert "--output_dir" in message
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def test_too_little_disk_for_the_next_checkpoint_keeps_the_last_one(dataset, tmp_path, monkeypatch):
+    free = {"bytes": 10**12}
+    original = training_utils.LoraTrainer.training_step
+
+    def fill(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            free["bytes"] = 1000
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fault_utils.shutil, "disk_usage", lambda path: Usage(10**12, 0, free["bytes"]))
+        patch.setattr(training_utils.LoraTrainer, "training_step", fill)
+        message = refusal(lambda: small_run(dataset, tmp_path / "full"))
+    assert "checkpoint-4 needs" in message
+    assert "last good checkpoint" in message
+    assert "checkpoint-2" in message
+    assert adapter_bytes(small_run(dataset, tmp_path / "full")) == adapter_bytes(small_run(dataset, tmp_path / "whole"))
+
+
+FAILURES = {
+    "a full disk": OSError(28, "No space left on device"),
+    "a quota": OSError(122, "Disk quota exceeded"),
+    "a read-only disk": OSError(30, "Read-only file system"),
+    "no permission": PermissionError(13, "Permission denied"),
+    "safetensors": RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_save_that_fails_leaves_the_older_checkpoint_whole_and_nothing_torn(failure, dataset, tmp_path, monkeypatch):
+    original = training_utils.LoraTrainer._save_optimizer_and_scheduler
+
+    def fail_at_step_4(self, folder):
+        if self.state.global_step == 4:
+            raise FAILURES[failure]
+        return original(self, folder)
+
+    monkeypatch.setattr(training_utils.LoraTrainer, "_save_optimizer_and_scheduler", fail_at_step_4)
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert "checkpoint-4 could not be saved" in message
+    assert "same command" in message
+    (newest, _), skipped = find_newest(tmp_path / "out/checkpoints")
+    assert (newest.name, skipped) == ("checkpoint-2", [])
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-2"]

@@ -1,0 +1,376 @@
+"""What can happen to a run costs the steps since its last save at most, and each fault has its one line."""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint_utils
+import training_utils
+from checkpoint_utils import find_newest, seal
+from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
+from fault_utils import RunLock, StopSignals
+from model_utils import load_trained_model
+from run_utils import DEFAULTS, Settings, UserError
+
+
+# ---- SIGKILL ---------------------------------------------------------------------------------------------------------
+def harass(kills, seed):
+    command = [sys.executable, PROJECT / "tests/kill_harness.py", "--kills", str(kills), "--seed", str(seed)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    print(figures)
+    return figures
+
+
+def test_runs_killed_at_random_moments_end_in_the_same_bytes():
+    figures = harass(5, seed=1)
+    assert figures["kills"] == 5
+    assert figures["inside_saves"] >= 1
+    assert figures["other_bytes"] == 0
+
+
+@pytest.mark.faults
+def test_thirty_kills_many_of_them_inside_saves_change_no_byte():
+    figures = harass(30, seed=0)
+    assert figures["kills"] == 30
+    assert figures["inside_saves"] >= 10
+    assert figures["other_bytes"] == 0
+
+
+# ---- Signals, as a user sends them -----------------------------------------------------------------------------------
+FLAGS = ("--eval_steps", 4, "--sample_prompts", 0, "--lora_dropout", 0.1)
+LONG, SHORT = ("--num_epochs", 40), ("--max_steps", 14)
+
+
+@contextlib.contextmanager
+def running(folder, *flags, launcher=()):
+    """A real run in the background, once it has saved a checkpoint."""
+    flags = map(str, (*FLAGS, *flags, "--output_dir", folder / "out", "--logs_dir", folder / "logs"))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, PROJECT / "train.py", *flags],
+            stderr=log,
+            stdout=log,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None and not list(folder.glob("out/checkpoints/checkpoint-*")):
+                time.sleep(0.05)
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_running_folder_is_refused_and_sigterm_saves_and_exits_with_143(run, tmp_path):
+    with running(tmp_path, *LONG) as process:
+        second = run("train.py", "--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert second.returncode == 2
+    last = second.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert f"is in use by process {process.pid} on {socket.gethostname()}" in last
+    lines = (tmp_path / "log").read_text().strip().splitlines()
+    assert lines[-1].startswith("Stopped at step ")
+    assert "same command" in lines[-1]
+    assert "Traceback" not in "".join(lines)
+
+
+def test_two_processes_stop_together_and_go_on_to_the_same_bytes(run, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    with running(tmp_path, *SHORT, launcher=launcher) as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and both processes
+        process.wait(60)
+    log = (tmp_path / "log").read_text()
+    assert log.count("Stopped at step ") == 1, log
+    (_, manifest), skipped = find_newest(tmp_path / "out/checkpoints")
+    assert skipped == []
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
+    for name in ("out", "whole"):
+        folders = ("--output_dir", tmp_path / name, "--logs_dir", tmp_path / "logs")
+        done = run("train.py", *FLAGS, *SHORT, *folders, torchrun=launcher[2:], OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        assert ("Going on" in done.stderr) == (name == "out")
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.requested == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_launchers_echo_of_ctrl_c_is_not_a_second_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        signals.first_at -= 3
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ---- One run in a folder ---------------------------------------------------------------------------------------------
+def test_a_held_lock_is_refused_with_its_process_and_free_afterwards(tmp_path, capsys):
+    with RunLock(tmp_path):
+        message = refusal(RunLock(tmp_path).check)
+        assert f"in use by process {os.getpid()} on {socket.gethostname()}" in message
+        assert "--output_dir" in message
+    RunLock(tmp_path).check()
+    assert capsys.readouterr().err == ""
+
+
+def write_lock(folder, host):
+    (folder / ".lock").write_text(json.dumps({"pid": 4711, "host": host, "since": "2026-01-01 00:00:00"}))
+
+
+def test_the_lock_of_a_killed_run_is_taken_over_with_a_line(tmp_path, capsys):
+    write_lock(tmp_path, socket.gethostname())
+    with RunLock(tmp_path):
+        assert "process 4711" in capsys.readouterr().err
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_another_hosts_lock_is_refused_and_says_what_to_remove(tmp_path):
+    write_lock(tmp_path, "elsewhere")
+    message = refusal(RunLock(tmp_path).check)
+    assert "process 4711 on elsewhere" in message
+    assert f"remove {tmp_path / '.lock'}" in message
+
+
+def test_a_torn_lock_that_nobody_holds_is_free(tmp_path):
+    (tmp_path / ".lock").write_text('{"pid": 47')
+    with RunLock(tmp_path):
+        pass
+
+
+# ---- Numbers that are not finite -------------------------------------------------------------------------------------
+def poison(monkeypatch, step, fault):
+    """From a step on, spoil the model before the rows are computed."""
+    original = training_utils.LoraTrainer.training_step
+
+    def training_step(self, model, inputs, *args):
+        if self.state.global_step == step:
+            fault(self, inputs)
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(training_utils.LoraTrainer, "training_step", training_step)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_its_row_and_the_last_checkpoint(dataset, tmp_path, monkeypatch):
+    """What the model makes of a token that one row alone has is nan."""
+    spoiled = []
+
+    def fault(trainer, inputs):
+        others = {token for row in inputs for token in row["input_ids"]}
+        unique = inputs[1]["input_ids"][0] = next(token for token in range(3, 4000) if token not in others)
+        trainer.model.get_input_embeddings().register_forward_hook(
+            lambda module, ids, out: out.masked_fill((ids[0] == unique).unsqueeze(-1), math.nan)
+        )
+        spoiled.append(inputs[1]["row"])
+
+    poison(monkeypatch, 2, fault)
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert "the loss of step 3 is not finite" in message
+    assert f"rows of the training data: {spoiled[0]};" in message
+    assert "checkpoint-2" in message
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_optimizer_sees_it(dataset, tmp_path, monkeypatch):
+    weights = []
+
+    def fault(trainer, inputs):
+        parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+        weights.extend([parameter, parameter.detach().clone(), sorted(row["row"] for row in inputs)])
+
+    poison(monkeypatch, 2, fault)
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert "the gradient of step 3 is not finite" in message
+    assert f"rows of the training data: {', '.join(map(str, weights[2]))};" in message
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_too(dataset, tmp_path, monkeypatch):
+    original = training_utils.score_rows
+    monkeypatch.setattr(training_utils, "score_rows", lambda *args: [(math.nan, n) for _, n in original(*args)])
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert "the validation loss of step 2 is not finite" in message
+    assert "none yet" in message
+
+
+def test_the_overflow_that_fp16_scaling_answers_is_not_a_fault():
+    class Scaler:
+        def get_scale(self):
+            return 65536.0
+
+    class Trainer:
+        args = type("Arguments", (), {"device": torch.device("cpu")})
+        accelerator = type("Accelerator", (), {"scaler": None})
+
+    assert not training_utils.LoraTrainer._scaler_will_skip(Trainer)
+    Trainer.accelerator.scaler = Scaler()
+    assert training_utils.LoraTrainer._scaler_will_skip(Trainer)
+
+
+# ---- A real full disk ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 16 MiB: room for two checkpoints of the bundled model, not for a third."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, check=False
+    ).returncode
+    if mounted != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # its rows may still be mapped into memory
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_disk_that_is_full_keeps_the_last_checkpoint(foreseen, small_disk, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_utils.Checkpoints, "check_space", lambda self: None)
+    if not foreseen:
+        monkeypatch.setattr(checkpoint_utils, "check_space", lambda *args: None)
+    data = {"logs_dir": str(tmp_path / "logs")}
+    message = refusal(lambda: small_run(dataset, small_disk, **data))
+    assert ("needs" if foreseen else "could not be saved: No space left on device") in message
+    assert "last good checkpoint" in message
+    (newest, _), skipped = find_newest(small_disk / "out/checkpoints")
+    assert (newest.name, skipped) == ("checkpoint-4", [])
+    assert not (small_disk / "out/checkpoints/incomplete").exists()
+
+
+# ---- Security --------------------------------------------------------------------------------------------------------
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["BOMB"],))
+
+
+def test_code_in_a_checkpoint_is_not_run_even_under_a_manifest_that_verifies(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    poison(monkeypatch, 3, lambda trainer, inputs: (_ for _ in ()).throw(UserError("enough")))
+    refusal(lambda: small_run(dataset, tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    (folder, manifest), _ = find_newest(tmp_path / "out/checkpoints")
+    (folder / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
+    facts = {name: manifest[name] for name in ("step", "best_step", "finished", "run_name")}
+    seal(folder, manifest["identity"], **facts)
+    with pytest.raises(pickle.UnpicklingError):
+        small_run(dataset, tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+# ---- The plan's warnings ---------------------------------------------------------------------------------------------
+def test_two_gpus_without_a_launcher_are_told_how_to_be_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_utils.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n", 2)))
+    settings = Settings(**DEFAULTS)
+    training_utils.build_training_arguments(settings, tmp_path, torch.device("cpu"), torch.float32, False)
+    said = capsys.readouterr().err
+    assert "2 GPUs are visible and one is used" in said
+    assert "accelerate launch --num_processes 2 train.py" in said
+
+
+@pytest.mark.parametrize(("changes", "said"), [({}, True), ({"warmup_ratio": 0.0}, False), ({"max_steps": 2}, False)])
+def test_a_run_of_one_step_says_that_it_trains_nothing(changes, said, capsys):
+    settings = Settings(**DEFAULTS)._replace(**({"max_steps": 1} | changes))
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}] * 40
+    training_utils.print_plan(settings, torch.device("cpu"), torch.float32, rows, [], (100, 10))
+    assert ("trains nothing" in capsys.readouterr().err) == said
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The adapter of a finished small run."""
+    folder = tmp_path_factory.mktemp("adapter")
+    (folder / "rows.json").write_text(json.dumps([{"instruction": f"Say {n}", "response": "yes"} for n in range(12)]))
+    return small_run(folder / "rows.json", folder) / "lora-adapter"
+
+
+def swap_base(folder):
+    """The same shapes, other weights: what loads in silence elsewhere."""
+    base = copied(TINY_BASE, folder.parent / "base")
+    weights = load_file(base / "model.safetensors")
+    weights = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def poison_weights(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights[min(weights)][0, 0] = math.nan
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def copied(source, target):
+    return Path(shutil.copytree(source, target))
+
+
+FAULTY = {
+    "another base of the same shape": (swap_base, "does not fit its base model"),
+    "weights that are nan": (poison_weights, "not finite"),
+    "another template": (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), "chat_template.jinja in"),
+    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "chat_template.jinja in"),
+    "a torn record": (lambda f: (f / "identity.json").write_text("{"), "identity.json cannot be read"),
+    "a strange record": (lambda f: (f / "identity.json").write_text('{"files": 3}'), "does not fit its base model"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_an_adapter_is_refused_with(fault, adapter, tmp_path):
+    folder = copied(adapter, tmp_path / "adapter")
+    spoil, words = FAULTY[fault]
+    spoil(folder)
+    assert words in refusal(load_trained_model, folder)
+
+
+def test_an_adapter_whose_base_was_moved_still_loads(adapter, tmp_path, capsys):
+    folder = copied(adapter, tmp_path / "adapter")
+    base = copied(TINY_BASE, tmp_path / "moved")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    load_trained_model(folder)
+    assert f"Base model: {base}" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_tool_loads_with_a_notice(adapter, tmp_path, capsys):
+    folder = copied(adapter, tmp_path / "adapter")
+    (folder / "identity.json").unlink()
+    load_trained_model(folder)
+    assert "taken on trust" in capsys.readouterr().err
