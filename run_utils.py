@@ -368,6 +368,8 @@ def quiet_libraries():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset it warns at every fork
     # printed where its optional CPU kernels are not installed; the built-in path is used and is right
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # of datasets on the Hub whose README has no header
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     # transformers 5.23 renames it to activation checkpointing; peft and older releases know the old name only
     warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated")
 
