@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 CACHED_FOLDERS = 8  # of each kind and of the newest use; older ones are removed
+SIZES = "sizes.json"
 
 
 def digest(text, size=16):
@@ -22,12 +23,14 @@ def cached_folder(cache_dir, kind, key, build):
     The folders that were used least lately are removed. A build that fails leaves nothing, not even cache_dir.
     """
     target = Path(cache_dir) / f"{kind}-{key[:24]}"
-    if not target.is_dir():
+    if not is_whole(target):
+        shutil.rmtree(target, ignore_errors=True)
         made = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".incomplete", dir=cache_dir))
         try:
             build(staged)
+            (staged / SIZES).write_text(json.dumps(file_sizes(staged)), encoding="utf-8")
             os.replace(staged, target)
         except OSError:
             if not target.is_dir():  # else another process was quicker
@@ -41,6 +44,18 @@ def cached_folder(cache_dir, kind, key, build):
             shutil.rmtree(old, ignore_errors=True)
     os.utime(target)
     return target
+
+
+def is_whole(folder):
+    """Whether a folder is there with all that was written to it: a power cut can leave files short."""
+    try:
+        return json.loads((folder / SIZES).read_text(encoding="utf-8")) == file_sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def file_sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != SIZES}
 
 
 def last_use(folder):

@@ -75,6 +75,14 @@ def writes_bos(tokenizer):
     return render(tokenizer, [{"role": "user", "content": "Hi"}], True).startswith(tokenizer.bos_token)
 
 
+def writes_one_bos(tokenizer):
+    """Whether a conversation of two questions holds one BOS; some templates (Llama 2's) write one for each."""
+    if tokenizer.bos_token in (None, tokenizer.eos_token) or not writes_bos(tokenizer):
+        return False
+    turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+    return render(tokenizer, turns, True).count(tokenizer.bos_token) == 1
+
+
 def end_token_ids(tokenizer):
     """The ids that end a reply: EOS, and the token that the chat template writes after an answer."""
     return sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))})

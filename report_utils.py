@@ -124,7 +124,7 @@ def notices(report):
     leaked, answers = report["validation_prompts_also_trained"], report["answers"]
     if leaked["count"]:
         yield (
-            f"{leaked['count']:,} validation prompts stand in the training rows too, with other answers"
+            f"{leaked['count']:,} validation prompts stand in the training rows too"
             f" ({list_rows(**leaked)}); the validation loss flatters"
         )
     control = report["training"]["answers_with_control_tokens"]

@@ -21,6 +21,7 @@ from prompt_utils import (
     find_end_token,
     hide_control_tokens,
     render,
+    writes_one_bos,
 )
 from run_utils import UserError, printable
 
@@ -103,13 +104,14 @@ def write_rows(folder, tokenizer, conversations, max_seq_length, source):
     end_token = find_end_token(tokenizer)
     special = (tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(end_token))
     index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items()}
+    one_bos = writes_one_bos(tokenizer)
     start, numbers = 0, conversations.index["number"].tolist()
     encoded = encode_conversations(tokenizer, conversations, end_token, source)
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as trained_file:
         for number, row in zip(numbers, encoded, strict=True):
             ids, trained, full_length, status, control = cut_row(*row, max_seq_length, special[0])
             if status != DROPPED:
-                check_row(ids, trained, status, *special, f"{source}, row {number}")
+                check_row(ids, trained, status, *special, f"{source}, row {number}", one_bos)
                 ids_file.write(ids.tobytes())
                 trained_file.write(trained.tobytes())
             values = (start, len(ids), int(trained[1:].sum()), full_length, number, status, control)
@@ -217,11 +219,12 @@ def cut_row(ids, trained, last_start, control, max_seq_length, bos_id):
     return ids, trained, full_length, status if trained[1:].any() else DROPPED, control
 
 
-def check_row(ids, trained, status, bos_id, end_id, where):
-    """The promises made of every row: no doubled BOS, trained and untrained tokens, a trained end token.
+def check_row(ids, trained, status, bos_id, end_id, where, one_bos=False):
+    """The promises made of every row: one BOS, trained and untrained tokens, a trained end token.
 
-    Some templates (Llama 2's) write a BOS for each question, so only two in a row are wrong.
+    Where a template writes a BOS for each question (`one_bos` is False), only two in a row are wrong.
     """
+    assert not one_bos or (ids == bos_id).sum() == 1, f"{where}: {(ids == bos_id).sum()} BOS tokens"
     if bos_id not in (None, end_id):
         begins = ids == bos_id
         assert not (begins[1:] & begins[:-1]).any(), f"{where}: two BOS tokens in a row"

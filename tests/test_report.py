@@ -169,8 +169,7 @@ def test_validation_prompts_that_are_trained_with_another_answer_are_counted_and
     )
     assert report["validation_prompts_also_trained"] == {"count": 2, "rows": [102, 103]}
     assert (
-        "Notice: 2 validation prompts stand in the training rows too, with other answers (rows 102, 103); the"
-        " validation loss flatters"
+        "Notice: 2 validation prompts stand in the training rows too (rows 102, 103); the validation loss flatters"
     ) in told(capsys, report)
 
 
