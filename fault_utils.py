@@ -1,6 +1,7 @@
 """What can happen to a run: two in one folder, signals, a full disk. Each ends in one line and loses nothing."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -104,6 +105,9 @@ def lock_file(file):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise  # a file system without locks: what the file says has to do
     return True
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from generation_utils import generate_replies
+from generation_utils import generate_replies, last_answer
 
 
 class ProgressLine(ProgressCallback):
@@ -106,8 +106,3 @@ class SampleAnswers(TrainerCallback):
             model, self.tokenizer, self.prompts, self.generation_config, max_prompt_tokens=self.max_prompt_tokens
         )
         self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, replies, state.global_step)
-
-
-def last_answer(conversation):
-    """Index of a conversation's last assistant message."""
-    return max(index for index, message in enumerate(conversation) if message["role"] == "assistant")
