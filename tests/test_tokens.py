@@ -589,7 +589,7 @@ def test_the_memory_is_that_of_a_few_batches_and_not_of_the_file(tokenizer, tmp_
 
 
 def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_rendered_texts(tokenizer, tmp_path):
-    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(3_000, 140))
+    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500, 140))
     texts = [prompt_utils.render(tokenizer, messages, False) for _, messages in stored]
     seconds = {"ours": [], "bare": []}
     # processor time of all threads: what else runs on the machine does not count
