@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ def refusal(function, *args):
 @pytest.fixture(autouse=True)
 def quiet():
     quiet_libraries()
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A process that was started in the background ignores some signals; here they do what they do in a terminal."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -305,10 +307,16 @@ def test_two_gpus_without_a_launcher_are_told_how_to_be_used(tmp_path, monkeypat
     assert "accelerate launch --num_processes 2 train.py" in said
 
 
+class PlannedRows(list):
+    """What the plan asks of forty tokenized rows."""
+
+    index: ClassVar = {"length": np.full(40, 2), "trained": np.full(40, 1)}
+
+
 @pytest.mark.parametrize(("changes", "said"), [({}, True), ({"warmup_ratio": 0.0}, False), ({"max_steps": 2}, False)])
 def test_a_run_of_one_step_says_that_it_trains_nothing(changes, said, capsys):
     settings = Settings(**DEFAULTS)._replace(**({"max_steps": 1} | changes))
-    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}] * 40
+    rows = PlannedRows(range(40))
     training_utils.print_plan(settings, torch.device("cpu"), torch.float32, rows, [], (100, 10))
     assert ("trains nothing" in capsys.readouterr().err) == said
 
