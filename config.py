@@ -24,6 +24,9 @@ MAX_TRAIN_ROWS = 0  # use at most this many rows of the file, chosen by SEED, fo
 LORA_R = 16  # rank: the capacity of the adapter; 8 for style, 32-64 for much new behaviour
 LORA_ALPHA = 32  # scale of the update (alpha / r multiplies it); 2 x LORA_R is a good rule
 LORA_DROPOUT = 0.05  # raise to 0.1 on small data that overfits; 0 is faster
+USE_RSLORA = False  # scale by alpha / sqrt(r) instead of alpha / r, which keeps ranks above 64 effective
+USE_DORA = False  # learn direction and magnitude apart: sometimes better at low ranks, about half the speed
+LORA_PLUS_RATIO = 1.0  # LoRA+: the learning rate of B over that of A; 16 learns faster, with a lower LEARNING_RATE
 LORA_TARGET_MODULES = "all-linear"  # every linear layer but the output; or a comma-separated list: "q_proj,v_proj"
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -36,7 +39,8 @@ WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 
 WEIGHT_DECAY = 0.0  # AdamW's decay of the adapter's weights; 0.01 regularises a little
 MAX_GRAD_NORM = 1.0  # gradients longer than this are scaled down to it; 0 switches clipping off
 MAX_STEPS = 0  # stop after this many optimizer steps, whatever NUM_EPOCHS says; 0: no limit
-GRADIENT_CHECKPOINTING = True  # recompute activations in the backward pass: much less memory, about 30 % slower
+GRADIENT_CHECKPOINTING = True  # recompute activations: much less memory, a third slower; "auto": if it must be
+TORCH_COMPILE = "auto"  # compile the layers and record passes as CUDA graphs; "auto": on CUDA if the run is long enough
 OPTIMIZER = "adamw_torch"  # adamw_torch, or paged_adamw_8bit (less memory, CUDA only)
 SEED = 42  # fixes the split, the order of rows, the adapter's first weights and dropout
 

@@ -46,7 +46,7 @@ def evaluate(adapter_path, given, run_dir, target):
     """The phases: settings, rows, model, figures and answers of base and tuned, report."""
     import generation_utils
     import model_utils
-    import training_utils
+    import pass_utils
 
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
     cache_dir, target = target / CACHE, target / "evaluation"
@@ -55,7 +55,8 @@ def evaluate(adapter_path, given, run_dir, target):
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
     say(f"Measuring base and tuned model on {len(rows)} rows")
-    pass_tokens = training_utils.choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
+    pass_utils.choose_kernels(model)
+    pass_tokens = pass_utils.choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
     metrics = measure(model, rows, pass_tokens)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
     chosen = conversations[: settings.eval_samples]
@@ -99,16 +100,16 @@ def tokenize_rows(tokenizer, conversations, settings, cache_dir):
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 def measure(model, rows, max_tokens):
     """Token-weighted loss and perplexity of base and tuned over the same answers, and a verdict."""
-    import training_utils
+    import pass_utils
 
-    tuned = training_utils.score_rows(model, rows, max_tokens)
+    tuned = pass_utils.score_rows(model, rows, max_tokens)
     with model.disable_adapter():
-        base = training_utils.score_rows(model, rows, max_tokens)
+        base = pass_utils.score_rows(model, rows, max_tokens)
     metrics = {"rows": len(rows), "answer_tokens": sum(tokens for _, tokens in base)}
     for name, scores in (("base", base), ("tuned", tuned)):
-        loss = training_utils.mean_loss(scores)
+        loss = pass_utils.mean_loss(scores)
         metrics[f"{name}_loss"] = loss
-        metrics[f"{name}_perplexity"] = training_utils.perplexity(loss)
+        metrics[f"{name}_perplexity"] = pass_utils.perplexity(loss)
         metrics[f"{name}_band"] = band(metrics[f"{name}_perplexity"])
     low, high = bootstrap_interval(base, tuned)
     metrics |= {"loss_change_low": low, "loss_change_high": high}

@@ -152,6 +152,8 @@ def build_lora_config(settings):
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         target_modules=modules if modules == "all-linear" else [name.strip() for name in modules.split(",")],
         task_type="CAUSAL_LM",
     )
@@ -183,21 +185,6 @@ def check_target_modules(model, target_modules):
             f"--lora_target_modules {target_modules}: the model has no linear layer {', '.join(unknown)}; it has"
             f" {', '.join(leaves)}"
         )
-
-
-def count_parameters(path, settings, models_dir=None):
-    """Return (total, trainable) parameters of the model with its adapter, from its config alone, without memory."""
-    with hub_errors(path):
-        model_config = AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
-        if getattr(model_config, "quantization_config", None) is not None:
-            raise UserError(
-                f"{path} is stored quantized, and an adapter could not be merged into it; give the model that it was"
-                " made from, which is quantized to 4 bits while it is loaded"
-            )
-        with torch.device("meta"):
-            model = attach_lora(AutoModelForCausalLM.from_config(model_config), settings)
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 # ---- Saved adapters --------------------------------------------------------------------------------------------------

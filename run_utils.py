@@ -30,6 +30,7 @@ RANGES = {
     "lora_r": (1, 4_096),
     "lora_alpha": (1, 65_536),
     "lora_dropout": (0.0, 0.9),
+    "lora_plus_ratio": (1.0, 1_000),
     "num_epochs": (1, 10_000),
     "batch_size": (1, 65_536),
     "gradient_accumulation_steps": (1, 65_536),
@@ -51,7 +52,8 @@ RANGES = {
     "eval_samples": (0, 1_000_000),
 }
 REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
-SWITCHES = ("use_4bit_quantization", "use_fp16", "gradient_checkpointing", "do_sample")
+AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # these may also be "auto"
+SWITCHES = ("use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
 CHOICES = {
     "device": ("cuda", "cpu"),
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
@@ -154,8 +156,11 @@ def setting_type(name):
 def parse_value(name, text, default):
     """Turn a flag's text into the setting's type; "none" stands for None where that is the default."""
     kind = setting_type(name)
-    expected = {bool: "true or false", int: "a whole number", float: "a number", dict: 'JSON such as {"a": "b"}'}
+    switch = "true, false or auto" if name in AUTO_SWITCHES else "true or false"
+    expected = {bool: switch, int: "a whole number", float: "a number", dict: 'JSON such as {"a": "b"}'}
     try:
+        if name in AUTO_SWITCHES and text.lower() == "auto":
+            return "auto"
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if kind is dict:
@@ -190,7 +195,7 @@ def build_parser(script, description):
     for banner, constants in describe_settings():
         group = parser.add_argument_group(banner)
         for name, text in constants:
-            bare = {"nargs": "?", "const": "true"} if isinstance(DEFAULTS[name], bool) else {}
+            bare = {"nargs": "?", "const": "true"} if setting_type(name) is bool else {}
             shown = f"{text} (default: {DEFAULTS[name]!r})".replace("%", "%%")
             group.add_argument(f"--{name}", help=shown, metavar="VALUE", default=argparse.SUPPRESS, **bare)
     return parser
@@ -211,6 +216,8 @@ def check_settings(settings):
         raise UserError(f"config.py lacks {', '.join(missing).upper()}; restore what was there")
     for name, value in settings._asdict().items():
         kind = setting_type(name)
+        if name in AUTO_SWITCHES and value == "auto":
+            continue
         accepted = (int, float) if kind is float else (str, type(None)) if kind is str else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             wanted = {bool: "True or False", int: "a whole number", float: "a number", dict: "a dict", str: "a text"}

@@ -268,27 +268,33 @@ def build_pass(rows):
     """Lay rows end to end, without padding, as one batch of size 1 for a causal LM.
 
     input_ids and position_ids have shape (1, tokens); positions restart at 0 with each row, which is how transformers'
-    masks keep the rows apart (it needs attention_mask=None and use_cache=False; masking_utils.py). `predicting` holds
-    the positions whose next token is trained, `targets` that token, `row_of_target` the row's index: (targets,) each.
+    masks keep the rows apart (it needs attention_mask=None and use_cache=False; masking_utils.py). `row_starts`, one
+    more than there are rows, says the same to varlen attention, its last being the end; `longest`, rounded up to a
+    power of two, bounds the rows' lengths. `predicting` holds the positions whose next token is trained, `targets` that
+    token, `row_of_target` the row's index: (targets,) each.
     """
-    ids, positions, predicting, targets, row_of_target = [], [], [], [], []
-    for index, row in enumerate(rows):
-        for position, label in enumerate(row["labels"][1:]):
-            if label != IGNORED:
-                predicting.append(len(ids) + position)
-                targets.append(label)
-                row_of_target.append(index)
-        ids += row["input_ids"]
-        positions += range(len(row["input_ids"]))
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    labels = torch.cat([as_tensor(row["labels"]) for row in rows])
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    row_of_token = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+    trained = labels != IGNORED
+    trained[starts[:-1]] = False  # nothing comes before a row's first token
+    targets = trained.nonzero()[:, 0]
     return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "predicting": torch.tensor(predicting, dtype=torch.long),
-        "targets": torch.tensor(targets, dtype=torch.long),
-        "row_of_target": torch.tensor(row_of_target, dtype=torch.long),
+        "input_ids": torch.cat([as_tensor(row["input_ids"]) for row in rows])[None],
+        "position_ids": (torch.arange(len(labels)) - starts[row_of_token])[None],
+        "row_starts": starts.int(),
+        "longest": 1 << (int(lengths.max()) - 1).bit_length(),
+        "predicting": targets - 1,
+        "targets": labels[targets],
+        "row_of_target": row_of_token[targets],
     }
+
+
+def as_tensor(ids):
+    return torch.as_tensor(ids, dtype=torch.long)
 
 
 def count_trained_tokens(rows):
     """Number of tokens whose prediction is trained: labels other than IGNORED, without a row's first token."""
-    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    return sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)

@@ -61,7 +61,9 @@ def train(settings, dry_run=False, fresh=False):
     import fault_utils
     import hub_utils
     import identity_utils
+    import memory_utils
     import model_utils
+    import plan_utils
     import training_utils
 
     output_dir, models_dir = resolve_path(settings.output_dir), resolve_path(settings.models_dir)
@@ -78,10 +80,12 @@ def train(settings, dry_run=False, fresh=False):
     with arguments.main_process_first(local=False):  # the others find the tokenized rows in the cache
         train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
     report = report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows)
-    parameters = model_utils.count_parameters(base, settings, models_dir)
-    training_utils.print_plan(
+    shapes = memory_utils.empty_model(base, settings, models_dir)
+    parameters = memory_utils.count_parameters(shapes)
+    plan_utils.print_plan(
         settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
     )
+    checkpointing = plan_utils.plan_memory(shapes, settings, device, dtype, train_rows)
     if dry_run:
         write_report(settings, report, dry_run=True)
         return
@@ -97,7 +101,7 @@ def train(settings, dry_run=False, fresh=False):
         callbacks = build_callbacks(settings, tokenizer, validation_set, checkpoints)
         fault_utils.from_first_process(prepare_output, settings, validation_set, report, checkpoints.resumption)
         trainer = training_utils.build_trainer(
-            model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints
+            model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints, checkpointing
         )
         run(trainer, settings, validation_rows, started)
 
@@ -239,8 +243,8 @@ def finish(trainer, settings, validation_rows, started):
     """Save the adapter with its record, and say how the run went and what to type next."""
     import checkpoint_utils
     import fault_utils
+    import memory_utils
     import model_utils
-    import training_utils
 
     if not trainer.is_world_process_zero():
         return
@@ -254,7 +258,7 @@ def finish(trainer, settings, validation_rows, started):
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "validation_loss": state.best_metric,  # of the checkpoint that was kept
-        "peak_memory_gib": round(training_utils.peak_memory_gib(trainer.args.device), 3),
+        "peak_memory_gib": round(memory_utils.measured_peak(trainer.args.device), 3),
         "training_rows": len(trainer.train_dataset),
         "validation_rows": len(validation_rows),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
@@ -267,11 +271,11 @@ def finish(trainer, settings, validation_rows, started):
 
 
 def print_summary(settings, adapter_dir, record):
-    import training_utils
+    import pass_utils
 
     validation, has_validation = "", record["validation_loss"] is not None
     if has_validation:
-        perplexity = training_utils.perplexity(record["validation_loss"])
+        perplexity = pass_utils.perplexity(record["validation_loss"])
         validation = f", validation loss {record['validation_loss']:.4f} (perplexity {perplexity:.2f})"
         if record["best_step"]:
             validation += f" from step {record['best_step']}"

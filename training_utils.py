@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
+from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -18,77 +17,14 @@ from transformers import (
 )
 
 from checkpoint_utils import AGAIN
-from fault_utils import StopSignals, run_bytes
-from generation_utils import autocast
+from fault_utils import StopSignals
+from memory_utils import measured_peak
 from model_utils import save_adapter
-from run_utils import Stopped, UserError, display_path, say
-from token_utils import build_pass, count_trained_tokens, pack_rows
-
-
-# ---- Loss ------------------------------------------------------------------------------------------------------------
-def pass_losses(model, rows):
-    """Cross entropy of every trained token of rows laid end to end; returns (losses, row of each), (targets,) each.
-
-    use_cache=False and no attention mask: only then do transformers' masks keep the rows apart. Logits are computed
-    only where a trained token follows.
-    """
-    batch = {name: tensor.to(model.device) for name, tensor in build_pass(rows).items()}
-    logits = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        logits_to_keep=batch["predicting"],
-        use_cache=False,
-    ).logits
-    return F.cross_entropy(logits[0].float(), batch["targets"], reduction="none"), batch["row_of_target"]
-
-
-@torch.no_grad()
-def score_rows(model, rows, max_tokens):
-    """Return [(negative log-likelihood in nats, trained tokens) for each row], whatever the batching."""
-    scores = [None] * len(rows)
-    model.eval()
-    for indices in pack_rows([len(row["input_ids"]) for row in rows], max_tokens):
-        group = [rows[index] for index in indices]
-        with autocast(model):
-            losses, row_of_target = pass_losses(model, group)
-        sums = torch.zeros(len(group), dtype=torch.float64)
-        sums.index_add_(0, row_of_target.cpu(), losses.cpu().double())
-        for index, row, total in zip(indices, group, sums.tolist(), strict=True):
-            scores[index] = (total, count_trained_tokens([row]))
-    return scores
-
-
-def choose_pass_tokens(model, max_tokens):
-    """Return max_tokens if the model keeps rows laid end to end apart, else 0: each row is a pass of its own.
-
-    Tried on two short rows. Attention layers with rotary positions pass; recurrent and convolutional layers, and
-    learned absolute positions in some families, let a row read the one before it.
-    """
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = [torch.randint(vocabulary, (24,), generator=draw).tolist() for _ in range(2)]
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    training = model.training
-    with torch.no_grad(), autocast(model):
-        model.eval()
-        together = pass_losses(model, rows)[0][-23:]
-        alone = pass_losses(model, rows[1:])[0]
-        model.train(training)
-    # in half precision the order of summation alone moves a loss by some hundredths
-    if (together - alone).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.25):
-        return max_tokens
-    say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")
-    return 0
-
-
-def mean_loss(scores):
-    """Token-weighted mean of score_rows' result, in nats a token; exp of it is the perplexity."""
-    return sum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
-
-
-def perplexity(loss):
-    """exp(loss), infinite where it overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
+from plan_utils import compiling_pays, count_steps, longest_rows, row_lengths
+from run_utils import Stopped, UserError, display_path, format_duration, say
+from step_utils import StepRunner
+from token_utils import count_trained_tokens, pack_rows
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
@@ -100,8 +36,10 @@ class LoraTrainer(Trainer):
     gradient does not depend on how the rows were cut.
     """
 
-    def __init__(self, *args, max_pass_tokens, checkpoints=None, **kwargs):
+    def __init__(self, *args, max_pass_tokens, runner=None, checkpoints=None, **kwargs):
         super().__init__(*args, data_collator=list, **kwargs)
+        self.runner = runner or StepRunner(self.model)
+        self.rehearsed = False
         self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
         self.signals = StopSignals()
         self.rows_of_step, self.loss_of_step, self.stop_now = [], None, 0
@@ -118,19 +56,84 @@ class LoraTrainer(Trainer):
         processes = self.accelerator.num_processes
         trained = torch.tensor(count_trained_tokens(inputs), device=self.args.device)
         trained = self.accelerator.reduce(trained, "sum")
-        step_loss = torch.zeros((), device=self.args.device)
-        passes = pack_rows([len(row["input_ids"]) for row in inputs], self.max_pass_tokens)
-        for number, indices in enumerate(passes, start=1):
-            sync = contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(model)
-            with sync:
-                losses, _ = pass_losses(model, [inputs[index] for index in indices])
-                # DDP averages the gradients of the processes, hence the factor
-                loss = losses.sum() * processes / trained
-                self.accelerator.backward(loss)
-            step_loss += loss.detach()
+        if not self.rehearsed:
+            self.rehearsed = True
+            self._rehearse(model)
+        # DDP averages the gradients of the processes, hence the factor
+        step_loss = self._forward_backward(model, inputs, processes / trained)
         self.tokens_trained += sum(len(row["input_ids"]) for row in inputs)
         self.loss_of_step = step_loss
         return step_loss
+
+    def _forward_backward(self, model, rows, scale):
+        """All passes of a step; returns the sum of scale times each loss. Out of memory halves the passes' ceiling."""
+        while True:
+            try:
+                return self._run_passes(model, rows, scale)
+            except torch.OutOfMemoryError as error:
+                ceiling = self._lower_ceiling(rows, error)
+            self.runner.release()  # here, where the exception no longer holds on to the tensors of its frames
+            say(
+                f"Out of memory with passes of {self.max_pass_tokens:,} tokens; from here on at most {ceiling:,}, which"
+                " takes more passes and gives the same result"
+            )
+            self.max_pass_tokens = ceiling
+
+    def _run_passes(self, model, rows, scale):
+        self.runner.begin()
+        step_loss = torch.zeros((), device=self.args.device)
+        passes = pack_rows([len(row["input_ids"]) for row in rows], self.max_pass_tokens)
+        for number, indices in enumerate(passes, start=1):
+            sync = contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(model)
+            with sync:
+                group = [rows[index] for index in indices]
+                step_loss += self.runner.run(model, group, scale, self.accelerator.backward)
+        return step_loss
+
+    def _lower_ceiling(self, rows, error):
+        """Half the tokens a pass that did not fit the memory; a UserError where passes cannot be made smaller."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        largest = max(sum(lengths[index] for index in group) for group in pack_rows(lengths, self.max_pass_tokens))
+        if self.accelerator.num_processes > 1:
+            raise UserError("out of memory; halve --batch_size, or lower --max_seq_length") from error
+        if largest <= max(lengths):
+            raise UserError(
+                f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
+                " --gradient_checkpointing or --use_4bit_quantization"
+            ) from error
+        return largest // 2
+
+    def _rehearse(self, model):
+        """Run the longest pass that the data can ask for, twice and without a trace, and say what it takes."""
+        rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            while True:  # the first time compiles and finds out what fits
+                before = self.max_pass_tokens
+                longest = max(
+                    pack_rows([len(row["input_ids"]) for row in rows], before),
+                    key=lambda group: sum(len(rows[index]["input_ids"]) for index in group),
+                )
+                group = [rows[index] for index in longest]
+                self._forward_backward(model, group, 1e-3)
+                if self.max_pass_tokens == before:
+                    break
+            started = time.perf_counter()
+            self._forward_backward(model, group, 1e-3).item()
+            seconds = time.perf_counter() - started
+        self.runner.release_gradients()
+        tokens = sum(len(row["input_ids"]) for row in group)
+        steps = self.state.max_steps - self.state.global_step
+        rows_a_step = self.args.per_device_train_batch_size
+        per_step = (
+            float(row_lengths(self.train_dataset).mean()) * min(rows_a_step, len(self.train_dataset)) / tokens * seconds
+        )
+        peak = measured_peak(self.args.device)
+        say(
+            f"Rehearsal: the longest pass, {tokens:,} tokens, takes {seconds:.2f} s and {peak:.2f} GiB; the {steps}"
+            f" steps will take about {format_duration(steps * per_step)}"
+        )
+        self.clock = time.perf_counter()
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Refuse a loss or gradient that is not finite before the optimizer sees it, and agree on whether to stop."""
@@ -213,7 +216,7 @@ class LoraTrainer(Trainer):
             self._count_time()  # reading the loss waited for the GPU to finish its steps
             processes = self.accelerator.num_processes
             logs["tokens_per_second"] = round(processes * self.tokens_trained / self.seconds_trained, 1)
-            logs["peak_memory_gib"] = round(peak_memory_gib(self.args.device), 3)
+            logs["peak_memory_gib"] = round(measured_peak(self.args.device), 3)
             self.tokens_trained, self.seconds_trained = 0, 0.0
         super().log(logs, start_time)
 
@@ -261,20 +264,6 @@ class LoraTrainer(Trainer):
             save_adapter(self.model, self.processing_class, output_dir)
 
 
-def peak_memory_gib(device):
-    """Peak memory of this process in GiB: reserved by PyTorch on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows has no such figure in the standard library
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def build_training_arguments(settings, output_dir, device, dtype, has_validation):
     """Trainer's arguments; evaluation and checkpoints fall on the same steps, so that the best one can be kept."""
     strategy = "steps" if has_validation else "no"
@@ -289,8 +278,7 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="paged_adamw_8bit" if settings.optimizer == "paged_adamw_8bit" else fused_adamw(device),
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=False,  # StepRunner's, which the fused kernels and compilation are made for
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
@@ -323,17 +311,36 @@ def fused_adamw(device):
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 
-def build_trainer(model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints=None):
+def build_trainer(
+    model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints=None, checkpointing=False
+):
+    """A LoraTrainer with the fastest passes that the model, the machine and the length of the run are fit for."""
     if settings.early_stopping_patience and validation_rows:
         callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping_patience)]
+    choose_kernels(model)
+    max_pass_tokens = choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
+    steps = count_steps(len(train_rows), settings, arguments.world_size)
+    compiled = settings.torch_compile is True or (
+        settings.torch_compile == "auto" and compiling_pays(model, train_rows, steps, max_pass_tokens, arguments)
+    )
+    runner = StepRunner(
+        model,
+        checkpointing=checkpointing,
+        compiled=compiled,
+        graphs=compiled and arguments.world_size == 1,
+        rows_a_pass=arguments.per_device_train_batch_size,
+        longest=int(row_lengths(train_rows).max()),
+    )
     trainer = LoraTrainer(
         model=model,
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=validation_rows or None,
         processing_class=tokenizer,
-        max_pass_tokens=choose_pass_tokens(model, settings.batch_size * settings.max_seq_length),
+        max_pass_tokens=max_pass_tokens,
+        runner=runner,
         checkpoints=checkpoints,
+        optimizers=(build_optimizer(model, settings, arguments), None),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -342,29 +349,15 @@ def build_trainer(model, tokenizer, train_rows, validation_rows, settings, argum
     return trainer
 
 
-# ---- The plan --------------------------------------------------------------------------------------------------------
-def count_steps(rows, settings, processes=1):
-    """Optimizer steps of a run, as the Trainer counts them."""
-    rows_a_step = settings.batch_size * settings.gradient_accumulation_steps * processes
-    steps = settings.num_epochs * math.ceil(rows / rows_a_step)
-    return min(steps, settings.max_steps) if settings.max_steps else steps
-
-
-def print_plan(settings, device, dtype, rows, validation_rows, parameters, processes=1):
-    """Say, before any weight is loaded, what the run will do and what it needs."""
-    total, trainable = parameters
-    steps = count_steps(len(rows), settings, processes)
-    tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
-    quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
-    disk = run_bytes(trainable, settings.save_total_limit) / 2**20
-    say(
-        f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(dtype).removeprefix('torch.')}"
-        f" on {device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
+def build_optimizer(model, settings, arguments):
+    """LoRA+'s optimizer (Hayou et al. 2024), or None: the Trainer makes the usual one."""
+    if settings.lora_plus_ratio == 1:
+        return None
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return create_loraplus_optimizer(
+        model,
+        optimizer,
+        loraplus_lr_ratio=settings.lora_plus_ratio,
+        loraplus_weight_decay=settings.weight_decay,
+        **options,
     )
-    say(
-        f"Plan: {len(rows)} rows ({tokens:,} tokens, {trained / tokens:.0%} trained), {len(validation_rows)} held out;"
-        f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
-        f" about {disk:,.0f} MiB on disk"
-    )
-    if steps == 1 and settings.warmup_ratio > 0:
-        say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
+import plan_utils
 import training_utils
 from checkpoint_utils import find_newest, seal
 from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
@@ -317,7 +318,7 @@ class PlannedRows(list):
 def test_a_run_of_one_step_says_that_it_trains_nothing(changes, said, capsys):
     settings = Settings(**DEFAULTS)._replace(**({"max_steps": 1} | changes))
     rows = PlannedRows(range(40))
-    training_utils.print_plan(settings, torch.device("cpu"), torch.float32, rows, [], (100, 10))
+    plan_utils.print_plan(settings, torch.device("cpu"), torch.float32, rows, [], (100, 10))
     assert ("trains nothing" in capsys.readouterr().err) == said
 
 

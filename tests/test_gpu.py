@@ -8,8 +8,8 @@ import torch
 
 from conftest import PROJECT, TINY_BASE
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
+from pass_utils import score_rows
 from run_utils import DEFAULTS, Settings
-from training_utils import score_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,13 +15,13 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, Mistra
 import model_utils
 from conftest import TINY_BASE
 from generation_utils import build_generation_config, generate_replies
+from memory_utils import count_parameters, empty_model
 from model_utils import (
     ADAPTER_WEIGHTS,
     attach_lora,
     build_quantization_config,
     choose_dtype,
     choose_pad_token,
-    count_parameters,
     load_base_model,
     load_tokenizer,
     load_trained_model,
@@ -361,9 +361,9 @@ def test_parameters_are_counted_from_the_config_as_the_loaded_model_counts_them(
     path = save_base(tmp_path, tied=tied)
     parameters = list(make_model(path).parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    assert count_parameters(path, SETTINGS) == (sum(p.numel() for p in parameters), trainable)
+    assert count_parameters(empty_model(path, SETTINGS)) == (sum(p.numel() for p in parameters), trainable)
     (tmp_path / "model.safetensors").unlink()
-    assert count_parameters(path, FOUR_BIT)[1] == trainable  # no weights are read
+    assert count_parameters(empty_model(path, FOUR_BIT))[1] == trainable  # no weights are read
 
 
 def test_the_base_model_is_recorded_as_the_user_gave_it(tmp_path):
@@ -402,7 +402,7 @@ def test_weights_that_do_not_fill_the_base_model_are_refused(base, tmp_path, cha
     assert str(tmp_path / "base") in refusal(load_base_model, str(tmp_path / "base"), CPU, torch.float32)
 
 
-@pytest.mark.parametrize("load", [load_base_model, count_parameters], ids=["loading", "counting"])
+@pytest.mark.parametrize("load", [load_base_model, empty_model], ids=["loading", "counting"])
 def test_a_model_that_ships_code_is_refused_without_asking_to_run_it(load, base, tmp_path, monkeypatch):
     questions = []
     monkeypatch.setattr("builtins.input", lambda question="": questions.append(question) or "n")

@@ -17,8 +17,11 @@ import train
 import training_utils
 from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
 from model_utils import attach_lora
+from pass_utils import choose_pass_tokens, mean_loss, pass_losses, score_rows
+from plan_utils import count_steps
 from run_utils import DEFAULTS, Settings
-from training_utils import LoraTrainer, build_training_arguments, count_steps, mean_loss, pass_losses, score_rows
+from step_utils import StepRunner
+from training_utils import LoraTrainer, build_training_arguments
 
 TINY = {
     "vocab_size": 300,
@@ -111,7 +114,7 @@ def test_a_model_that_mixes_rows_gets_one_row_a_pass_and_then_scores_them_right(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, **MIXING[name], initializer_range=0.3)).eval()
     rows = make_rows()
-    limit = training_utils.choose_pass_tokens(model, 1000)
+    limit = choose_pass_tokens(model, 1000)
     assert limit == 0
     assert "each row is computed by itself" in capsys.readouterr().err
     alone = [score_rows(model, [row], 1000)[0][0] for row in rows]
@@ -122,7 +125,7 @@ def test_a_model_that_mixes_rows_gets_one_row_a_pass_and_then_scores_them_right(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_that_keeps_rows_apart_gets_full_passes(name):
     model = make_model(name)
-    assert training_utils.choose_pass_tokens(model, 1000) == 1000
+    assert choose_pass_tokens(model, 1000) == 1000
     assert model.training
 
 
@@ -132,7 +135,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     trainer.training_step(model, rows)
     expected = gradients(model)
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.runner = StepRunner(model, checkpointing=True)
     trainer.training_step(model, rows)
     for parameter, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-8)

@@ -1,0 +1,267 @@
+"""The training step's kernels: LoRA over a frozen linear layer, NF4 weights, dropout, attention, loss.
+
+Each operation is written in plain PyTorch, which runs anywhere and which the tests compare with, and where that is slow
+also in Triton, which runs on CUDA. All are exact: the mathematics of transformers, peft and bitsandbytes in fewer
+kernels and without copies.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from run_utils import say
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of PyTorch, Windows or macOS
+    triton = None
+
+if triton:
+
+    @triton.jit
+    def _dequantize_kernel(packed, absmax, levels, absmax2, offset, values, out, count, BLOCKS: tl.constexpr):
+        block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        inside = block < count
+        level = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(levels + level) * tl.load(absmax2 + block // 256, mask=inside, other=0.0) + tl.load(offset)
+        byte = block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        pair = tl.load(packed + byte, mask=inside[:, None], other=0).to(tl.int32)
+        high = tl.load(values + (pair >> 4)) * scale[:, None]
+        low = tl.load(values + (pair & 15)) * scale[:, None]
+        both = tl.interleave(high, low).to(out.dtype.element_ty)
+        element = block.to(tl.int64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+        tl.store(out + element, both, mask=inside[:, None])
+
+    @triton.jit
+    def _drop_kernel(x, out, seed, count, threshold, scale, ADD: tl.constexpr, SPAN: tl.constexpr):
+        # each draw gives four words, hence sixteen random bits to each of eight elements, SPAN apart
+        program = tl.program_id(0)
+        lane = tl.arange(0, SPAN)
+        a, b, c, d = tl.randint4x(tl.load(seed), program * SPAN + lane)
+        for part in tl.static_range(8):
+            word = a if part < 2 else (b if part < 4 else (c if part < 6 else d))
+            bits = (word >> (16 * (part % 2))) & 0xFFFF
+            at = program.to(tl.int64) * (8 * SPAN) + part * SPAN + lane
+            value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+            value = tl.where(bits >= threshold, value * scale, 0.0)
+            if ADD:
+                value += tl.load(out + at, mask=at < count, other=0.0).to(tl.float32)
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
+
+
+def triton_works(device, dtype):
+    """Whether Triton can build and run a kernel here; it needs a C compiler. Says so if not."""
+    if triton is None or dtype == torch.float32:
+        return False
+    try:
+        ones = torch.ones(4096, dtype=dtype, device=device)
+        return bool((drop(ones, torch.zeros(1, dtype=torch.long, device=device), 0.5) > 0).any())
+    except Exception as error:  # noqa: BLE001  Triton's own errors are of many types
+        say(f"Triton cannot build kernels here ({type(error).__name__}), which is slower; install a C compiler")
+        return False
+
+
+# ---- Frozen weights --------------------------------------------------------------------------------------------------
+def dequantize(weight, absmax, levels, absmax2, offset, values, shape, dtype):
+    """The (out, in) weight matrix of a frozen layer in dtype, from NF4 with double quantization where it is packed.
+
+    The tensors are those of frozen_tensors. Bytes hold two values, the first in the high half; 64 values share
+    a scale, itself one of 256 levels times a factor of 256 scales, plus an offset.
+    """
+    if absmax is None:
+        return weight.to(dtype)
+    count = absmax.numel()
+    if weight.is_cuda and triton:
+        out = torch.empty(shape, dtype=dtype, device=weight.device)
+        _dequantize_kernel[(triton.cdiv(count, 32),)](
+            weight, absmax, levels, absmax2, offset, values, out, count, BLOCKS=32, num_warps=4, enable_fp_fusion=False
+        )
+        return out
+    scale = levels[absmax.int()] * absmax2.repeat_interleave(256)[:count] + offset
+    packed = weight.view(-1).int()
+    pairs = torch.stack([values[packed >> 4], values[packed & 15]], dim=-1)
+    return (pairs.view(count, 64) * scale[:, None]).view(shape).to(dtype)
+
+
+def frozen_tensors(layer):
+    """The tensors that make up a linear layer's frozen weight, or None where its kind is not known here."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return (layer.weight, *[None] * 5) if layer.weight.is_floating_point() else None
+    if state.quant_type != "nf4" or not state.nested or state.blocksize != 64 or state.state2.blocksize != 256:
+        return None
+    if state.shape.numel() % 64:
+        return None
+    return layer.weight.data, state.absmax, state.state2.code, state.state2.absmax, state.offset, state.code
+
+
+# ---- Dropout ---------------------------------------------------------------------------------------------------------
+def drop(x, seed, p):
+    """x with a share p of its elements zeroed, the others divided by 1 - p; seed, a tensor of one integer, decides."""
+    out = torch.empty_like(x)
+    return _drop(x, out, seed, p, add=False)
+
+
+def _drop(x, out, seed, p, add):
+    if x.is_cuda and triton:
+        grid = (triton.cdiv(x.numel(), 8 * 256),)
+        _drop_kernel[grid](x, out, seed, x.numel(), round(p * 65536), 1 / (1 - p), ADD=add, SPAN=256, num_warps=4)
+        return out
+    draw = torch.Generator().manual_seed(int(seed))
+    kept = torch.rand(x.shape, generator=draw).to(x.device) >= p
+    dropped = torch.where(kept, x / (1 - p), 0)
+    return out.add_(dropped) if add else out.copy_(dropped)
+
+
+# ---- LoRA over a frozen linear layer ---------------------------------------------------------------------------------
+@torch.library.custom_op("lora::linear", mutates_args=())
+def _linear(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a16: torch.Tensor,
+    b16: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor,
+    dropout: float,
+    scaling: float,
+    weight: torch.Tensor,
+    absmax: torch.Tensor | None,
+    levels: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    values: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    matrix = dequantize(weight, absmax, levels, absmax2, offset, values, (b.shape[0], a.shape[1]), x.dtype)
+    out = F.linear(rows, matrix, bias)
+    down = (drop(rows, seed, dropout) if dropout else rows) @ a16.T
+    out.addmm_(down, b16.T, alpha=scaling)
+    return out.view(*x.shape[:-1], -1), down
+
+
+@_linear.register_fake
+def _(x, a, b, *others):
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
+
+
+@torch.library.custom_op("lora::linear_backward", mutates_args=())
+def _linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    down: torch.Tensor,
+    a16: torch.Tensor,
+    b16: torch.Tensor,
+    seed: torch.Tensor,
+    dropout: float,
+    scaling: float,
+    weight: torch.Tensor,
+    absmax: torch.Tensor | None,
+    levels: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    values: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_b = matmul32(grad.T, down).mul_(scaling)
+    up = torch.mul(grad @ b16, scaling)
+    grad_a = matmul32(up.T, drop(rows, seed, dropout) if dropout else rows)
+    grad_x = grad @ dequantize(weight, absmax, levels, absmax2, offset, values, (b16.shape[0], a16.shape[1]), x.dtype)
+    if dropout:
+        _drop(up @ a16, grad_x, seed, dropout, add=True)
+    else:
+        grad_x.addmm_(up, a16)
+    return grad_x.view(x.shape), grad_a, grad_b
+
+
+@_linear_backward.register_fake
+def _(grad, x, down, a16, b16, *others):
+    grads = (copy.new_empty(copy.shape, dtype=torch.float32) for copy in (a16, b16))
+    return torch.empty_like(x), *grads
+
+
+def matmul32(left, right):
+    """left @ right, the result in float32 whatever the operands are."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
+
+
+def _remember(ctx, inputs, output):
+    x, _, _, a16, b16, _, seed, ctx.dropout, ctx.scaling, *frozen = inputs
+    ctx.save_for_backward(x, output[1], a16, b16, seed, *frozen)
+
+
+def _backward(ctx, grad, _):
+    x, down, a16, b16, seed, *frozen = ctx.saved_tensors
+    grads = torch.ops.lora.linear_backward(grad, x, down, a16, b16, seed, ctx.dropout, ctx.scaling, *frozen)
+    return *grads, *[None] * 12
+
+
+_linear.register_autograd(_backward, setup_context=_remember)
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+VARLEN = "varlen"
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """transformers' attention function for rows end to end: (1, heads, tokens, width) -> (1, tokens, heads, width).
+
+    cu_seq_lens_q: where each row starts, and the end, int32; max_length_q: no row is longer.
+    """
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
+    if groups > 1 and not _GROUPED:  # torch before 2.13
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if unknown := [name for name in ("softcap", "s_aux", "dropout") if kwargs.get(name)]:
+        raise NotImplementedError(f"varlen attention without {unknown}")
+    starts, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
+    out = varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **_GROUPED
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+
+
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross entropy in nats, (tokens,), of hidden states (tokens, width) against targets through the output layer.
+
+    The logits exist for CHUNK tokens at a time, in the forward pass only, which also computes the gradient of the
+    hidden states. Exact for any weighting of the tokens. The output layer is frozen.
+    """
+
+    CHUNK = 1024
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), LinearCrossEntropy.CHUNK):
+            part = slice(start, start + LinearCrossEntropy.CHUNK)
+            logits = (hidden[part] @ weight.T).float()
+            target = targets[part, None]
+            normalizer = torch.logsumexp(logits, -1, keepdim=True)
+            losses[part] = (normalizer - logits.gather(-1, target))[:, 0]
+            if gradient is not None:
+                probabilities = logits.sub_(normalizer).exp_()
+                probabilities.scatter_add_(-1, target, probabilities.new_full(target.shape, -1.0))
+                gradient[part] = probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad[:, None]).to(gradient.dtype), None, None

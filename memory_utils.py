@@ -1,0 +1,88 @@
+"""What a model needs before it is loaded: parameters and memory from its shapes; and what a run really used."""
+
+import sys
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hub_utils import hub_errors
+from kernel_utils import LinearCrossEntropy
+from model_utils import attach_lora
+from pass_utils import transformers_model
+from run_utils import UserError
+
+GIB = 2**30
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # a weight: four bits, and of each 64 a scale of one byte with its own scale
+
+
+def empty_model(path, settings, models_dir=None):
+    """The model with its adapter, without memory for its weights: shapes only, from its config."""
+    with hub_errors(path):
+        model_config = AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
+        if getattr(model_config, "quantization_config", None) is not None:
+            raise UserError(
+                f"{path} is stored quantized, and an adapter could not be merged into it; give the model that it was"
+                " made from, which is quantized to 4 bits while it is loaded"
+            )
+        with torch.device("meta"):
+            return attach_lora(AutoModelForCausalLM.from_config(model_config), settings)
+
+
+def count_parameters(model):
+    """(all, trainable) parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def weight_bytes(model, settings, dtype):
+    """Memory of the base's weights as they will be loaded: linear layers but the output in NF4 where quantized."""
+    base = transformers_model(model)
+    head, seen, total = base.get_output_embeddings(), set(), 0
+    for module in base.modules():
+        quantized = settings.use_4bit_quantization and isinstance(module, torch.nn.Linear) and module is not head
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel() * (NF4_BYTES if quantized and name == "weight" else dtype.itemsize)
+    return total
+
+
+def expected_peak(model, settings, dtype, tokens, checkpointing):
+    """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when a pass of so many tokens is trained.
+
+    Counted: the weights; the adapter in float32 with gradients, AdamW's two moments (a byte each in 8 bits) and the
+    copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing its input
+    and one layer whole; the largest weight dequantized; the chunk of logits. The rest, some percent, is PyTorch's.
+    """
+    base = transformers_model(model)
+    config, unit = base.config.get_text_config(), dtype.itemsize
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    trainable = count_parameters(model)[1]
+    moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
+    fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
+    # two residuals and norms; query, its output, key and value as attention takes them; gate, up and their product
+    kept = unit * (4 * hidden + 4 * heads * width + 3 * inner)
+    kept += 2 * (4 + unit) * hidden  # the norms' float32 copies; compiled layers need none of them
+    layers = config.num_hidden_layers
+    saved = tokens * (layers * unit * hidden + kept if checkpointing else layers * kept)
+    working = tokens * unit * (3 * inner + 3 * hidden)
+    largest = max(p.numel() for name, p in base.named_parameters() if "layers" in name) * unit
+    logits = min(tokens, LinearCrossEntropy.CHUNK) * config.vocab_size * (4 + 4 + unit)
+    return fixed + saved + max(working + largest, logits)
+
+
+def measured_peak(device):
+    """Peak memory of this process in GiB: reserved by PyTorch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    try:
+        import resource
+    except ImportError:  # Windows has no such figure in the standard library
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

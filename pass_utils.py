@@ -1,0 +1,172 @@
+"""Passes: rows laid end to end without padding, computed together and kept apart; their losses and scores."""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+
+import kernel_utils
+from generation_utils import autocast
+from kernel_utils import VARLEN, LinearCrossEntropy
+from run_utils import say
+from token_utils import build_pass, count_trained_tokens, pack_rows
+
+
+class PassKernels:
+    """What computes a model's passes: varlen or SDPA attention, and a loss that never stores the logits whole or not.
+
+    choose_kernels sets one on the transformers model; peft's and Accelerate's wrappers are seen through.
+    """
+
+    varlen = fused_loss = triton = False
+
+
+def transformers_model(model):
+    """The transformers model inside the wrappers of distributed training and peft."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def kernels_in_place(base, kernels, batch):
+    """Put the chosen attention and output layer into the model; yield the model's further arguments."""
+    config, head = base.config, base.get_output_embeddings()
+    attention, arguments = config._attn_implementation, {}
+    if kernels.varlen:
+        config._attn_implementation = VARLEN
+        arguments = {"cu_seq_lens_q": batch["row_starts"], "max_length_q": batch["longest"]}
+    if kernels.fused_loss:
+        head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, batch["targets"])[None]
+    try:
+        yield arguments
+    finally:
+        config._attn_implementation = attention
+        if kernels.fused_loss:
+            del head.forward
+
+
+def pass_losses(model, rows):
+    """Cross entropy of every trained token of rows laid end to end; returns (losses, row of each), (targets,) each.
+
+    use_cache=False and no attention mask: only then do transformers' masks keep the rows apart. Logits are computed
+    only where a trained token follows.
+    """
+    base = transformers_model(model)
+    kernels = getattr(base, "pass_kernels", PassKernels)
+    batch = to_device(build_pass(rows), base.device)
+    with kernels_in_place(base, kernels, batch) as arguments:
+        outputs = model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            logits_to_keep=batch["predicting"],
+            use_cache=False,
+            **arguments,
+        ).logits[0]
+    if not kernels.fused_loss:
+        outputs = F.cross_entropy(outputs.float(), batch["targets"], reduction="none")
+    return outputs, batch["row_of_target"]
+
+
+def to_device(batch, device):
+    """A pass's tensors on the device, to a GPU without waiting for it; what is no tensor stays."""
+    if device.type != "cuda":
+        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return {
+        name: value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
+
+
+# ---- Choosing --------------------------------------------------------------------------------------------------------
+def probe_rows(model):
+    """Two short rows of random tokens, every token trained."""
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = [torch.randint(vocabulary, (24,), generator=draw).tolist() for _ in range(2)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@torch.no_grad()
+def probe_losses(model, rows):
+    """The losses of the last row's 23 trained tokens, with the others before it, in eval mode."""
+    training = model.training
+    try:
+        model.eval()
+        with autocast(model):
+            return pass_losses(model, rows)[0][-23:]
+    finally:
+        model.train(training)
+
+
+def choose_kernels(model):
+    """Give the model the fast attention and loss as far as they compute what it computes by itself; say what is used.
+
+    Each is tried on two short rows and left out if it fails or if a loss differs. Varlen flash attention needs a CUDA
+    GPU of the Ampere generation or newer and half precision.
+    """
+    base, rows = transformers_model(model), probe_rows(model)
+    device, kernels = base.device, PassKernels()
+    if device.type != "cuda":
+        return
+    expected = probe_losses(model, rows[1:])
+    base.pass_kernels = kernels
+    kernels.triton = kernel_utils.triton_works(device, model.dtype)
+    head = base.get_output_embeddings()
+    fitting = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    for name, possible, tolerance in (
+        ("varlen", torch.cuda.get_device_capability(device)[0] >= 8 and model.dtype != torch.float32, 0.25),
+        ("fused_loss", fitting, 0.02),
+    ):
+        setattr(kernels, name, possible)
+        try:
+            if possible and (probe_losses(model, rows) - expected).abs().max() > tolerance:
+                setattr(kernels, name, False)
+        except Exception:  # noqa: BLE001  whatever a kernel does not serve: head sizes, soft caps, sinks
+            setattr(kernels, name, False)
+        if kernels.varlen:
+            expected = probe_losses(model, rows)
+    attention = "varlen flash attention" if kernels.varlen else "SDPA with a block mask"
+    say(f"Attention: {attention}; loss: {'fused with' if kernels.fused_loss else 'after'} the output layer")
+
+
+def choose_pass_tokens(model, max_tokens):
+    """Return max_tokens if the model keeps rows laid end to end apart, else 0: each row is a pass of its own.
+
+    Tried on two short rows. Attention layers with rotary positions pass; recurrent and convolutional layers, and
+    learned absolute positions in some families, let a row read the one before it.
+    """
+    rows = probe_rows(model)
+    difference = (probe_losses(model, rows) - probe_losses(model, rows[1:])).abs().max()
+    # in half precision the order of summation alone moves a loss by some hundredths
+    if difference <= (1e-3 if model.dtype == torch.float32 else 0.25):
+        return max_tokens
+    say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")
+    return 0
+
+
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def score_rows(model, rows, max_tokens):
+    """Return [(negative log-likelihood in nats, trained tokens) for each row], whatever the batching."""
+    scores = [None] * len(rows)
+    model.eval()
+    for indices in pack_rows([len(row["input_ids"]) for row in rows], max_tokens):
+        group = [rows[index] for index in indices]
+        with autocast(model):
+            losses, row_of_target = pass_losses(model, group)
+        sums = torch.zeros(len(group), dtype=torch.float64)
+        sums.index_add_(0, row_of_target.cpu(), losses.cpu().double())
+        for index, row, total in zip(indices, group, sums.tolist(), strict=True):
+            scores[index] = (total, count_trained_tokens([row]))
+    return scores
+
+
+def mean_loss(scores):
+    """Token-weighted mean of score_rows' result, in nats a token; exp of it is the perplexity."""
+    return sum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
+
+
+def perplexity(loss):
+    """exp(loss), infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

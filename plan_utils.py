@@ -1,0 +1,92 @@
+"""The plan: what a run will do and what it needs, said before any weight is loaded."""
+
+import math
+
+import numpy as np
+import torch
+
+from fault_utils import run_bytes
+from memory_utils import GIB, expected_peak
+from run_utils import say
+from step_utils import can_compile
+
+PASSES_WORTH_COMPILING = 200
+
+
+def row_lengths(rows):
+    """(rows,) tokens each."""
+    index = getattr(rows, "index", None)
+    return index["length"] if isinstance(index, np.ndarray) else np.array([len(row["input_ids"]) for row in rows])
+
+
+def longest_rows(rows, count):
+    """The `count` longest rows of a dataset."""
+    lengths = row_lengths(rows)
+    return [rows[int(index)] for index in np.argsort(-lengths, kind="stable")[:count]]
+
+
+def count_steps(rows, settings, processes=1):
+    """Optimizer steps of a run, as the Trainer counts them."""
+    rows_a_step = settings.batch_size * settings.gradient_accumulation_steps * processes
+    steps = settings.num_epochs * math.ceil(rows / rows_a_step)
+    return min(steps, settings.max_steps) if settings.max_steps else steps
+
+
+def print_plan(settings, device, dtype, rows, validation_rows, parameters, processes=1):
+    """Say, before any weight is loaded, what the run will do and what it needs."""
+    total, trainable = parameters
+    steps = count_steps(len(rows), settings, processes)
+    tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
+    quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
+    disk = run_bytes(trainable, settings.save_total_limit) / 2**20
+    say(
+        f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(dtype).removeprefix('torch.')}"
+        f" on {device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
+    )
+    say(
+        f"Plan: {len(rows)} rows ({tokens:,} tokens, {trained / tokens:.0%} trained), {len(validation_rows)} held out;"
+        f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
+        f" about {disk:,.0f} MiB on disk"
+    )
+    if steps == 1 and settings.warmup_ratio > 0:
+        say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
+
+
+def plan_memory(shapes, settings, device, dtype, rows):
+    """Say how much GPU memory training should take; returns whether activations are to be recomputed.
+
+    shapes: the model without weights. GRADIENT_CHECKPOINTING = "auto" recomputes where a tenth of the free memory
+    would not be left over.
+    """
+    if device.type != "cuda":
+        return settings.gradient_checkpointing is True
+    count = settings.batch_size * settings.gradient_accumulation_steps
+    step = int(np.sort(row_lengths(rows))[-count:].sum())
+    tokens = min(max(settings.batch_size * settings.max_seq_length, int(row_lengths(rows).max())), step)
+    free, total = torch.cuda.mem_get_info(device)
+    checkpointing, reason = settings.gradient_checkpointing, ""
+    if checkpointing == "auto":
+        plain = expected_peak(shapes, settings, dtype, tokens, checkpointing=False)
+        checkpointing = plain > 0.9 * free
+        reason = f", as {plain / GIB:.1f} GiB would {'not ' * checkpointing}fit without it"
+    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing)
+    say(
+        f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {free / GIB:.1f} of"
+        f" {total / GIB:.1f} GiB are free; gradient checkpointing {'on' if checkpointing else 'off'}{reason}"
+    )
+    if peak > free:
+        say("That may not fit: lower --batch_size or --max_seq_length; passes that do not fit are made smaller")
+    return checkpointing
+
+
+def compiling_pays(model, rows, steps, max_pass_tokens, arguments):
+    """Whether a run is long enough to repay the compilation of its layers; says why or why not."""
+    if arguments.device.type != "cuda" or not can_compile(model):
+        return False
+    tokens = float(row_lengths(rows).mean()) * min(arguments.per_device_train_batch_size, len(rows))
+    passes = steps * max(1, math.ceil(tokens / max(1, max_pass_tokens)))
+    if passes < PASSES_WORTH_COMPILING:
+        say(f"Layers are not compiled: {passes} passes would not repay it (--torch_compile true does it all the same)")
+        return False
+    say(f"Compiling the layers, half a minute or so, which {passes:,} passes repay (--torch_compile false leaves it)")
+    return True

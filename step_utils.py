@@ -1,0 +1,243 @@
+"""How an optimizer step's passes are computed: LoRA kernels, gradient checkpointing, compilation and graph replay.
+
+Everything here changes the speed and the memory of a pass and nothing else. What a model, a machine or a run is not fit
+for is left out, and the plain way through transformers and peft remains.
+"""
+
+import math
+from types import MethodType
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kernel_utils import LinearCrossEntropy, frozen_tensors
+from pass_utils import kernels_in_place, pass_losses, to_device, transformers_model
+from token_utils import build_pass
+
+GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+class FastLora:
+    """A model's LoRA layers, computing with the fused operation while they train.
+
+    The optimizer keeps the adapter in float32; the layers multiply with copies in the model's own number format, which
+    refresh() renews after each optimizer step. draw_dropout() decides the masks of the next pass, from the CPU's random
+    numbers, so that the recomputation of a checkpointed layer meets the same.
+    """
+
+    def __init__(self, model):
+        lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        layers = [layer for layer in lora_layers if is_plain(layer)]
+        self.covers_all = len(layers) == len(lora_layers)
+        self.seeds = torch.zeros(len(layers), dtype=torch.int64, device=model.device)
+        self.weights, self.copies = [], []
+        for number, layer in enumerate(layers):
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            layer.fast_a, layer.fast_b = (weight.detach().to(model.dtype, copy=True) for weight in (a, b))
+            layer.fast_frozen = frozen_tensors(layer.base_layer)
+            layer.fast_seed = self.seeds[number : number + 1]
+            layer.fast_dropout = getattr(layer.lora_dropout["default"], "p", 0.0)
+            layer.forward = MethodType(lora_forward, layer)
+            self.weights += [a, b]
+            self.copies += [layer.fast_a, layer.fast_b]
+
+    @torch.no_grad()
+    def refresh(self):
+        torch._foreach_copy_(self.copies, self.weights)
+
+    def draw_dropout(self):
+        self.seeds.copy_(torch.randint(2**31, self.seeds.shape))
+
+
+def is_plain(layer):
+    """Whether a LoRA layer is plain: one adapter, no variant such as DoRA, over a linear layer known here."""
+    base = layer.get_base_layer()
+    return (
+        isinstance(base, torch.nn.Linear)
+        and list(layer.lora_A) == ["default"]
+        and not layer.lora_variant
+        and layer.lora_B["default"].bias is None
+        and not layer.fan_in_fan_out
+        and frozen_tensors(base) is not None
+    )
+
+
+def lora_forward(layer, x, *args, **kwargs):
+    """What takes the place of a plain LoRA layer's forward: the fused operation while the layer trains."""
+    if not layer.training or layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    return torch.ops.lora.linear(
+        x.to(layer.fast_a.dtype),
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        layer.fast_a,
+        layer.fast_b,
+        layer.base_layer.bias,
+        layer.fast_seed,
+        layer.fast_dropout,
+        layer.scaling["default"],
+        *layer.fast_frozen,
+    )[0]
+
+
+# ---- Decoder layers --------------------------------------------------------------------------------------------------
+def decoder_layers(model):
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def can_compile(model):
+    """Whether a model on a CUDA GPU has what compilation and graph replay are made for."""
+    kernels = getattr(transformers_model(model), "pass_kernels", None)
+    return bool(kernels and kernels.triton and decoder_layers(model))
+
+
+def wrap_layers(model, checkpointing, compiled, keep_random_state):
+    """Checkpoint and compile each decoder layer while it trains."""
+    layers = decoder_layers(model)
+    for layer in layers:
+        wrap_layer(layer, checkpointing, compiled, keep_random_state)
+    if checkpointing and not layers:  # then transformers' own way
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def wrap_layer(layer, checkpointing, compiled, keep_random_state):
+    plain = MethodType(type(layer).forward, layer)
+    inner = MethodType(torch.compile(type(layer).forward, dynamic=True), layer) if compiled else plain
+
+    def forward(*args, **kwargs):
+        if not layer.training or not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        if checkpointing:
+            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=keep_random_state, **kwargs)
+        return inner(*args, **kwargs)
+
+    layer.forward = forward
+
+
+class PassGraph:
+    """Forward and backward of the decoder for passes of one length, recorded as CUDA graphs and replayed.
+
+    A recorded pass costs the host a few launches instead of thousands. Shapes are fixed: a shorter pass is filled up
+    with one more row, from which nothing is learned. The output layer and the loss stay outside.
+    """
+
+    def __init__(self, base, kernels, parameters, gradients, tokens, rows, longest, pool):
+        self.tokens, self.rows, device = tokens, rows, base.device
+        self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device=device)
+        starts[0] = 0
+        self.batch = {"row_starts": starts, "longest": longest}
+
+        def forward():
+            with kernels_in_place(base, kernels, self.batch) as arguments:
+                return base.get_decoder()(
+                    input_ids=self.ids, position_ids=self.positions, use_cache=False, **arguments
+                ).last_hidden_state
+
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # compiles and loads what this length needs
+            hidden = forward()
+            torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
+            del hidden
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.empty_cache()  # the recording has memory of its own
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=pool):
+            hidden = forward()
+        self.hidden, self.grad_hidden = hidden.detach(), torch.zeros_like(hidden)
+        with torch.cuda.graph(self.backward, pool=pool):
+            torch._foreach_add_(gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
+
+    def fill(self, batch):
+        """Copy one pass's host tensors to the graph's inputs; what is left over becomes one more row."""
+        count = batch["input_ids"].shape[1]
+        starts = torch.full((self.rows + 1,), self.tokens, dtype=torch.int32)
+        starts[: len(batch["row_starts"])] = batch["row_starts"]
+        self.batch["row_starts"].copy_(starts.pin_memory(), non_blocking=True)
+        self.ids[:, :count].copy_(batch["input_ids"].pin_memory(), non_blocking=True)
+        self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
+
+
+# ---- The step --------------------------------------------------------------------------------------------------------
+class StepRunner:
+    """Computes the passes of a step: forward, loss and backward, the gradients adding up in the parameters' .grad."""
+
+    def __init__(self, model, checkpointing=False, compiled=False, graphs=False, rows_a_pass=1, longest=1):
+        self.base = transformers_model(model)
+        self.kernels = getattr(self.base, "pass_kernels", None)
+        self.lora = FastLora(model) if self.kernels and self.kernels.triton else None
+        if checkpointing or compiled:
+            wrap_layers(self.base, checkpointing, compiled, not (self.lora and self.lora.covers_all))
+        if compiled:  # then the first layer's code is that of the others
+            self.base.enable_input_require_grads()
+        graphs = graphs and self.lora and self.lora.covers_all and self.kernels.varlen and self.kernels.fused_loss
+        self.graphs, self.pool = {} if graphs else None, None
+        self.rows_a_pass, self.longest = rows_a_pass, longest
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if graphs:
+            self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.base.device)
+            parts = self.flat.split([p.numel() for p in self.parameters])
+            self.gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def begin(self):
+        """Start a step: no gradients yet, and the adapter as the optimizer left it."""
+        if self.lora:
+            self.lora.refresh()
+        self.release_gradients()
+        if self.graphs is not None:
+            self.flat.zero_()
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+
+    def run(self, model, rows, scale, backward):
+        """One pass: add the gradients of scale times the sum of its losses; returns that product, detached."""
+        if self.lora:
+            self.lora.draw_dropout()
+        if self.graphs is not None:
+            return self._replay(rows, scale, backward)
+        losses, _ = pass_losses(model, rows)
+        loss = losses.sum() * scale
+        backward(loss)
+        return loss.detach()
+
+    def _replay(self, rows, scale, backward):
+        batch = build_pass(rows)
+        graph = self._graph(batch["input_ids"].shape[1])
+        graph.fill(batch)
+        graph.forward.replay()
+        batch = to_device({name: batch[name] for name in ("predicting", "targets")}, self.base.device)
+        hidden = graph.hidden.detach().requires_grad_()
+        weight = self.base.get_output_embeddings().weight
+        losses = LinearCrossEntropy.apply(hidden[0].index_select(0, batch["predicting"]), weight, batch["targets"])
+        loss = losses.sum() * scale
+        backward(loss)
+        graph.grad_hidden.copy_(hidden.grad)
+        graph.backward.replay()
+        return loss.detach()
+
+    def _graph(self, count):
+        tokens = math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
+        if tokens not in self.graphs:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[tokens] = PassGraph(
+                self.base, self.kernels, self.parameters, self.gradients, tokens, self.rows_a_pass + 1, self.longest,
+                self.pool,
+            )  # fmt: skip
+        return self.graphs[tokens]
+
+    def release_gradients(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def release(self):
+        """Give back what recorded passes and caches hold, after the memory ran out."""
+        if self.graphs:
+            self.graphs, self.pool = {}, None
+        self.release_gradients()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
