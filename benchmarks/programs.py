@@ -1,0 +1,210 @@
+"""The programs that benchmarks/speed.py measures, each as a transformers Trainer on the same model and rows.
+
+The settings of the other programs are the fastest that they offer for these rows; only the tutorials' are as they are
+usually given, 4 rows x 4 accumulation steps.
+"""
+
+import importlib.util
+import time
+from itertools import pairwise
+
+import torch
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+import model_utils
+import training_utils
+from run_utils import resolve_path
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+# ---- Ours and the plain Trainer --------------------------------------------------------------------------------------
+def build_ours(settings, rows, tokenizer, folder):
+    """As train.py does it, from the 16-bit weights, but for validation and checkpoints."""
+    model = model_utils.load_settings_base(settings)
+    model_utils.share_token_ids(model, tokenizer)
+    model = model_utils.attach_lora(model, settings)
+    dtype = model_utils.choose_dtype(model.device, settings.use_fp16)
+    arguments = training_utils.build_training_arguments(
+        settings, resolve_path(settings.output_dir), model.device, dtype, has_validation=False
+    )
+    arguments.save_strategy = SaveStrategy.NO
+    return training_utils.build_trainer(model, tokenizer, rows, [], settings, arguments, callbacks=[])
+
+
+def build_reference(settings, rows, tokenizer, folder):
+    """The library's own loss over padded batches, without dropout or checkpointing: what the losses should be."""
+    model = get_peft_model(load_base(settings, folder), model_utils.build_lora_config(settings))
+    return build_plain_trainer(model, settings, rows, tokenizer, checkpointing=False)
+
+
+def build_tutorial(settings, rows, tokenizer, folder):
+    """QLoRA as most tutorials have it: everything upcast by prepare_model_for_kbit_training, and checkpointing."""
+    model = prepare_model_for_kbit_training(
+        load_base(settings, folder), gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    model = get_peft_model(model, model_utils.build_lora_config(settings))
+    return build_plain_trainer(model, settings, rows, tokenizer, checkpointing=True)
+
+
+def build_plain_trainer(model, settings, rows, tokenizer, checkpointing):
+    arguments = TrainingArguments(**common_arguments(settings, 4), **checkpointing_arguments(checkpointing))
+    return Trainer(model, arguments, PaddingCollator(tokenizer), as_dataset(rows), processing_class=tokenizer)
+
+
+# ---- TRL and Unsloth -------------------------------------------------------------------------------------------------
+def build_trl(settings, rows, tokenizer, folder):
+    """TRL's SFTTrainer on padded rows, all in one pass, with Liger's kernels where they are installed."""
+    from trl import SFTConfig, SFTTrainer
+
+    liger = settings.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    arguments = SFTConfig(
+        **common_arguments(settings, 16),
+        **checkpointing_arguments(settings.gradient_checkpointing),
+        use_liger_kernel=liger,
+        max_length=settings.max_seq_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return SFTTrainer(
+        load_base(settings, folder),
+        arguments,
+        PaddingCollator(tokenizer),
+        as_dataset(rows),
+        processing_class=tokenizer,
+        peft_config=model_utils.build_lora_config(settings),
+    )
+
+
+def build_unsloth(settings, rows, tokenizer, folder):
+    """Unsloth's model in TRL's trainer on padded rows, all in one pass, with its own checkpointing."""
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    model, own_tokenizer = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=settings.max_seq_length, load_in_4bit=True, dtype=torch.bfloat16
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=LINEAR_LAYERS,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+        random_state=settings.seed,
+    )
+    own_tokenizer.pad_token = tokenizer.pad_token
+    arguments = SFTConfig(
+        **common_arguments(settings, 16),
+        max_length=settings.max_seq_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return SFTTrainer(model, arguments, PaddingCollator(tokenizer), as_dataset(rows), processing_class=own_tokenizer)
+
+
+BUILDERS = {
+    "ours": build_ours,
+    "reference": build_reference,
+    "tutorial": build_tutorial,
+    "trl": build_trl,
+    "unsloth": build_unsloth,
+}
+
+
+# ---- What the other programs share -----------------------------------------------------------------------------------
+def load_base(settings, folder):
+    """The base as from_pretrained gives it: the 4-bit copy on a GPU, float32 on a CPU. The seed is LoRA's."""
+    device = model_utils.resolve_device(settings.device)
+    dtype = model_utils.choose_dtype(device, settings.use_fp16)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, dtype=dtype)
+    model.config.use_cache = False
+    set_seed(settings.seed)
+    return model
+
+
+def common_arguments(settings, batch_size):
+    """The recipe as TrainingArguments: the same rows to an optimizer step, in passes of batch_size rows."""
+    return {
+        "output_dir": settings.output_dir,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": settings.batch_size * settings.gradient_accumulation_steps // batch_size,
+        "max_steps": settings.max_steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "seed": settings.seed,
+        "bf16": settings.device == "cuda",
+        "use_cpu": settings.device == "cpu",
+        "logging_steps": settings.logging_steps,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def checkpointing_arguments(checkpointing):
+    return {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+def as_dataset(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+
+
+class PaddingCollator:
+    """Rows padded on the right to the longest of them, and on to a multiple of 8, which GPUs multiply faster."""
+
+    def __init__(self, tokenizer):
+        self.pad = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+
+    def __call__(self, rows):
+        length = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        return {
+            name: torch.tensor([row[name] + [pad] * (length - len(row[name])) for row in rows])
+            for name, pad in self.pad.items()
+        }
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+class Stopwatch(TrainerCallback):
+    """Keeps a trainer's rows in their order and notes what it saw of them, its steps' seconds and its peak memory."""
+
+    def __init__(self, trainer):
+        self.device, self.ends, self.lengths = trainer.args.device, [], []
+        self.collate, trainer.data_collator = trainer.data_collator, self.note_rows
+        trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+        trainer.add_callback(self)
+
+    def note_rows(self, rows):
+        self.lengths += [len(row["input_ids"]) for row in rows]
+        return self.collate(rows)
+
+    def on_train_begin(self, *_, **__):
+        if self.device.type == "cuda":  # what loading needed is not counted
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, *_, **__):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def step_seconds(self, warmup):
+        """Seconds of each step after the first `warmup`, with the logging between two steps."""
+        ends = self.ends[warmup - 1 :]
+        return [end - begin for begin, end in pairwise(ends)]
+
+    def peak_memory(self):
+        """GiB reserved and allocated by PyTorch on a GPU; on a CPU the resident memory, loading included."""
+        peak = {"peak_reserved_gib": round(training_utils.peak_memory_gib(self.device), 3)}
+        if self.device.type == "cuda":
+            peak["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        return peak

@@ -1,0 +1,281 @@
+"""Tokens/s and peak memory of QLoRA training on this machine: this project and others, in one run.
+
+    python benchmarks/speed.py prepare --rows FILE      # once: a model of Mistral-7B's shape, its 4-bit copy, the rows
+    python benchmarks/speed.py run --out results.jsonl  # every program in every configuration, a process each
+    python benchmarks/speed.py run --only ours,trl --configs natural --steps 10 --warmup 4
+    python benchmarks/speed.py plot results.jsonl chart.svg
+    python benchmarks/speed.py prepare --device cpu     # the same on models/tiny-base, in float32 and without 4-bit
+
+Every program gets the same token ids and labels, 16 rows to every optimizer step, in the same order, with the same
+seed. Tokens/s count real tokens only, never padding. All losses are recorded, and compared with those of a plain
+padded Trainer ("reference"), so that no speed is bought with a wrong loss.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ROWS_A_STEP = 16
+LOSS_TOLERANCE = 0.005  # largest relative distance from the reference's loss, in bf16, in any step
+# given in full, so that an edited config.py changes nothing here
+RECIPE = {
+    "max_seq_length": 512,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_modules": "all-linear",
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.03,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "optimizer": "adamw_torch",
+    "num_epochs": 1,
+    "logging_steps": 1,
+    "seed": 42,
+}
+# rows: "natural" or "full", which are all 512 tokens long; batch_size: ours, which bounds the tokens of a pass
+Configuration = namedtuple("Configuration", "rows checkpointing dropout batch_size")
+CONFIGURATIONS = {
+    "natural-dropout": Configuration("natural", False, 0.05, 16),
+    "natural-plain": Configuration("natural", False, 0.0, 16),
+    "natural-checkpointing": Configuration("natural", True, 0.05, 16),
+    "full-plain": Configuration("full", False, 0.0, 16),
+    "full-checkpointing": Configuration("full", True, 0.05, 4),  # config.py's 4 x 4
+}
+PROGRAMS = ("ours", "reference", "tutorial", "trl", "unsloth")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger-kernel")
+
+
+def main():
+    options = build_parser().parse_args()
+    if options.command == "plot":
+        import plot
+
+        return plot.draw(options.results, options.chart)
+    default = Path(tempfile.gettempdir()) / f"lora-speed-{options.device}"
+    options.work_dir = (options.work_dir or default).resolve()
+    if options.command == "prepare":
+        import workload
+
+        return workload.prepare(options.work_dir, options.device, options.rows)
+    options.out = options.out.resolve()
+    return run(options) if options.command == "run" else measure(options)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare, run, plot, measure = map(commands.add_parser, ("prepare", "run", "plot", "measure"))
+    for command in (prepare, run, measure):
+        command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+        command.add_argument("--work_dir", type=Path, help="default: a folder of the device's among temporary files")
+    prepare.add_argument("--rows", default="data/demo.json", help="JSON of instruction, input, output")
+    run.add_argument("--only", default=",".join(PROGRAMS), help="programs, separated by commas")
+    run.add_argument("--configs", default="", help="names or their beginnings, separated by commas")
+    run.add_argument("--timeout", type=int, default=600, help="seconds for one configuration")
+    measure.add_argument("program", choices=PROGRAMS)
+    measure.add_argument("configuration", choices=CONFIGURATIONS)
+    for command in (run, measure):
+        command.add_argument("--steps", type=int, default=20, help="optimizer steps, with those of the warm-up")
+        command.add_argument("--warmup", type=int, default=10, help="steps that are not timed")
+        command.add_argument("--out", type=Path, default=Path("results.jsonl"))
+    plot.add_argument("results", type=Path)
+    plot.add_argument("chart", type=Path)
+    return parser
+
+
+# ---- All configurations ----------------------------------------------------------------------------------------------
+def run(options):
+    """Measure every chosen program in every chosen configuration; what fails is a line with its reason."""
+    if not (options.work_dir / "prepared.json").exists():
+        raise SystemExit(f"{options.work_dir} holds no prepared model; run: speed.py prepare --device {options.device}")
+    programs, beginnings = options.only.split(","), tuple(options.configs.split(","))
+    chosen = [name for name in CONFIGURATIONS if name.startswith(beginnings)]
+    if unknown := sorted(set(programs) - set(PROGRAMS)) or not chosen:
+        raise SystemExit(f"nothing to run: {unknown}; programs: {PROGRAMS}, configurations: {tuple(CONFIGURATIONS)}")
+    if not 0 < options.warmup < options.steps:
+        raise SystemExit(f"--warmup is {options.warmup}, expected 1 to {options.steps - 1}, one less than --steps")
+    for name in chosen:
+        for program in sorted(programs, key=lambda program: program != "reference"):  # the others are compared with it
+            if suits(program, CONFIGURATIONS[name]):
+                result = run_one(program, name, options)
+                print(f"{name:22} {program:10} {describe(result, reference_losses(options.out, result))}", flush=True)
+
+
+def suits(program, configuration):
+    """Whether the program has this configuration: the tutorials' always checkpoints, the reference has no dropout."""
+    if program == "tutorial":
+        return configuration.checkpointing
+    return program != "reference" or not configuration.dropout
+
+
+def run_one(program, name, options):
+    """Measure in a process of its own, which appends its line to the results; returns the line."""
+    command = [sys.executable, str(Path(__file__).resolve()), "measure", program, name, "--device", options.device]
+    for option in ("work_dir", "steps", "warmup", "out"):
+        command += [f"--{option}", str(getattr(options, option))]
+    log, size = options.work_dir / f"{program}-{name}.log", file_size(options.out)
+    failed = missing(program, options.device)
+    if not failed:
+        with open(log, "w") as file:
+            streams = {"stdout": file, "stderr": file}
+            try:  # in the work folder, since some programs write caches where they run
+                subprocess.run(
+                    command, **streams, cwd=options.work_dir, env=environment(), timeout=options.timeout, check=True
+                )
+            except subprocess.TimeoutExpired:
+                failed = f"more than {options.timeout} s"
+            except subprocess.CalledProcessError:
+                failed = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
+    if failed and size == file_size(options.out):  # a program that fails while it exits has its figures
+        append(options.out, {"program": program, "configuration": name, "failed": failed})
+    with open(options.out) as file:
+        file.seek(size)
+        return json.loads(file.readline())
+
+
+def missing(program, device):
+    """Why a program cannot be measured here, or None."""
+    if program not in ("trl", "unsloth"):
+        return None
+    if device == "cpu":
+        return "needs CUDA (Triton's kernels)"
+    if importlib.util.find_spec(program) is None:
+        return "not installed"
+    return None
+
+
+def environment():
+    """No program may reach for a network, report statistics or spread over several GPUs."""
+    off = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "WANDB_DISABLED": "true",
+    }
+    return {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false"} | os.environ | off
+
+
+def reference_losses(path, result):
+    """The losses that a result without dropout should have had, by the newest such run of the reference; else None."""
+    lines = map(json.loads, path.read_text().splitlines())
+    references = [line for line in lines if line["program"] == "reference" and "losses" in line]
+    same = ("configuration", "device", "timed_tokens")
+    found = [line["losses"] for line in references if all(line[name] == result.get(name) for name in same)]
+    return found[-1] if found and result["program"] != "reference" else None
+
+
+def describe(result, expected):
+    """A result in words, with its losses' largest relative distance from the expected ones where there are any."""
+    if "failed" in result:
+        return f"failed: {result['failed']}"
+    text = f"{result['tokens_per_second']:8,.0f} tokens/s {result['peak_reserved_gib']:6.2f} GiB"
+    text += f", loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
+    if expected:
+        distance = max(abs(own / other - 1) for own, other in zip(result["losses"], expected, strict=True))
+        text += f", within {distance:.2%} of the reference" + " (WRONG)" * (distance > LOSS_TOLERANCE)
+    return text
+
+
+def file_size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def append(path, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# ---- One configuration -----------------------------------------------------------------------------------------------
+def measure(options):
+    """Train with one program in one configuration and append its figures to the results."""
+    if options.program == "unsloth":
+        import unsloth  # noqa: F401  patches the libraries that are imported after it
+    import programs
+    from model_utils import load_tokenizer
+    from run_utils import quiet_libraries
+
+    quiet_libraries()
+    prepared = json.loads((options.work_dir / "prepared.json").read_text())
+    configuration = CONFIGURATIONS[options.configuration]
+    settings = build_settings(configuration, prepared["base"], options)
+    rows, needed = prepared[configuration.rows], options.steps * ROWS_A_STEP
+    rows = (rows * (needed // len(rows) + 1))[:needed]
+    tokenizer = load_tokenizer(prepared["base"])
+    trainer = programs.BUILDERS[options.program](settings, rows, tokenizer, prepared["copy"])
+    stopwatch = programs.Stopwatch(trainer)
+    trainer.train()
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert stopwatch.lengths == lengths, f"saw {len(stopwatch.lengths)} rows, not these {needed} in their order"
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == options.steps, f"{len(losses)} losses logged in {options.steps} steps"
+    ours = options.program == "ours"  # its Trainer's batch is all rows of a step, whatever its passes hold
+    seconds, tokens = stopwatch.step_seconds(options.warmup), sum(lengths[options.warmup * ROWS_A_STEP :])
+    line = {
+        "program": options.program,
+        "configuration": options.configuration,
+        "rows": configuration.rows,
+        "checkpointing": configuration.checkpointing,
+        "dropout": configuration.dropout,
+        "batch_size": settings.batch_size if ours else trainer.args.per_device_train_batch_size,
+        "tokens_per_second": round(tokens / sum(seconds), 1),
+        "median_step_seconds": round(statistics.median(seconds), 4),
+        "timed_steps": len(seconds),
+        "timed_tokens": tokens,
+        **stopwatch.peak_memory(),
+        "losses": losses,
+    }
+    append(options.out, line | machine(options.device))
+
+
+def build_settings(configuration, base, options):
+    """The project's settings of a configuration, all that matter given, so that CPU_DEMO changes nothing either."""
+    from run_utils import make_settings
+
+    given = {
+        "base_model_name": base,
+        "device": options.device,
+        "use_4bit_quantization": options.device == "cuda",
+        "use_fp16": True,
+        "lora_dropout": configuration.dropout,
+        "gradient_checkpointing": configuration.checkpointing,
+        "batch_size": configuration.batch_size,
+        "gradient_accumulation_steps": ROWS_A_STEP // configuration.batch_size,
+        "max_steps": options.steps,
+        "output_dir": str(options.work_dir / "output"),
+    }
+    return make_settings(RECIPE | given)
+
+
+def machine(device):
+    """What a figure must name: the hardware, the day and the versions."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return {"device": name, "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+
+
+def versions():
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()
