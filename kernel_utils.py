@@ -208,6 +208,7 @@ _linear.register_autograd(_backward, setup_context=_remember)
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
 VARLEN = "varlen"
+# torch 2.13 asks whether key and value may have fewer heads; before, they simply may
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
@@ -216,10 +217,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, sl
 
     cu_seq_lens_q: where each row starts, and the end, int32; max_length_q: no row is longer.
     """
-    groups = query.shape[1] // key.shape[1]
     query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
-    if groups > 1 and not _GROUPED:  # torch before 2.13
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if unknown := [name for name in ("softcap", "s_aux", "dropout") if kwargs.get(name)]:
         raise NotImplementedError(f"varlen attention without {unknown}")
     starts, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
@@ -242,7 +240,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     hidden states. Exact for any weighting of the tokens. The output layer is frozen.
     """
 
-    CHUNK = 1024
+    CHUNK = 512
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):

@@ -63,8 +63,9 @@ def expected_peak(model, settings, dtype, tokens, checkpointing):
     trainable = count_parameters(model)[1]
     moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
-    # two residuals and norms; query, its output, key and value as attention takes them; gate, up and their product
-    kept = unit * (4 * hidden + 4 * heads * width + 3 * inner)
+    # two residuals and norms; query, key, value and attention's output; gate, up and their product
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    kept = unit * (4 * hidden + 2 * (heads + groups) * width + 3 * inner)
     kept += 2 * (4 + unit) * hidden  # the norms' float32 copies; compiled layers need none of them
     layers = config.num_hidden_layers
     saved = tokens * (layers * unit * hidden + kept if checkpointing else layers * kept)

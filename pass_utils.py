@@ -29,21 +29,38 @@ def transformers_model(model):
 
 
 @contextlib.contextmanager
-def kernels_in_place(base, kernels, batch):
-    """Put the chosen attention and output layer into the model; yield the model's further arguments."""
-    config, head = base.config, base.get_output_embeddings()
-    attention, arguments = config._attn_implementation, {}
-    if kernels.varlen:
-        config._attn_implementation = VARLEN
-        arguments = {"cu_seq_lens_q": batch["row_starts"], "max_length_q": batch["longest"]}
-    if kernels.fused_loss:
-        head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, batch["targets"])[None]
+def chosen_attention(base):
+    """The attention that was chosen for passes; the model's own is back in place afterwards, as generation needs it."""
+    usual = base.config._attn_implementation
+    if kernels_of(base).varlen:
+        base.config._attn_implementation = VARLEN
     try:
-        yield arguments
+        yield
     finally:
-        config._attn_implementation = attention
-        if kernels.fused_loss:
-            del head.forward
+        base.config._attn_implementation = usual
+
+
+@contextlib.contextmanager
+def chosen_loss(base, targets):
+    """The output layer gives each target's loss in the place of logits, where the fused loss was chosen."""
+    head = base.get_output_embeddings()
+    if kernels_of(base).fused_loss:
+        head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None]
+    try:
+        yield
+    finally:
+        head.__dict__.pop("forward", None)
+
+
+def kernels_of(base):
+    return getattr(base, "pass_kernels", PassKernels)
+
+
+def row_arguments(base, batch):
+    """What tells the chosen attention where rows begin, beyond the position ids."""
+    if not kernels_of(base).varlen:
+        return {}
+    return {"cu_seq_lens_q": batch["row_starts"], "max_length_q": batch["longest"]}
 
 
 def pass_losses(model, rows):
@@ -53,17 +70,16 @@ def pass_losses(model, rows):
     only where a trained token follows.
     """
     base = transformers_model(model)
-    kernels = getattr(base, "pass_kernels", PassKernels)
     batch = to_device(build_pass(rows), base.device)
-    with kernels_in_place(base, kernels, batch) as arguments:
+    with chosen_attention(base), chosen_loss(base, batch["targets"]):
         outputs = model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             logits_to_keep=batch["predicting"],
             use_cache=False,
-            **arguments,
+            **row_arguments(base, batch),
         ).logits[0]
-    if not kernels.fused_loss:
+    if not kernels_of(base).fused_loss:
         outputs = F.cross_entropy(outputs.float(), batch["targets"], reduction="none")
     return outputs, batch["row_of_target"]
 
@@ -131,16 +147,17 @@ def choose_kernels(model):
 
 
 def choose_pass_tokens(model, max_tokens):
-    """Return max_tokens if the model keeps rows laid end to end apart, else 0: each row is a pass of its own.
+    """Return the tokens that a pass may hold: at most max_tokens; 0, a row a pass, if the model mixes rows.
 
-    Tried on two short rows. Attention layers with rotary positions pass; recurrent and convolutional layers, and
-    learned absolute positions in some families, let a row read the one before it.
+    Tried on two short rows. Attention layers with rotary positions keep rows laid end to end apart; recurrent and
+    convolutional layers, and learned absolute positions in some families, let a row read the one before it. A block
+    mask costs as the square of the pass, which outweighs the rest of a layer from some multiple of its width on.
     """
-    rows = probe_rows(model)
+    base, rows = transformers_model(model), probe_rows(model)
     difference = (probe_losses(model, rows) - probe_losses(model, rows[1:])).abs().max()
     # in half precision the order of summation alone moves a loss by some hundredths
     if difference <= (1e-3 if model.dtype == torch.float32 else 0.25):
-        return max_tokens
+        return max_tokens if kernels_of(base).varlen else min(max_tokens, 2 * base.config.get_text_config().hidden_size)
     say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")
     return 0
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernel_utils import LinearCrossEntropy, frozen_tensors
-from pass_utils import kernels_in_place, pass_losses, to_device, transformers_model
+from pass_utils import chosen_attention, kernels_of, pass_losses, row_arguments, to_device, transformers_model
 from token_utils import build_pass
 
 GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
@@ -49,7 +49,8 @@ class FastLora:
         torch._foreach_copy_(self.copies, self.weights)
 
     def draw_dropout(self):
-        self.seeds.copy_(torch.randint(2**31, self.seeds.shape))
+        seeds = torch.randint(2**31, self.seeds.shape, pin_memory=self.seeds.is_cuda)
+        self.seeds.copy_(seeds, non_blocking=True)
 
 
 def is_plain(layer):
@@ -90,8 +91,7 @@ def decoder_layers(model):
 
 def can_compile(model):
     """Whether a model on a CUDA GPU has what compilation and graph replay are made for."""
-    kernels = getattr(transformers_model(model), "pass_kernels", None)
-    return bool(kernels and kernels.triton and decoder_layers(model))
+    return kernels_of(transformers_model(model)).triton and bool(decoder_layers(model))
 
 
 def wrap_layers(model, checkpointing, compiled, keep_random_state):
@@ -124,33 +124,30 @@ class PassGraph:
     with one more row, from which nothing is learned. The output layer and the loss stay outside.
     """
 
-    def __init__(self, base, kernels, parameters, gradients, tokens, rows, longest, pool):
+    def __init__(self, base, parameters, gradients, tokens, rows, longest, pool, stream):
         self.tokens, self.rows, device = tokens, rows, base.device
         self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device=device)
-        starts[0] = 0
-        self.batch = {"row_starts": starts, "longest": longest}
+        self.starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device=device)
+        self.starts[0] = 0
+        arguments = row_arguments(base, {"row_starts": self.starts, "longest": longest})
+        decoder = base.get_decoder()
 
         def forward():
-            with kernels_in_place(base, kernels, self.batch) as arguments:
-                return base.get_decoder()(
-                    input_ids=self.ids, position_ids=self.positions, use_cache=False, **arguments
-                ).last_hidden_state
+            return decoder(
+                input_ids=self.ids, position_ids=self.positions, use_cache=False, **arguments
+            ).last_hidden_state
 
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # compiles and loads what this length needs
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):  # compiles and loads what this length needs
             hidden = forward()
             torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
             del hidden
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.empty_cache()  # the recording has memory of its own
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool):
+        with torch.cuda.graph(self.forward, pool=pool.id, stream=stream):
             hidden = forward()
-        self.hidden, self.grad_hidden = hidden.detach(), torch.zeros_like(hidden)
-        with torch.cuda.graph(self.backward, pool=pool):
+            self.hidden, self.grad_hidden = hidden.detach(), torch.zeros_like(hidden)
+        with torch.cuda.graph(self.backward, pool=pool.id, stream=stream):
             torch._foreach_add_(gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
 
     def fill(self, batch):
@@ -158,7 +155,7 @@ class PassGraph:
         count = batch["input_ids"].shape[1]
         starts = torch.full((self.rows + 1,), self.tokens, dtype=torch.int32)
         starts[: len(batch["row_starts"])] = batch["row_starts"]
-        self.batch["row_starts"].copy_(starts.pin_memory(), non_blocking=True)
+        self.starts.copy_(starts.pin_memory(), non_blocking=True)
         self.ids[:, :count].copy_(batch["input_ids"].pin_memory(), non_blocking=True)
         self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
 
@@ -169,13 +166,13 @@ class StepRunner:
 
     def __init__(self, model, checkpointing=False, compiled=False, graphs=False, rows_a_pass=1, longest=1):
         self.base = transformers_model(model)
-        self.kernels = getattr(self.base, "pass_kernels", None)
-        self.lora = FastLora(model) if self.kernels and self.kernels.triton else None
+        kernels = kernels_of(self.base)
+        self.lora = FastLora(model) if kernels.triton else None
         if checkpointing or compiled:
             wrap_layers(self.base, checkpointing, compiled, not (self.lora and self.lora.covers_all))
         if compiled:  # then the first layer's code is that of the others
             self.base.enable_input_require_grads()
-        graphs = graphs and self.lora and self.lora.covers_all and self.kernels.varlen and self.kernels.fused_loss
+        graphs = graphs and self.lora and self.lora.covers_all and kernels.varlen and kernels.fused_loss
         self.graphs, self.pool = {} if graphs else None, None
         self.rows_a_pass, self.longest = rows_a_pass, longest
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -194,16 +191,25 @@ class StepRunner:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
 
+    def clip(self, max_norm):
+        """Scale the gradients down to max_norm if they are longer together; returns their norm before that."""
+        if self.graphs is None:
+            return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
     def run(self, model, rows, scale, backward):
         """One pass: add the gradients of scale times the sum of its losses; returns that product, detached."""
         if self.lora:
             self.lora.draw_dropout()
-        if self.graphs is not None:
-            return self._replay(rows, scale, backward)
-        losses, _ = pass_losses(model, rows)
-        loss = losses.sum() * scale
-        backward(loss)
-        return loss.detach()
+        with chosen_attention(self.base):  # also for the layers that the backward pass computes again
+            if self.graphs is not None:
+                return self._replay(rows, scale, backward)
+            losses, _ = pass_losses(model, rows)
+            loss = losses.sum() * scale
+            backward(loss)
+            return loss.detach()
 
     def _replay(self, rows, scale, backward):
         batch = build_pass(rows)
@@ -223,11 +229,10 @@ class StepRunner:
     def _graph(self, count):
         tokens = math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
         if tokens not in self.graphs:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[tokens] = PassGraph(
-                self.base, self.kernels, self.parameters, self.gradients, tokens, self.rows_a_pass + 1, self.longest,
-                self.pool,
-            )  # fmt: skip
+            if self.pool is None:  # one for all: no two recordings are in use at a time; its blocks belong to a stream
+                self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(self.base.device)
+            size = (tokens, self.rows_a_pass + 1, self.longest)
+            self.graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.pool, self.stream)
         return self.graphs[tokens]
 
     def release_gradients(self):

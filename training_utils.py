@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections import UserList
 from pathlib import Path
 
 import torch
@@ -37,8 +38,11 @@ class LoraTrainer(Trainer):
     """
 
     def __init__(self, *args, max_pass_tokens, runner=None, checkpoints=None, **kwargs):
-        super().__init__(*args, data_collator=list, **kwargs)
+        super().__init__(
+            *args, data_collator=UserList, **kwargs
+        )  # a list would be searched for tensors, token by token
         self.runner = runner or StepRunner(self.model)
+        self.model.zero_grad = lambda **_: self.runner.release_gradients()  # Module's walks through all modules
         self.rehearsed = False
         self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
         self.signals = StopSignals()
@@ -52,10 +56,11 @@ class LoraTrainer(Trainer):
         """Forward and backward over one step's rows; returns the step's mean loss a token."""
         self.clock = time.perf_counter()
         self.rows_of_step = inputs
-        model.train()
-        processes = self.accelerator.num_processes
-        trained = torch.tensor(count_trained_tokens(inputs), device=self.args.device)
-        trained = self.accelerator.reduce(trained, "sum")
+        if not self.model.training:  # it walks through all modules
+            model.train()
+        processes, trained = self.accelerator.num_processes, count_trained_tokens(inputs)
+        if processes > 1:
+            trained = self.accelerator.reduce(torch.tensor(trained, device=self.args.device), "sum")
         if not self.rehearsed:
             self.rehearsed = True
             self._rehearse(model)
@@ -107,6 +112,8 @@ class LoraTrainer(Trainer):
         """Run the longest pass that the data can ask for, twice and without a trace, and say what it takes."""
         rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
+        if devices:
+            torch.cuda.empty_cache()  # what loading left
         with torch.random.fork_rng(devices):
             while True:  # the first time compiles and finds out what fits
                 before = self.max_pass_tokens
@@ -134,6 +141,13 @@ class LoraTrainer(Trainer):
             f" steps will take about {format_duration(steps * per_step)}"
         )
         self.clock = time.perf_counter()
+
+    def _clip_grad_norm(self, model):
+        """Accelerate's clipping walks through all modules several times a step, which only sharded models need."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return self.runner.clip(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Refuse a loss or gradient that is not finite before the optimizer sees it, and agree on whether to stop."""

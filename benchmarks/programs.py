@@ -14,6 +14,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+import memory_utils
 import model_utils
 import training_utils
 from run_utils import resolve_path
@@ -32,7 +33,10 @@ def build_ours(settings, rows, tokenizer, folder):
         settings, resolve_path(settings.output_dir), model.device, dtype, has_validation=False
     )
     arguments.save_strategy = SaveStrategy.NO
-    return training_utils.build_trainer(model, tokenizer, rows, [], settings, arguments, callbacks=[])
+    checkpointing = settings.gradient_checkpointing
+    return training_utils.build_trainer(
+        model, tokenizer, rows, [], settings, arguments, [], checkpointing=checkpointing
+    )
 
 
 def build_reference(settings, rows, tokenizer, folder):
@@ -204,7 +208,7 @@ class Stopwatch(TrainerCallback):
 
     def peak_memory(self):
         """GiB reserved and allocated by PyTorch on a GPU; on a CPU the resident memory, loading included."""
-        peak = {"peak_reserved_gib": round(training_utils.peak_memory_gib(self.device), 3)}
+        peak = {"peak_reserved_gib": round(memory_utils.measured_peak(self.device), 3)}
         if self.device.type == "cuda":
             peak["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         return peak

@@ -11,7 +11,7 @@ import pytest
 import config
 import run_utils
 from conftest import refusal
-from run_utils import CHOICES, DEFAULTS, PROJECT_DIR, RANGES, Settings, UserError
+from run_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, PROJECT_DIR, RANGES, Settings, UserError
 
 CONSTANTS = {name: value for name, value in vars(config).items() if name.isupper()}
 # The user's own names and values; DESIGN.md keeps them to the letter
@@ -42,8 +42,8 @@ OTHER_NAMES = (
 )
 INTEGERS = sorted(name for name, value in DEFAULTS.items() if type(value) is int)
 FLOATS = sorted(name for name, value in DEFAULTS.items() if type(value) is float)
-BOOLEANS = sorted(name for name, value in DEFAULTS.items() if type(value) is bool)
-TEXTS = sorted(name for name, value in DEFAULTS.items() if type(value) is str)
+BOOLEANS = sorted({name for name, value in DEFAULTS.items() if type(value) is bool} | set(AUTO_SWITCHES))
+TEXTS = sorted(name for name, value in DEFAULTS.items() if type(value) is str and name not in AUTO_SWITCHES)
 NONES = sorted(name for name, value in DEFAULTS.items() if value is None)
 TINY_BASE = config.CPU_DEMO["BASE_MODEL_NAME"]
 
@@ -166,7 +166,12 @@ def test_a_boolean_setting_is_a_bare_flag_or_takes_true_and_false(name):
     assert given(f"--{name}", "--lora_r", "8") == {name: True, "lora_r": 8}
     for text, expected in (("true", True), ("True", True), ("false", False), ("False", False), ("0", False)):
         assert given(f"--{name}", text)[name] is expected
-    assert "true or false" in refusal(given, f"--{name}", "maybe")
+    auto = name in AUTO_SWITCHES
+    assert ("true, false or auto" if auto else "true or false") in refusal(given, f"--{name}", "maybe")
+    if auto:
+        assert given(f"--{name}", "auto")[name] == "auto"
+    else:
+        assert f"--{name} got 'auto'" in refusal(given, f"--{name}", "auto")
 
 
 @pytest.mark.parametrize("name", TEXTS)
