@@ -101,7 +101,7 @@ def in_batches(tokenizer, conversations):
     found = []
     try:
         for ids, mask, last_start, _ in token_utils.encode_conversations(
-            tokenizer, conversations, find_end_token(tokenizer), "data"
+            tokenizer, token_utils.plain_backend(tokenizer), conversations, find_end_token(tokenizer), "data"
         ):
             found.append((ids.tolist(), mask.tolist(), last_start))
     except UserError as error:
