@@ -30,7 +30,8 @@ from worker_utils import count_processes, run_in_processes
 STATUSES = ("kept", "shortened", "answer_cut", "no trainable token")
 KEPT, SHORTENED, ANSWER_CUT, DROPPED = range(4)
 BATCH = 1000  # conversations that are tokenized together, to use all cores
-SHARED_ROWS = 10_000  # from so many on, processes share them
+# from so many on, processes share them; on two cores one process is as fast, since it encodes in threads
+SHARED_ROWS, SHARED_CORES = 10_000, 3
 
 
 # ---- Tokenized rows on disk ------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def write_rows(folder, tokenizer, conversations, max_seq_length, source):
     chunks = run_in_processes(
         lambda parts: tokenize_parts(tokenizer, backend, conversations, parts, max_seq_length, source),
         parts,
-        min(count_processes(), len(parts)) if count >= SHARED_ROWS else 1,
+        choose_processes(count),
     )
     index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items() if name != "start"}
     with closing(chunks), open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as mask_file:
@@ -122,6 +123,12 @@ def write_rows(folder, tokenizer, conversations, max_seq_length, source):
     index = {name: np.array(values) for name, values in index.items()}
     written = np.where(index["status"] == DROPPED, 0, index["length"])
     np.savez(folder / "index.npz", start=written.cumsum() - written, **index)
+
+
+def choose_processes(count):
+    """How many processes tokenize `count` rows: one on each core, or one where that is as fast."""
+    cores = count_processes()
+    return min(cores, -(-count // BATCH)) if count >= SHARED_ROWS and cores >= SHARED_CORES else 1
 
 
 def tokenize_parts(tokenizer, backend, conversations, parts, max_seq_length, source):

@@ -31,8 +31,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--words", type=int, default=110, help="words in a question and in an answer each")
     parser.add_argument("--memory_only", action="store_true", help="no bare call, which holds all rows in memory")
+    parser.add_argument("--processes", type=int, help="tokenize with so many instead of what token_utils.py chooses")
     options = parser.parse_args()
     quiet_libraries()
+    if options.processes:
+        token_utils.choose_processes = lambda count: options.processes
+    print(f"processes that tokenize: {token_utils.choose_processes(options.rows)}")
     tokenizer = model_utils.load_tokenizer("models/tiny-base")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"

@@ -138,9 +138,8 @@ def test_processes_are_as_many_as_our_cores_and_no_more_than_the_limit(monkeypat
 
 # ---- A user's own command, on two processes whatever the machine has -------------------------------------------------
 TRAIN = """
-import sys, worker_utils
-worker_utils.count_processes = lambda: 2
-import train
+import sys, token_utils, train
+token_utils.choose_processes = lambda count: 2
 sys.exit(train.run_script(train.main, sys.argv[1:]))
 """
 
