@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from run_utils import UserError, say
 
-MAX_PROCESSES = 16  # each takes memory of its own
+MAX_PROCESSES = 16  # each takes some 85 MiB of its own when it tokenizes
 
 
 def count_processes():
@@ -39,20 +39,20 @@ def run_in_processes(make, parts, processes):
 def start_workers(workers, make, parts, processes):
     """Fork the processes and append (process, reader of its results) to workers; False where the system refuses."""
     context = multiprocessing.get_context("fork")
-    with quiet_fork():
-        for first in range(processes):
-            reader, writer = context.Pipe(duplex=False)
-            readers = [reader, *(reader for _, reader in workers)]
-            work = (make, parts[first::processes], writer, readers)
-            process = context.Process(target=send_results, args=work, daemon=True)
-            try:
+    try:
+        with quiet_fork():
+            for first in range(processes):
+                reader, writer = context.Pipe(duplex=False)
+                readers = [reader, *(reader for _, reader in workers)]
+                work = (make, parts[first::processes], writer, readers)
+                process = context.Process(target=send_results, args=work, daemon=True)
                 process.start()
-            except OSError as error:
-                say(f"Notice: working on one core, since no more processes can be started: {error.strerror}")
-                stop_workers(workers)
-                return False
-            workers.append((process, reader))
-            writer.close()
+                workers.append((process, reader))
+                writer.close()
+    except OSError as error:
+        say(f"Notice: working on one core, since no more processes can be started: {error.strerror}")
+        stop_workers(workers)
+        return False
     return True
 
 
