@@ -89,17 +89,17 @@ def send_results(make, parts, writer, readers):
 
 
 def take_result(process, reader, make, part):
-    """The next result of a process; made here where the process ended by itself."""
+    """The next result of a process. Where an exception ended it, the part is made here to raise it."""
     try:
         return reader.recv()
     except (EOFError, OSError):  # nothing more, or half a result
         process.join()
-    if process.exitcode:
-        name = signal.Signals(-process.exitcode).name
-        raise UserError(
-            f"a worker process was ended by {name}, as happens where memory runs out; free some memory and start again"
-        )
-    return next(make([part]))
+    if process.exitcode == 0:
+        next(make([part]))
+    end = signal.Signals(-process.exitcode).name if process.exitcode else "an exception that does not recur"
+    raise UserError(
+        f"a worker process was ended by {end}, as happens where memory runs out; free some memory and start again"
+    )
 
 
 def stop_workers(workers):

@@ -200,7 +200,7 @@ def test_what_is_read_from_disk_is_what_single_rows_give(tokenizer):
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_several_processes_write_the_bytes_that_one_writes(tokenizer, tmp_path, monkeypatch, processes):
-    texts = [*ODD_TEXTS, *CONTROL_TEXTS, "word " * 60]
+    texts = [*ODD_TEXTS, *CONTROL_TEXTS, "word " * 60, *(f"{number} shop {'a ' * 200}" for number in range(1000))]
     stored = store(tmp_path, *[[user(text), assistant(f"{text}, I say")] for text in texts])
     stored = stored.select(random.Random(0).sample(range(len(stored)), len(stored)))
     monkeypatch.setattr(token_utils, "BATCH", 2)

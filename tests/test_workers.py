@@ -103,6 +103,19 @@ def test_a_killed_process_is_one_line(number):
     assert "memory" in message
 
 
+def test_an_exception_that_only_a_worker_meets_is_no_silent_loss():
+    def make(parts):
+        for part in parts:
+            if part == 3 and os.getpid() != first:
+                raise MemoryError
+            yield part
+
+    first = os.getpid()
+    message = refusal(list, run_in_processes(make, list(range(6)), 2))
+    assert "an exception that does not recur" in message
+    assert "memory" in message
+
+
 def test_where_no_process_can_be_started_the_work_is_done_here_and_that_is_said(monkeypatch, capsys):
     fork, before = os.fork, children()
     answers = [fork, lambda: (_ for _ in ()).throw(BlockingIOError(11, "Resource temporarily unavailable"))]
