@@ -173,8 +173,16 @@ def encode_conversations(tokenizer, backend, conversations, end_token, source):
     """
     rows, waiting = iter(conversations), None
     with ThreadPoolExecutor(1) as thread:
-        while batch := list(islice(rows, BATCH)):
-            rendered = [render_row(tokenizer, messages, end_token, f"{source}, row {n}") for n, messages in batch]
+        while True:
+            try:
+                batch = list(islice(rows, BATCH))
+                rendered = [render_row(tokenizer, messages, end_token, f"{source}, row {n}") for n, messages in batch]
+            except Exception:
+                if waiting:  # the rows before the faulty one come first
+                    yield from label_batch(tokenizer, *waiting, end_token, source)
+                raise
+            if not batch:
+                break
             texts = [text for text, _, _ in rendered]
             encodings = thread.submit(backend.encode_batch, texts, add_special_tokens=False)
             if waiting:

@@ -22,8 +22,8 @@ def run_in_processes(make, parts, processes):
     """Yield what the generator make(parts) yields, one result for each part, made by forked processes.
 
     Each of n processes makes every n-th part, and holds one finished result at most. The part at which one of them
-    raises an exception is made again here, where it is raised anew: the first in the order of the parts. Close the
-    generator to end the processes early. Raises UserError where one was killed.
+    raises an exception is made again here, where it is raised anew: the first in the order of the parts, if make yields
+    what comes before a fault. Close the generator to end the processes early. Raises UserError where one was killed.
     """
     workers = []
     try:

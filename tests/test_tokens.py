@@ -7,6 +7,7 @@ import statistics
 import sys
 import tracemalloc
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -177,6 +178,28 @@ def test_ordinary_rows_never_take_the_slow_way_and_control_tokens_always_do(toke
     odd = [[user(text), assistant("So")] for text in CONTROL_TEXTS[:-1]]
     in_batches(tokenizer, list(enumerate(ordinary + odd, start=1)))
     assert slow == odd
+
+
+def torn_file():
+    yield 1, [user("q"), assistant("a")]
+    yield 2, [user("r"), assistant("b")]
+    raise OSError("Input/output error")
+
+
+def refused_row():
+    yield from islice(torn_file(), 2)
+    yield 3, [system("s"), user("q"), assistant("a")]
+
+
+@pytest.mark.parametrize("rows", [torn_file, refused_row])
+def test_the_rows_before_one_that_cannot_be_read_or_rendered_come_first(tokenizer, monkeypatch, rows):
+    monkeypatch.setattr(token_utils, "BATCH", 1)
+    tokenizer.chat_template = NO_SYSTEM
+    backend = token_utils.plain_backend(tokenizer)
+    found = token_utils.encode_conversations(tokenizer, backend, rows(), find_end_token(tokenizer), "data")
+    assert len([next(found), next(found)]) == 2
+    with pytest.raises((OSError, UserError), match="Input/output error|data, row 3:"):
+        next(found)
 
 
 def test_truncation_and_padding_of_the_tokenizer_shorten_no_row_and_are_left_as_they_were(tokenizer):
