@@ -198,7 +198,7 @@ def test_the_rows_before_one_that_cannot_be_read_or_rendered_come_first(tokenize
     backend = token_utils.plain_backend(tokenizer)
     found = token_utils.encode_conversations(tokenizer, backend, rows(), find_end_token(tokenizer), "data")
     assert len([next(found), next(found)]) == 2
-    with pytest.raises((OSError, UserError), match="Input/output error|data, row 3:"):
+    with pytest.raises((OSError, UserError), match=r"Input/output error|data, row 3:"):
         next(found)
 
 
