@@ -282,12 +282,17 @@ def store_conversations(path, rows):
     return Conversations(path, index | {"text": np.frombuffer(bytes(texts), dtype="S16")})
 
 
+def last_answer(messages):
+    """Index of a conversation's last assistant message."""
+    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+
+
 def describe(messages):
     """64-bit digests of the prompt, the last answer, its first four and its last four words (0 for short answers).
 
     Case and white space do not count: prompts that differ in nothing else are the same question.
     """
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    last = last_answer(messages)
     prompt = [word for message in messages[:last] for word in message["content"].casefold().split()]
     answer = messages[last]["content"].split()
     parts = (prompt, answer, answer[:4] if len(answer) >= 8 else (), answer[-4:] if len(answer) >= 8 else ())

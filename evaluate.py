@@ -139,11 +139,12 @@ def bootstrap_interval(base, tuned, resamples=2000, seed=0):
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 def answer_side_by_side(model, tokenizer, conversations, generation, max_prompt_tokens):
     """Let base and tuned answer the last question of each conversation; returns one dict a row."""
+    import data_utils
     import generation_utils
 
     if not conversations:
         return []
-    ends = [generation_utils.last_answer(messages) for _, messages in conversations]
+    ends = [data_utils.last_answer(messages) for _, messages in conversations]
     prompts = [messages[:end] for (_, messages), end in zip(conversations, ends, strict=True)]
     say(f"Letting both answer {len(prompts)} of them")
     limit = {"max_prompt_tokens": max_prompt_tokens}

@@ -114,8 +114,3 @@ class StopFlag:
 
     def __call__(self, input_ids, scores, **kwargs):
         return torch.full((len(input_ids),), self.set, dtype=torch.bool, device=input_ids.device)
-
-
-def last_answer(conversation):
-    """Index of a conversation's last assistant message."""
-    return max(index for index, message in enumerate(conversation) if message["role"] == "assistant")

@@ -6,7 +6,8 @@ from typing import ClassVar
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from generation_utils import generate_replies, last_answer
+from data_utils import last_answer
+from generation_utils import generate_replies
 
 
 class ProgressLine(ProgressCallback):

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from data_utils import list_rows
+from data_utils import last_answer, list_rows
 from run_utils import UserError, say
 from token_utils import ANSWER_CUT, DROPPED, KEPT, SHORTENED
 
@@ -64,7 +64,7 @@ def describe_answers(conversations):
         counts[values == 0] = 0
         most = int(counts.argmax())
         messages = conversations[int(first[most])][1]
-        text = next(message["content"] for message in reversed(messages) if message["role"] == "assistant").split()
+        text = messages[last_answer(messages)]["content"].split()
         words = {"answer": text[:12], "opening": text[:4], "closing": text[-4:]}[part]
         share = float(counts[most]) / len(conversations)
         found[part] = {"text": " ".join(words)[:80], "share": round(share, 4), "count": int(counts[most])}

@@ -4,7 +4,8 @@ import copy
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,10 +25,13 @@ from prompt_utils import (
     writes_one_bos,
 )
 from run_utils import UserError, printable
+from worker_utils import count_processes, run_in_processes
 
 STATUSES = ("kept", "shortened", "answer_cut", "no trainable token")
 KEPT, SHORTENED, ANSWER_CUT, DROPPED = range(4)
 BATCH = 1000  # conversations that are tokenized together, to use all cores
+# from so many on, processes share them; on two cores one process is as fast, since it encodes in threads
+SHARED_ROWS, SHARED_CORES = 10_000, 3
 
 
 # ---- Tokenized rows on disk ------------------------------------------------------------------------------------------
@@ -100,42 +104,85 @@ def tokenize_conversations(tokenizer, conversations, max_seq_length, source, cac
 
 
 def write_rows(folder, tokenizer, conversations, max_seq_length, source):
-    """Tokenize, cut and check conversations and write what TokenizedRows reads."""
+    """Tokenize, cut and check conversations and write what TokenizedRows reads; many of them on all cores."""
+    count = len(conversations)
+    parts = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    backend = plain_backend(tokenizer)
+    chunks = run_in_processes(
+        lambda parts: tokenize_parts(tokenizer, backend, conversations, parts, max_seq_length, source),
+        parts,
+        choose_processes(count),
+    )
+    index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items() if name != "start"}
+    with closing(chunks), open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as mask_file:
+        for ids, trained, columns in chunks:
+            ids_file.write(ids)
+            mask_file.write(trained)
+            for values_of, values in zip(index.values(), columns, strict=True):
+                values_of.extend(values)
+    index = {name: np.array(values) for name, values in index.items()}
+    written = np.where(index["status"] == DROPPED, 0, index["length"])
+    np.savez(folder / "index.npz", start=written.cumsum() - written, **index)
+
+
+def choose_processes(count):
+    """How many processes tokenize `count` rows: one on each core, or one where that is as fast."""
+    cores = count_processes()
+    return min(cores, -(-count // BATCH)) if count >= SHARED_ROWS and cores >= SHARED_CORES else 1
+
+
+def tokenize_parts(tokenizer, backend, conversations, parts, max_seq_length, source):
+    """Yield (ids, trained, columns of INDEX but start) of each part, a range of positions.
+
+    The kept rows' ids and trained mask are laid end to end.
+    """
     end_token = find_end_token(tokenizer)
     special = (tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(end_token))
-    index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items()}
     one_bos = writes_one_bos(tokenizer)
-    start, numbers = 0, conversations.index["number"].tolist()
-    encoded = encode_conversations(tokenizer, conversations, end_token, source)
-    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as trained_file:
-        for number, row in zip(numbers, encoded, strict=True):
+    # select() opens the file anew: processes that share an open file move each other's place in it
+    rows = chain.from_iterable(conversations.select(part) for part in parts)
+    encoded = encode_conversations(tokenizer, backend, rows, end_token, source)
+    for part in parts:
+        kept_ids, kept_trained, values = [np.zeros(0, np.int32)], [np.zeros(0, bool)], []
+        numbers = conversations.index["number"][part.start : part.stop].tolist()
+        for number, row in zip(numbers, islice(encoded, len(part)), strict=True):
             ids, trained, full_length, status, control = cut_row(*row, max_seq_length, special[0])
             if status != DROPPED:
                 check_row(ids, trained, status, *special, f"{source}, row {number}", one_bos)
-                ids_file.write(ids.tobytes())
-                trained_file.write(trained.tobytes())
-            values = (start, len(ids), int(trained[1:].sum()), full_length, number, status, control)
-            for values_of, value in zip(index.values(), values, strict=True):
-                values_of.append(value)
-            start += len(ids) if status != DROPPED else 0
-    np.savez(folder / "index.npz", **{name: np.array(values) for name, values in index.items()})
+                kept_ids.append(ids)
+                kept_trained.append(trained)
+            values.append((len(ids), int(trained[1:].sum()), full_length, number, status, control))
+        yield np.concatenate(kept_ids), np.concatenate(kept_trained), list(zip(*values, strict=True))
 
 
-def encode_conversations(tokenizer, conversations, end_token, source):
+def plain_backend(tokenizer):
+    """A copy of the tokenizer's backend, for another thread, that cuts and pads nothing and knows control tokens."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return backend
+
+
+def encode_conversations(tokenizer, backend, conversations, end_token, source):
     """Yield (ids, trained, start of the last answer in tokens, control tokens in an answer?) of (number, messages).
 
     BATCH texts are encoded in one call, in a thread of its own that leaves Python free to render the next ones. The
     result is encode_conversation's, which still does the rows with control tokens in their texts, and those in which a
-    token spans the start of an answer.
+    token spans the start of an answer. `backend` is the tokenizer's plain_backend.
     """
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)  # the thread's own
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = False
     rows, waiting = iter(conversations), None
     with ThreadPoolExecutor(1) as thread:
-        while batch := list(islice(rows, BATCH)):
-            rendered = [render_row(tokenizer, messages, end_token, f"{source}, row {n}") for n, messages in batch]
+        while True:
+            try:
+                batch = list(islice(rows, BATCH))
+                rendered = [render_row(tokenizer, messages, end_token, f"{source}, row {n}") for n, messages in batch]
+            except Exception:
+                if waiting:  # the rows before the faulty one come first
+                    yield from label_batch(tokenizer, *waiting, end_token, source)
+                raise
+            if not batch:
+                break
             texts = [text for text, _, _ in rendered]
             encodings = thread.submit(backend.encode_batch, texts, add_special_tokens=False)
             if waiting:

@@ -7,6 +7,7 @@ beforehand; ours reads the file, checks and de-duplicates the rows, renders, enc
 import argparse
 import json
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -30,8 +31,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--words", type=int, default=110, help="words in a question and in an answer each")
     parser.add_argument("--memory_only", action="store_true", help="no bare call, which holds all rows in memory")
+    parser.add_argument("--processes", type=int, help="tokenize with so many instead of what token_utils.py chooses")
     options = parser.parse_args()
     quiet_libraries()
+    if options.processes:
+        token_utils.choose_processes = lambda count: options.processes
+    print(f"processes that tokenize: {token_utils.choose_processes(options.rows)}")
     tokenizer = model_utils.load_tokenizer("models/tiny-base")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -45,7 +50,8 @@ def main():
                 token_utils.tokenize_conversations,
                 *(tokenizer, conversations, 512, "data", f"{folder}/{repeat}"),
             )
-            print(f"{int(rows.index['length'].sum()):,} tokens, peak {memory():,.0f} MiB", flush=True)
+            tokens = int(rows.index["length"].sum())
+            print(f"{tokens:,} tokens, peak {memory():,.0f} MiB, largest worker {worker_memory():,.0f} MiB", flush=True)
             if not options.memory_only:
                 texts = [prompt_utils.render(tokenizer, messages, False) for _, messages in conversations]
                 timed(figures["bare call"], tokenizer, texts, add_special_tokens=False)
@@ -75,6 +81,11 @@ def timed(figures, function, *args, **kwargs):
 
 def memory():
     return training_utils.peak_memory_gib(model_utils.torch.device("cpu")) * 1024
+
+
+def worker_memory():
+    """Peak MiB of the largest process that was started, with the pages that it shares with this one."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
 
 
 if __name__ == "__main__":

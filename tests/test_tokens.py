@@ -4,9 +4,10 @@ import os
 import random
 import shutil
 import statistics
-import time
+import sys
 import tracemalloc
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -83,6 +84,13 @@ def store(folder, *conversations):
     return store_conversations(folder / "rows.jsonl", enumerate(map(list, conversations), start=1))
 
 
+def use_processes(monkeypatch, processes):
+    """Let so many processes tokenize, however few the rows."""
+    if processes > 1 and sys.platform != "linux":
+        pytest.skip("processes are forked on Linux only")
+    monkeypatch.setattr(token_utils, "choose_processes", lambda count: processes)
+
+
 # ---- Batches give what single rows give ------------------------------------------------------------------------------
 def one_by_one(tokenizer, conversations):
     """(ids, trained mask, last start) of every conversation by encode_conversation, or the number of a refused one."""
@@ -101,7 +109,7 @@ def in_batches(tokenizer, conversations):
     found = []
     try:
         for ids, mask, last_start, _ in token_utils.encode_conversations(
-            tokenizer, conversations, find_end_token(tokenizer), "data"
+            tokenizer, token_utils.plain_backend(tokenizer), conversations, find_end_token(tokenizer), "data"
         ):
             found.append((ids.tolist(), mask.tolist(), last_start))
     except UserError as error:
@@ -172,6 +180,28 @@ def test_ordinary_rows_never_take_the_slow_way_and_control_tokens_always_do(toke
     assert slow == odd
 
 
+def torn_file():
+    yield 1, [user("q"), assistant("a")]
+    yield 2, [user("r"), assistant("b")]
+    raise OSError("Input/output error")
+
+
+def refused_row():
+    yield from islice(torn_file(), 2)
+    yield 3, [system("s"), user("q"), assistant("a")]
+
+
+@pytest.mark.parametrize("rows", [torn_file, refused_row])
+def test_the_rows_before_one_that_cannot_be_read_or_rendered_come_first(tokenizer, monkeypatch, rows):
+    monkeypatch.setattr(token_utils, "BATCH", 1)
+    tokenizer.chat_template = NO_SYSTEM
+    backend = token_utils.plain_backend(tokenizer)
+    found = token_utils.encode_conversations(tokenizer, backend, rows(), find_end_token(tokenizer), "data")
+    assert len([next(found), next(found)]) == 2
+    with pytest.raises((OSError, UserError), match=r"Input/output error|data, row 3:"):
+        next(found)
+
+
 def test_truncation_and_padding_of_the_tokenizer_shorten_no_row_and_are_left_as_they_were(tokenizer):
     rows = [(1, [user("word " * 50), assistant("b")]), (2, [user("q"), assistant("a")])]
     expected = in_batches(tokenizer, rows)
@@ -189,6 +219,32 @@ def test_what_is_read_from_disk_is_what_single_rows_give(tokenizer):
         assert (row["input_ids"], row["labels"]) == encoded(tokenizer, *messages)
     assert rows.index["trained"].tolist() == [token_utils.count_trained_tokens([row]) for row in rows]
     assert rows.index["length"].tolist() == [len(row["input_ids"]) for row in rows]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_several_processes_write_the_bytes_that_one_writes(tokenizer, tmp_path, monkeypatch, processes):
+    texts = [*ODD_TEXTS, *CONTROL_TEXTS, "word " * 60, *(f"{number} shop {'a ' * 200}" for number in range(1000))]
+    stored = store(tmp_path, *[[user(text), assistant(f"{text}, I say")] for text in texts])
+    stored = stored.select(random.Random(0).sample(range(len(stored)), len(stored)))
+    monkeypatch.setattr(token_utils, "BATCH", 2)
+    written = {}
+    for folder, count in ((tmp_path / "one", 1), (tmp_path / "several", processes)):
+        use_processes(monkeypatch, count)
+        folder.mkdir()
+        token_utils.write_rows(folder, tokenizer, stored, 40, "data")
+        written[folder.name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert written["several"] == written["one"]
+    assert set(written["one"]) == {"ids.bin", "trained.bin", "index.npz"}
+    statuses = token_utils.TokenizedRows(tmp_path / "several").all_rows["status"]
+    assert {KEPT, SHORTENED, ANSWER_CUT} <= set(statuses.tolist())
+
+
+def test_few_rows_or_few_cores_are_left_to_one_process_and_there_is_no_process_without_a_batch(monkeypatch):
+    found = {}
+    for cores in (1, 2, 16):
+        monkeypatch.setattr(token_utils, "count_processes", lambda cores=cores: cores)
+        found[cores] = [token_utils.choose_processes(count) for count in (0, 9_999, 10_000, 10_001, 10**6)]
+    assert found == {1: [1] * 5, 2: [1] * 5, 16: [1, 1, 10, 11, 16]}
 
 
 def test_only_answers_with_control_tokens_are_counted_as_such(tokenizer):
@@ -450,11 +506,14 @@ def test_changed_code_is_another_folder_and_the_same_code_elsewhere_is_not(
     assert len(builds) == 2
 
 
-def test_rows_that_cannot_be_tokenized_leave_nothing_in_the_cache(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_that_cannot_be_tokenized_leave_nothing_in_the_cache(tokenizer, tmp_path, monkeypatch, processes):
     monkeypatch.setattr(token_utils, "BATCH", 1)  # the rows before the faulty one are written by then
+    use_processes(monkeypatch, processes)
     tokenizer.chat_template = NO_SYSTEM
-    message = refusal(tokenize_in, tmp_path, tokenizer, (*CONVERSATIONS, (system("Be brief."), *CONVERSATIONS[0])))
-    assert "data, row 4:" in message
+    faulty = (system("Be brief."), *CONVERSATIONS[0])
+    message = refusal(tokenize_in, tmp_path, tokenizer, (*CONVERSATIONS, faulty, faulty, *CONVERSATIONS, faulty))
+    assert message.startswith("data, row 4: the model's chat template refuses a conversation of system, user")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -588,18 +647,27 @@ def test_the_memory_is_that_of_a_few_batches_and_not_of_the_file(tokenizer, tmp_
     assert peak < size / 4
 
 
-def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_rendered_texts(tokenizer, tmp_path):
+def processor_seconds():
+    """Processor time of all threads and of the processes that ended: what else runs here does not count."""
+    return sum(os.times()[:4])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_rendered_texts(
+    tokenizer, tmp_path, monkeypatch, processes
+):
+    use_processes(monkeypatch, processes)
+    monkeypatch.setattr(token_utils, "BATCH", 250)
     stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500, 140))
     texts = [prompt_utils.render(tokenizer, messages, False) for _, messages in stored]
     seconds = {"ours": [], "bare": []}
-    # processor time of all threads: what else runs on the machine does not count
     for repeat in range(3):
-        started = time.process_time()
+        started = processor_seconds()
         rows = tokenize_conversations(tokenizer, stored, 512, "data", tmp_path / str(repeat))
-        seconds["ours"].append(time.process_time() - started)
-        started = time.process_time()
+        seconds["ours"].append(processor_seconds() - started)
+        started = processor_seconds()
         bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        seconds["bare"].append(time.process_time() - started)
+        seconds["bare"].append(processor_seconds() - started)
     assert [row["input_ids"] for row in rows] == bare
     ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["bare"])
     assert ratio < 2, seconds
