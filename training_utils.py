@@ -13,15 +13,14 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainingArguments,
 )
 
-from checkpoint_utils import AGAIN
-from fault_utils import StopSignals, run_bytes
+from checkpoint_utils import ResumableTrainer
+from fault_utils import run_bytes
 from generation_utils import autocast
 from model_utils import save_adapter
-from run_utils import Stopped, UserError, display_path, say
+from run_utils import UserError, say
 from token_utils import build_pass, count_trained_tokens, pack_rows
 
 
@@ -43,11 +42,12 @@ def pass_losses(model, rows):
 
 
 @torch.no_grad()
-def score_rows(model, rows, max_tokens):
+def score_rows(model, rows, max_tokens, before_pass=lambda: None):
     """Return [(negative log-likelihood in nats, trained tokens) for each row], whatever the batching."""
     scores = [None] * len(rows)
     model.eval()
     for indices in pack_rows([len(row["input_ids"]) for row in rows], max_tokens):
+        before_pass()
         group = [rows[index] for index in indices]
         with autocast(model):
             losses, row_of_target = pass_losses(model, group)
@@ -92,7 +92,7 @@ def perplexity(loss):
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
-class LoraTrainer(Trainer):
+class LoraTrainer(ResumableTrainer):
     """A Trainer whose optimizer step sees one batch of rows and cuts it into passes of at most max_pass_tokens tokens.
 
     The batch is BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS rows; the Trainer itself accumulates nothing. The loss is the
@@ -100,11 +100,9 @@ class LoraTrainer(Trainer):
     gradient does not depend on how the rows were cut.
     """
 
-    def __init__(self, *args, max_pass_tokens, checkpoints=None, **kwargs):
+    def __init__(self, *args, max_pass_tokens, **kwargs):
         super().__init__(*args, data_collator=list, **kwargs)
-        self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
-        self.signals = StopSignals()
-        self.rows_of_step, self.loss_of_step, self.stop_now = [], None, 0
+        self.rows_of_step, self.loss_of_step = [], None
         self.max_pass_tokens = max_pass_tokens
         self.tokens_trained = 0  # real tokens of this process and seconds of training, both since the last log
         self.seconds_trained = 0.0
@@ -176,24 +174,17 @@ class LoraTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.stop_now and not self.control.should_training_stop:
-            self._stop()
         self.clock = time.perf_counter()  # what it took to evaluate and save is no training time
-
-    def _stop(self):
-        """Save where the run is and end it, as a signal asked."""
-        number = max(gather_object([self.signals.requested]))
-        step, steps = self.state.global_step, self.state.max_steps
-        if self.checkpoints.saved_step != step:
-            self._save_checkpoint(self.model, None)
-        where = display_path(self.checkpoints.path(step))
-        raise Stopped(number, f"Stopped at step {step} of {steps}, saved in {where}; {AGAIN}")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""
         rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        scores = score_rows(self.model, mine, self.max_pass_tokens)
+        processes, lengths = self.accelerator.num_processes, [len(row["input_ids"]) for row in rows]
+        mine = rows[self.accelerator.process_index :: processes]
+        passes = [len(pack_rows(lengths[rank::processes], self.max_pass_tokens)) for rank in range(processes)]
+        scores = score_rows(self.model, mine, self.max_pass_tokens, self.stop_if_requested)
+        for _ in range(max(passes) - passes[self.accelerator.process_index]):
+            self.stop_if_requested()  # as often in each process, since all ask together
         # float64 counts tokens exactly, and a process without rows must send the type that the others send
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64
         sums = [sum(nll for nll, _ in scores), sum(tokens for _, tokens in scores)]
@@ -220,39 +211,6 @@ class LoraTrainer(Trainer):
     def floating_point_ops(self, inputs):
         """Not counted: the Trainer's estimate needs padded batches."""
         return 0
-
-    # ---- Checkpoints ----
-    def _get_output_dir(self, trial):
-        """Where the Trainer puts checkpoint-<step>: a folder that it leaves only when it is whole."""
-        return str(self.checkpoints.staging) if self.checkpoints else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial):
-        # each process adds up its own rows' losses, and the log shows their mean
-        loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
-        progress = {"loss_since_log": loss, "last_logged_step": self._globalstep_last_logged}
-        with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
-            super()._save_checkpoint(model, trial)
-
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
-        if checkpoint is not None:
-            best = self.checkpoints.resumption.best_step
-            self.state.best_global_step = best
-            self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
-            self.state.best_metric = best and self.state.best_metric
-            self.state.compute_steps(self.args, max_steps)  # LOGGING_STEPS may have been changed
-        return begin
-
-    def _run_epoch(self, **kwargs):
-        """One epoch, or the rest of it where a run is resumed; the loss that was not logged yet is kept."""
-        resumption = self.checkpoints and self.checkpoints.resumption
-        if resumption and self.state.global_step == resumption.step:
-            self._tr_loss += resumption.progress["loss_since_log"]
-            self._globalstep_last_logged = resumption.progress["last_logged_step"]
-            if resumption.finished:  # killed between its last checkpoint and the adapter
-                self.control.should_training_stop = True
-                return
-        super()._run_epoch(**kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""

@@ -7,17 +7,20 @@ import signal
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
 import fault_utils
+import identity_utils
 import train
 import training_utils
 from checkpoint_utils import find_newest, list_checkpoints, verify
 from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
 from identity_utils import base_content, differences, rows_content
 from run_utils import Stopped, write_json
+from token_utils import TokenizedRows
 
 
 class Killed(BaseException):
@@ -338,24 +341,38 @@ def test_the_content_of_a_base_changes_with_any_tensor_and_not_with_its_files_or
     assert base_content(str(copy), None) != expected
 
 
-def test_the_content_of_rows_depends_on_ids_labels_and_order():
-    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
-    others = (rows[::-1], rows[:1], [rows[0], {"input_ids": [3], "labels": [-100]}])
-    assert len({rows_content(each) for each in (rows, *others)}) == 4
-    assert rows_content(iter_once(rows)) == rows_content(rows)
+def stored_rows(folder, rows, gaps=()):
+    """TokenizedRows of [(ids, which are trained)]; behind each place in gaps the file holds tokens of no row."""
+    folder.mkdir()
+    index = {name: np.zeros(len(rows), kind) for name, kind in TokenizedRows.INDEX.items()}
+    ids, trained = [], []
+    for number, (row_ids, row_trained) in enumerate(rows):
+        index["start"][number], index["length"][number] = len(ids), len(row_ids)
+        index["row"][number] = number + len(gaps)
+        ids += row_ids + [9] * (number in gaps)
+        trained += row_trained + [True] * (number in gaps)
+    np.array(ids, np.int32).tofile(folder / "ids.bin")
+    np.array(trained, bool).tofile(folder / "trained.bin")
+    np.savez(folder / "index.npz", **index)
+    return TokenizedRows(folder)
 
 
-class iter_once:
-    """A Sequence that is no list."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+@pytest.mark.parametrize("block", [1, 2, 100])
+def test_the_content_of_rows_depends_on_ids_labels_and_order_alone(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(identity_utils, "BLOCK", block)
+    a, b, c = ([1, 2], [False, True]), ([3], [True]), ([4, 5, 6], [False, False, True])
+    others = {
+        "order": [b, a, c],
+        "a row less": [a, b],
+        "ids": [a, b, ([4, 5, 7], c[1])],
+        "labels": [a, b, (c[0], [False, True, True])],
+        "borders": [([1], [False]), ([2, 3], [True, True]), c],
+        "none": [],
+    }
+    expected = rows_content(stored_rows(tmp_path / "rows", [a, b, c]))
+    assert rows_content(stored_rows(tmp_path / "again", [a, b, c], gaps=(0, 1))) == expected
+    contents = [rows_content(stored_rows(tmp_path / name, rows)) for name, rows in others.items()]
+    assert len({expected, *contents}) == len(others) + 1
 
 
 Usage = namedtuple("Usage", "total used free")
