@@ -112,6 +112,45 @@ def test_early_stopping_counts_on_and_the_best_checkpoint_is_kept_across_kills(d
     assert losses(found) == losses(expected)
 
 
+def stop_in_evaluation(monkeypatch, number):
+    """Let the next run get a signal in the second pass of its evaluation `number`; returns the passes that it began."""
+    original, evaluations, passes = training_utils.score_rows, [], []
+
+    def score_rows(model, rows, max_tokens, before_pass):
+        evaluations.append(len(evaluations) + 1)
+
+        def begin():
+            passes.append(evaluations[-1])
+            if passes.count(number) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            before_pass()
+
+        return original(model, rows, max_tokens, begin)
+
+    monkeypatch.setattr(training_utils, "score_rows", score_rows)
+    return passes
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["to the last step", "with early stopping"])
+def test_a_signal_in_each_evaluation_stops_it_and_the_run_ends_the_same(early, dataset, tmp_path, monkeypatch):
+    changes = contradicted(tmp_path) | {"batch_size": 1, "max_seq_length": 48, "gradient_accumulation_steps": 4}
+    changes |= {"early_stopping_patience": 2} if early else {"max_steps": 6}
+    expected = small_run(dataset, tmp_path / "whole", **changes)
+    evaluations = losses(expected)["steps"] // 2
+    # the first evaluation, the same again when it is made up for, then what follows upon each that was made up for
+    for number, step in [(1, 2), (1, 2), *((2, 2 * n) for n in range(2, evaluations + 1))]:
+        with monkeypatch.context() as patch:
+            passes = stop_in_evaluation(patch, number)
+            with pytest.raises(Stopped) as stop:
+                small_run(dataset, tmp_path / "stopped", **changes)
+        assert f"in the evaluation of step {step} " in str(stop.value)
+        assert passes.count(number) == 2  # of four
+    found = small_run(dataset, tmp_path / "stopped", **changes)
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert losses(found) == losses(expected)
+    assert losses(expected)["best_step"] < losses(expected)["steps"] or not early
+
+
 @pytest.mark.parametrize("early", [False, True], ids=["at the last step", "by early stopping"])
 def test_a_run_killed_between_its_last_checkpoint_and_the_adapter_trains_no_more(early, dataset, tmp_path, monkeypatch):
     changes = (contradicted(tmp_path) | {"early_stopping_patience": 1}) if early else {"max_steps": 4}
