@@ -54,7 +54,7 @@ def test_thirty_kills_many_of_them_inside_saves_change_no_byte():
 
 # ---- Signals, as a user sends them -----------------------------------------------------------------------------------
 FLAGS = ("--eval_steps", 4, "--sample_prompts", 0, "--lora_dropout", 0.1)
-LONG, SHORT = ("--num_epochs", 40), ("--max_steps", 14)
+LONG, SHORT = ("--num_epochs", 40), ("--max_steps", 9)
 
 
 @contextlib.contextmanager
