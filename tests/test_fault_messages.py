@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint_utils
 import evaluate
 import inference
 import model_utils
@@ -297,6 +298,12 @@ def sigterm_in_an_evaluation(place):
     before(place, training_utils, "score_rows", send(signal.SIGTERM))
 
 
+@fault("Stopped at step 1 of 4, saved in", "checkpoint-1; the same command goes on", code=143)
+def sigterm_in_a_save(place):
+    before(place, checkpoint_utils, "seal", send(signal.SIGTERM))
+    return {"validation_split": 0}
+
+
 @fault("SIGTERM: stopped before the training; the same command starts it", code=143)
 def sigterm_while_the_model_loads(place):
     before(place, model_utils, "load_base_model", send(signal.SIGTERM))
@@ -494,6 +501,8 @@ def test_a_fault_is_one_plain_line(name, place, hub, capsys):
     cause, main, code, words = FAULTS[name]
     place.hub = hub
     place.patch.setenv("ADAPTER", str(place.folder / "adapter"))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # their default would end the tests
+        signal.signal(number, lambda *_: pytest.fail("the signal reached nobody"))
     changes = cause(place) or {}
     capsys.readouterr()
     try:
