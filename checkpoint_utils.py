@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import Trainer
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import safe_globals
 
 from cache_utils import hash_files
 from fault_utils import (
