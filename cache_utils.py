@@ -67,8 +67,8 @@ def last_use(folder):
 
 
 def hash_files(paths, *parts):
-    """A hash of files' contents and of further texts."""
-    found = hashlib.sha256(json.dumps(parts).encode())
+    """The sha256 of files' contents, one after the other, behind further texts if there are any; in hex digits."""
+    found = hashlib.sha256(json.dumps(parts).encode() if parts else b"")
     for path in paths:
         with open(path, "rb") as file:
             while block := file.read(2**20):

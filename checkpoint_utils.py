@@ -1,20 +1,34 @@
 """Checkpoints that are whole or do not count: saved, verified, and found again to go on from."""
 
 import contextlib
-import hashlib
 import json
 import os
+import pickle
 import shutil
 import time
 from collections import namedtuple
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import Trainer
+from transformers.trainer import safe_globals
 
-from fault_utils import check_space, checkpoint_bytes, from_first_process, run_bytes, saving
+from cache_utils import hash_files
+from fault_utils import (
+    StopSignals,
+    check_space,
+    checkpoint_bytes,
+    from_first_process,
+    run_bytes,
+    saving,
+    together,
+)
 from identity_utils import differences, version_differences
 from model_utils import ADAPTER_WEIGHTS, write_recorded_settings
 from run_utils import (
     CHECKPOINTS,
+    Stopped,
     UserError,
     display_path,
     read_json,
@@ -41,14 +55,6 @@ def required_files(identity):
     return {*names, *states, *scaler}
 
 
-def file_hash(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ---- Manifest --------------------------------------------------------------------------------------------------------
 def seal(folder, identity, **facts):
     """Put every file of a folder on the disk, then write the manifest of sizes and hashes, which makes it count."""
@@ -57,7 +63,7 @@ def seal(folder, identity, **facts):
         raise RuntimeError(f"{folder} is to be sealed without {', '.join(missing)}")
     for path in paths:
         sync_file(path)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_files([path])} for path in paths}
     write_json(folder / MANIFEST, facts | {"identity": identity, "files": files})
     sync_folder(folder)
 
@@ -81,7 +87,7 @@ def verify(folder):
             raise UserError(f"{name} is missing")
         if path.stat().st_size != size:
             raise UserError(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
-        if file_hash(path) != digest:
+        if hash_files([path]) != digest:
             raise UserError(f"{name} is damaged: its content is not what was saved")
     return manifest
 
@@ -124,6 +130,7 @@ def find_resumption(output_dir, identity, fresh):
         return None
     path, manifest = newest
     check_identity(output_dir, manifest, identity)
+    check_states(path)
     if skipped:
         moved = set_aside_previous_run(output_dir, [f"{CHECKPOINTS}/{old.name}" for old, _ in skipped])
         say(f"What was skipped lies in {display_path(moved)}")
@@ -149,6 +156,22 @@ def check_identity(output_dir, manifest, identity):
         )
     if changed := version_differences(manifest["identity"], identity):
         say(f"Other versions than the run began with, so that its last digits may differ: {', '.join(changed)}")
+
+
+def check_states(folder):
+    """Raise UserError unless torch reads a checkpoint's states as numbers, which is how they will be loaded.
+
+    Whoever can change a file can make a manifest that verifies; weights_only=True runs no code of a pickle.
+    """
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        try:
+            with safe_globals():  # numpy's random state
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise UserError(
+                f"{display_path(path)} holds other things than numbers, such as code, and is not loaded; remove"
+                f" {display_path(folder)} to go on from the checkpoint before it, or add --fresh to start anew"
+            ) from error
 
 
 def whole_best_step(folder, manifest):
@@ -196,18 +219,26 @@ class Checkpoints:
         """Fill the staging folder inside; afterwards it is a checkpoint, or the save failed and it is gone."""
         step = state.global_step
         from_first_process(self.prepare, step)
-        with self.cleaned_up(step):
-            yield
-            PartialState().wait_for_everyone()  # each process has written its random state
+        with self.cleaned_up(step), self.saving_together(step):
+            yield  # each process writes its random state
         from_first_process(self.complete, state, finished, progress)
         self.saved_step = step
         state.best_model_checkpoint = str(self.path(state.best_global_step)) if state.best_global_step else None
+
+    def saving(self, step):
+        return saving(f"checkpoint-{step}", f"{self.last()}; mend that, and {AGAIN}")
+
+    @contextlib.contextmanager
+    def saving_together(self, step):
+        """What is inside is done by all processes; where one of them cannot save, all end with its line."""
+        with together(), self.saving(step):
+            yield
 
     @contextlib.contextmanager
     def cleaned_up(self, step):
         """Remove a torn save and say why it failed; the checkpoints before it are untouched."""
         try:
-            with saving(f"checkpoint-{step}", f"{self.last()}; mend that, and {AGAIN}"):
+            with self.saving(step):
                 yield
         except BaseException:
             if PartialState().is_main_process:
@@ -246,3 +277,101 @@ class Checkpoints:
         for path in others[max(0, self.settings.save_total_limit - present) :]:
             (path / MANIFEST).unlink(missing_ok=True)  # first, so that half a deleted checkpoint does not count
             shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- The Trainer's part ----------------------------------------------------------------------------------------------
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation."""
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that saves and resumes by Checkpoints, and that a signal ends after its step or in an evaluation."""
+
+    def __init__(self, *args, checkpoints=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
+        self.signals = StopSignals()
+        self.stop_now = 0  # how many processes had got a signal by the last step
+        self.evaluation_due = False  # whether the step that is saved still has to be evaluated
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        long = self.control.should_evaluate or self.control.should_save
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._stop(evaluated=False)
+        if (self.stop_now or (long and self._stop_requested())) and not self.control.should_training_stop:
+            self._stop()
+
+    def _stop_requested(self):
+        """Whether any process got a signal; the same answer in all of them."""
+        requested = torch.tensor(self.signals.requested, device=self.args.device)
+        return self.accelerator.reduce(requested, "sum").item() > 0
+
+    def _stop(self, evaluated=True):
+        """Save where the run is and end it, as a signal asked; a resumed run makes up for an evaluation not finished.
+
+        That evaluation draws no random numbers and changes no weight, so it may as well come after the save.
+        """
+        number = max(gather_object([self.signals.requested]))
+        step, steps = self.state.global_step, self.state.max_steps
+        self.evaluation_due = not evaluated
+        if self.checkpoints.saved_step != step:
+            self._save_checkpoint(self.model, None)
+        where = f"Stopped {'at' if evaluated else 'in the evaluation of'} step {step} of {steps}"
+        raise Stopped(number, f"{where}, saved in {display_path(self.checkpoints.path(step))}; {AGAIN}")
+
+    def stop_if_requested(self):
+        """Raise EvaluationStopped in all processes if any got a signal; all must ask equally often."""
+        if self._stop_requested():
+            raise EvaluationStopped
+
+    def _get_output_dir(self, trial):
+        """Where the Trainer puts checkpoint-<step>: a folder that it leaves only when it is whole."""
+        return str(self.checkpoints.staging) if self.checkpoints else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        # each process adds up its own rows' losses, and the log shows their mean
+        loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
+        progress = {"loss_since_log": loss, "last_logged_step": self._globalstep_last_logged}
+        progress["evaluation_due"] = self.evaluation_due
+        with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """In a checkpoint all processes learn of a failure here, before the Trainer lets them wait for each other."""
+        step = self.state.global_step
+        with self.checkpoints.saving_together(step) if _internal_call else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        if checkpoint is not None:
+            best = self.checkpoints.resumption.best_step
+            self.state.best_global_step = best
+            self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
+            self.state.best_metric = best and self.state.best_metric
+            self.state.compute_steps(self.args, max_steps)  # LOGGING_STEPS may have been changed
+        return begin
+
+    def _run_epoch(self, **kwargs):
+        """One epoch, or the rest of it where a run is resumed; the loss that was not logged yet is kept."""
+        resumption = self.checkpoints and self.checkpoints.resumption
+        if resumption and self.state.global_step == resumption.step:
+            self._tr_loss += resumption.progress["loss_since_log"]
+            self._globalstep_last_logged = resumption.progress["last_logged_step"]
+            if resumption.progress.get("evaluation_due"):
+                self._make_up_for_evaluation(kwargs)
+            if resumption.finished:  # killed between its last checkpoint and the adapter
+                self.control.should_training_stop = True
+            if self.control.should_training_stop:
+                return
+        super()._run_epoch(**kwargs)
+
+    def _make_up_for_evaluation(self, arguments):
+        """Evaluate the resumed step, in whose evaluation a signal came. Its checkpoint has the weights already."""
+        self.control.should_evaluate, self.control.should_save = True, False
+        names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+        self._maybe_log_save_evaluate(self._tr_loss, None, *(arguments[name] for name in names))
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))

@@ -12,9 +12,9 @@ import threading
 import time
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
-from run_utils import STORAGE_ERRORS, UserError, display_path, say
+from run_utils import STORAGE_ERRORS, Stopped, UserError, display_path, say
 
 LOCK = ".lock"
 MARGIN = 2**20  # bytes beside the weights: tokenizer, settings and manifest of a tiny model
@@ -34,17 +34,32 @@ def from_first_process(function, *arguments):
     return result
 
 
+@contextlib.contextmanager
+def together():
+    """Run what is inside in all processes, and end in all of them with the first UserError that any met there."""
+    met = None
+    try:
+        yield
+    except UserError as error:
+        met = error
+    for error in gather_object([met]):
+        if error is not None:
+            raise error
+
+
 # ---- One run in an output folder -------------------------------------------------------------------------------------
 class RunLock:
     """Context manager that keeps an output folder to one run, by a lock of the operating system on OUTPUT_DIR/.lock.
 
     The system drops it when the process ends, however that happens; what is left in the file then tells of a run that
-    was killed. The file stays, empty: removing it could take it from under a run that has just opened it.
+    was killed. The file stays, empty: removing it could take it from under a run that has just opened it. SIGTERM and
+    SIGHUP raise Stopped inside, as Ctrl-C raises KeyboardInterrupt, so that they leave it empty too.
     """
 
     def __init__(self, output_dir, held_by_us=True):
         self.path = output_dir / LOCK
         self.held_by_us = held_by_us  # only the first process of a run holds it
+        self.signals = SignalHandlers(("SIGTERM", "SIGHUP"), stop_at_once)
 
     def check(self):
         """Raise UserError if another run holds the lock now; takes nothing and makes no folder."""
@@ -65,6 +80,7 @@ class RunLock:
         except UserError:
             self.file.close()
             raise
+        self.signals.__enter__()
         self.write({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         return self
 
@@ -89,6 +105,7 @@ class RunLock:
         if self.held_by_us:
             self.write(None)
             self.file.close()
+            self.signals.__exit__()
 
 
 def lock_file(file):
@@ -121,20 +138,20 @@ def read_owner(text):
 
 
 # ---- Signals ---------------------------------------------------------------------------------------------------------
-class StopSignals:
-    """Context manager that turns the first SIGTERM, SIGINT or SIGHUP into a request to stop after the step.
+class SignalHandlers:
+    """Context manager that handles signals, named as in the module signal, by handle(number, frame).
 
-    A second SIGINT raises KeyboardInterrupt at once. A signal that is ignored stays so, as SIGHUP under nohup.
+    A signal that is ignored stays so, as SIGHUP under nohup; outside the main thread nothing is done.
     """
 
-    def __init__(self):
-        self.requested = 0  # the number of the signal
+    def __init__(self, names, handle):
+        self.names = names
+        self.handle = handle
         self.previous = {}
-        self.first_at = 0.0
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            for name in self.names:
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
                 if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                     self.previous[number] = signal.signal(number, self.handle)
@@ -144,7 +161,26 @@ class StopSignals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def handle(self, number, frame):
+
+def stop_at_once(number, frame):
+    """End the run where nothing needs saving: before its training."""
+    if getattr(signal, "SIGHUP", None) == number:
+        detach_from_terminal()
+    raise Stopped(number, f"{signal.Signals(number).name}: stopped before the training; the same command starts it")
+
+
+class StopSignals(SignalHandlers):
+    """Context manager that turns the first SIGTERM, SIGINT or SIGHUP into a request to stop after the step.
+
+    A second SIGINT raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self):
+        super().__init__(("SIGTERM", "SIGINT", "SIGHUP"), self.note)
+        self.requested = 0  # the number of the signal
+        self.first_at = 0.0
+
+    def note(self, number, frame):
         # a launcher passes Ctrl-C on to processes that the terminal has told already
         echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.first_at < 2
         if number == signal.SIGINT and self.requested == signal.SIGINT and not echo:

@@ -164,11 +164,12 @@ def choose_pass_tokens(model, max_tokens):
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def score_rows(model, rows, max_tokens):
+def score_rows(model, rows, max_tokens, before_pass=lambda: None):
     """Return [(negative log-likelihood in nats, trained tokens) for each row], whatever the batching."""
     scores = [None] * len(rows)
     model.eval()
     for indices in pack_rows([len(row["input_ids"]) for row in rows], max_tokens):
+        before_pass()
         group = [rows[index] for index in indices]
         with autocast(model):
             losses, row_of_target = pass_losses(model, group)

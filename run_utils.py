@@ -78,8 +78,11 @@ class UserError(Exception):
         super().__init__(printable(" ".join(message.split())))
 
 
-class Stopped(Exception):
-    """A signal asked the run to end, and it did after saving. Its message is one line: where, and how to go on."""
+class Stopped(BaseException):
+    """A signal asked the run to end, and it did after saving. Its message is one line: where, and how to go on.
+
+    Like KeyboardInterrupt it is no Exception, which a library might catch and go on.
+    """
 
     def __init__(self, signal_number, message):
         super().__init__(message)

@@ -13,23 +13,21 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainingArguments,
 )
 
-from checkpoint_utils import AGAIN
-from fault_utils import StopSignals
+from checkpoint_utils import ResumableTrainer
 from memory_utils import measured_peak
 from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
 from plan_utils import compiling_pays, count_steps, longest_rows, row_lengths
-from run_utils import Stopped, UserError, display_path, format_duration, say
+from run_utils import UserError, format_duration, say
 from step_utils import StepRunner
 from token_utils import count_trained_tokens, pack_rows
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
-class LoraTrainer(Trainer):
+class LoraTrainer(ResumableTrainer):
     """A Trainer whose optimizer step sees one batch of rows and cuts it into passes of at most max_pass_tokens tokens.
 
     The batch is BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS rows; the Trainer itself accumulates nothing. The loss is the
@@ -37,16 +35,13 @@ class LoraTrainer(Trainer):
     gradient does not depend on how the rows were cut.
     """
 
-    def __init__(self, *args, max_pass_tokens, runner=None, checkpoints=None, **kwargs):
-        super().__init__(
-            *args, data_collator=UserList, **kwargs
-        )  # a list would be searched for tensors, token by token
+    def __init__(self, *args, max_pass_tokens, runner=None, **kwargs):
+        # a list of rows would be searched for tensors, token by token
+        super().__init__(*args, data_collator=UserList, **kwargs)
         self.runner = runner or StepRunner(self.model)
         self.model.zero_grad = lambda **_: self.runner.release_gradients()  # Module's walks through all modules
         self.rehearsed = False
-        self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
-        self.signals = StopSignals()
-        self.rows_of_step, self.loss_of_step, self.stop_now = [], None, 0
+        self.rows_of_step, self.loss_of_step = [], None
         self.max_pass_tokens = max_pass_tokens
         self.tokens_trained = 0  # real tokens of this process and seconds of training, both since the last log
         self.seconds_trained = 0.0
@@ -193,24 +188,17 @@ class LoraTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.stop_now and not self.control.should_training_stop:
-            self._stop()
         self.clock = time.perf_counter()  # what it took to evaluate and save is no training time
-
-    def _stop(self):
-        """Save where the run is and end it, as a signal asked."""
-        number = max(gather_object([self.signals.requested]))
-        step, steps = self.state.global_step, self.state.max_steps
-        if self.checkpoints.saved_step != step:
-            self._save_checkpoint(self.model, None)
-        where = display_path(self.checkpoints.path(step))
-        raise Stopped(number, f"Stopped at step {step} of {steps}, saved in {where}; {AGAIN}")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""
         rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        scores = score_rows(self.model, mine, self.max_pass_tokens)
+        processes, lengths = self.accelerator.num_processes, [len(row["input_ids"]) for row in rows]
+        mine = rows[self.accelerator.process_index :: processes]
+        passes = [len(pack_rows(lengths[rank::processes], self.max_pass_tokens)) for rank in range(processes)]
+        scores = score_rows(self.model, mine, self.max_pass_tokens, self.stop_if_requested)
+        for _ in range(max(passes) - passes[self.accelerator.process_index]):
+            self.stop_if_requested()  # as often in each process, since all ask together
         # float64 counts tokens exactly, and a process without rows must send the type that the others send
         exact = torch.float32 if self.args.device.type == "mps" else torch.float64
         sums = [sum(nll for nll, _ in scores), sum(tokens for _, tokens in scores)]
@@ -237,39 +225,6 @@ class LoraTrainer(Trainer):
     def floating_point_ops(self, inputs):
         """Not counted: the Trainer's estimate needs padded batches."""
         return 0
-
-    # ---- Checkpoints ----
-    def _get_output_dir(self, trial):
-        """Where the Trainer puts checkpoint-<step>: a folder that it leaves only when it is whole."""
-        return str(self.checkpoints.staging) if self.checkpoints else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial):
-        # each process adds up its own rows' losses, and the log shows their mean
-        loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
-        progress = {"loss_since_log": loss, "last_logged_step": self._globalstep_last_logged}
-        with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
-            super()._save_checkpoint(model, trial)
-
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
-        if checkpoint is not None:
-            best = self.checkpoints.resumption.best_step
-            self.state.best_global_step = best
-            self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
-            self.state.best_metric = best and self.state.best_metric
-            self.state.compute_steps(self.args, max_steps)  # LOGGING_STEPS may have been changed
-        return begin
-
-    def _run_epoch(self, **kwargs):
-        """One epoch, or the rest of it where a run is resumed; the loss that was not logged yet is kept."""
-        resumption = self.checkpoints and self.checkpoints.resumption
-        if resumption and self.state.global_step == resumption.step:
-            self._tr_loss += resumption.progress["loss_since_log"]
-            self._globalstep_last_logged = resumption.progress["last_logged_step"]
-            if resumption.finished:  # killed between its last checkpoint and the adapter
-                self.control.should_training_stop = True
-                return
-        super()._run_epoch(**kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
@@ -367,7 +322,7 @@ def build_optimizer(model, settings, arguments):
     """LoRA+'s optimizer (Hayou et al. 2024), or None: the Trainer makes the usual one."""
     if settings.lora_plus_ratio == 1:
         return None
-    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer, options = LoraTrainer.get_optimizer_cls_and_kwargs(arguments, model)
     return create_loraplus_optimizer(
         model,
         optimizer,

@@ -7,17 +7,20 @@ import signal
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
 import fault_utils
+import identity_utils
 import train
 import training_utils
 from checkpoint_utils import find_newest, list_checkpoints, verify
 from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
 from identity_utils import base_content, differences, rows_content
 from run_utils import Stopped, write_json
+from token_utils import TokenizedRows
 
 
 class Killed(BaseException):
@@ -107,6 +110,46 @@ def test_early_stopping_counts_on_and_the_best_checkpoint_is_kept_across_kills(d
     found = small_run(dataset, tmp_path / "killed", **changes)
     assert adapter_bytes(found) == adapter_bytes(expected)
     assert losses(found) == losses(expected)
+
+
+def stop_in_evaluation(monkeypatch, number):
+    """Let the next run get a signal in the second pass of its evaluation `number`; returns the passes that it began."""
+    original, evaluations, passes = training_utils.score_rows, [], []
+
+    def score_rows(model, rows, max_tokens, before_pass):
+        evaluations.append(len(evaluations) + 1)
+
+        def begin():
+            passes.append(evaluations[-1])
+            if passes.count(number) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            before_pass()
+
+        return original(model, rows, max_tokens, begin)
+
+    monkeypatch.setattr(training_utils, "score_rows", score_rows)
+    return passes
+
+
+@pytest.mark.parametrize("end", ["the best is an early step", "the best is the last step", "early stopping"])
+def test_a_signal_in_each_evaluation_stops_it_and_the_run_ends_the_same(end, dataset, tmp_path, monkeypatch):
+    changes = {"validation_split": 0.3} if "last" in end else contradicted(tmp_path)
+    changes |= {"batch_size": 1, "max_seq_length": 48, "gradient_accumulation_steps": 4}
+    changes |= {"early_stopping_patience": 2} if end == "early stopping" else {"max_steps": 4 if "last" in end else 6}
+    expected = small_run(dataset, tmp_path / "whole", **changes)
+    evaluations = losses(expected)["steps"] // 2
+    # the first evaluation, the same again when it is made up for, then what follows upon each that was made up for
+    for number, step in [(1, 2), (1, 2), *((2, 2 * n) for n in range(2, evaluations + 1))]:
+        with monkeypatch.context() as patch:
+            passes = stop_in_evaluation(patch, number)
+            with pytest.raises(Stopped) as stop:
+                small_run(dataset, tmp_path / "stopped", **changes)
+        assert f"in the evaluation of step {step} " in str(stop.value)
+        assert passes.count(number) == 2  # of four or more
+    found = small_run(dataset, tmp_path / "stopped", **changes)
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert losses(found) == losses(expected)
+    assert (losses(expected)["best_step"] == losses(expected)["steps"]) == ("last" in end)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["at the last step", "by early stopping"])
@@ -338,24 +381,38 @@ def test_the_content_of_a_base_changes_with_any_tensor_and_not_with_its_files_or
     assert base_content(str(copy), None) != expected
 
 
-def test_the_content_of_rows_depends_on_ids_labels_and_order():
-    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
-    others = (rows[::-1], rows[:1], [rows[0], {"input_ids": [3], "labels": [-100]}])
-    assert len({rows_content(each) for each in (rows, *others)}) == 4
-    assert rows_content(iter_once(rows)) == rows_content(rows)
+def stored_rows(folder, rows, gaps=()):
+    """TokenizedRows of [(ids, which are trained)]; behind each place in gaps the file holds tokens of no row."""
+    folder.mkdir()
+    index = {name: np.zeros(len(rows), kind) for name, kind in TokenizedRows.INDEX.items()}
+    ids, trained = [], []
+    for number, (row_ids, row_trained) in enumerate(rows):
+        index["start"][number], index["length"][number] = len(ids), len(row_ids)
+        index["row"][number] = number + len(gaps)
+        ids += row_ids + [9] * (number in gaps)
+        trained += row_trained + [True] * (number in gaps)
+    np.array(ids, np.int32).tofile(folder / "ids.bin")
+    np.array(trained, bool).tofile(folder / "trained.bin")
+    np.savez(folder / "index.npz", **index)
+    return TokenizedRows(folder)
 
 
-class iter_once:
-    """A Sequence that is no list."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+@pytest.mark.parametrize("block", [1, 2, 100])
+def test_the_content_of_rows_depends_on_ids_labels_and_order_alone(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(identity_utils, "BLOCK", block)
+    a, b, c = ([1, 2], [False, True]), ([3], [True]), ([4, 5, 6], [False, False, True])
+    others = {
+        "order": [b, a, c],
+        "a row less": [a, b],
+        "ids": [a, b, ([4, 5, 7], c[1])],
+        "labels": [a, b, (c[0], [False, True, True])],
+        "borders": [([1], [False]), ([2, 3], [True, True]), c],
+        "none": [],
+    }
+    expected = rows_content(stored_rows(tmp_path / "rows", [a, b, c]))
+    assert rows_content(stored_rows(tmp_path / "again", [a, b, c], gaps=(0, 1))) == expected
+    contents = [rows_content(stored_rows(tmp_path / name, rows)) for name, rows in others.items()]
+    assert len({expected, *contents}) == len(others) + 1
 
 
 Usage = namedtuple("Usage", "total used free")

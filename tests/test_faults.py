@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -17,16 +16,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
 import plan_utils
 import training_utils
-from checkpoint_utils import find_newest, seal
+from checkpoint_utils import find_newest
 from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
 from fault_utils import RunLock, StopSignals
 from model_utils import load_trained_model
-from run_utils import DEFAULTS, Settings, UserError
+from run_utils import DEFAULTS, Settings
 
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------------------
@@ -57,7 +55,7 @@ def test_thirty_kills_many_of_them_inside_saves_change_no_byte():
 
 # ---- Signals, as a user sends them -----------------------------------------------------------------------------------
 FLAGS = ("--eval_steps", 4, "--sample_prompts", 0, "--lora_dropout", 0.1)
-LONG, SHORT = ("--num_epochs", 40), ("--max_steps", 14)
+LONG, SHORT = ("--num_epochs", 40), ("--max_steps", 9)
 
 
 @contextlib.contextmanager
@@ -98,9 +96,14 @@ def test_a_running_folder_is_refused_and_sigterm_saves_and_exits_with_143(run, t
     assert "Traceback" not in "".join(lines)
 
 
+# what `accelerate launch --num_processes 2` is on a machine with several GPUs; --cpu would start one process
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2")
+ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+
+
 def test_two_processes_stop_together_and_go_on_to_the_same_bytes(run, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    with running(tmp_path, *SHORT, launcher=launcher) as process:
+    flags = ("--device", "cpu", *SHORT)
+    with running(tmp_path, *flags, launcher=ACCELERATE) as process:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and both processes
         process.wait(60)
     log = (tmp_path / "log").read_text()
@@ -108,12 +111,38 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bytes(run, tmp_path):
     (_, manifest), skipped = find_newest(tmp_path / "out/checkpoints")
     assert skipped == []
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
-    for name in ("out", "whole"):
-        folders = ("--output_dir", tmp_path / name, "--logs_dir", tmp_path / "logs")
-        done = run("train.py", *FLAGS, *SHORT, *folders, torchrun=launcher[2:], OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stderr
-        assert ("Going on" in done.stderr) == (name == "out")
+    with running(tmp_path, *flags, launcher=ACCELERATE) as process:
+        assert process.wait(120) == 0
+    assert "Going on" in (tmp_path / "log").read_text()
+    folders = ("--output_dir", tmp_path / "whole", "--logs_dir", tmp_path / "logs")
+    done = run("train.py", *FLAGS, *flags, *folders, torchrun=("--nproc_per_node", "2"), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+
+
+FULL_DISK = """
+import os, sys
+import checkpoint_utils, run_utils, train, training_utils
+def fail(*args):
+    raise OSError(28, "No space left on device")
+if os.environ["RANK"] == "0":
+    training_utils.save_adapter = fail
+sys.exit(run_utils.run_script(train.main, sys.argv[1:]))
+"""
+
+
+def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run, tmp_path):
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    flags = ("--device", "cpu", "--eval_steps", 1, "--max_steps", 3, "--sample_prompts", 0)
+    folders = ("--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs")
+    launcher = ("--nproc_per_node", "2", "--redirects", "3", "--log_dir", tmp_path / "ranks")
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    run(tmp_path / "full.py", *flags, *folders, torchrun=list(map(str, launcher)), **environment)
+    first, second = (next((tmp_path / "ranks").glob(f"*/*/{rank}/stderr.log")).read_text() for rank in (0, 1))
+    assert first.strip().splitlines()[-1].startswith("error: checkpoint-1 could not be saved: No space left on device;")
+    assert "Traceback" not in first + second
+    assert "Connection" not in second
+    assert not list((tmp_path / "out/checkpoints").iterdir())
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -277,37 +306,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(foreseen, small_disk, dat
     assert not (small_disk / "out/checkpoints/incomplete").exists()
 
 
-# ---- Security --------------------------------------------------------------------------------------------------------
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, (os.environ["BOMB"],))
-
-
-def test_code_in_a_checkpoint_is_not_run_even_under_a_manifest_that_verifies(dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    poison(monkeypatch, 3, lambda trainer, inputs: (_ for _ in ()).throw(UserError("enough")))
-    refusal(lambda: small_run(dataset, tmp_path))
-    monkeypatch.undo()
-    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    (folder, manifest), _ = find_newest(tmp_path / "out/checkpoints")
-    (folder / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
-    facts = {name: manifest[name] for name in ("step", "best_step", "finished", "run_name")}
-    seal(folder, manifest["identity"], **facts)
-    with pytest.raises(pickle.UnpicklingError):
-        small_run(dataset, tmp_path)
-    assert not (tmp_path / "exploded").exists()
-
-
 # ---- The plan's warnings ---------------------------------------------------------------------------------------------
-def test_two_gpus_without_a_launcher_are_told_how_to_be_used(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training_utils.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n", 2)))
-    settings = Settings(**DEFAULTS)
-    training_utils.build_training_arguments(settings, tmp_path, torch.device("cpu"), torch.float32, False)
-    said = capsys.readouterr().err
-    assert "2 GPUs are visible and one is used" in said
-    assert "accelerate launch --num_processes 2 train.py" in said
-
-
 class PlannedRows(list):
     """What the plan asks of forty tokenized rows."""
 
@@ -331,42 +330,8 @@ def adapter(tmp_path_factory):
     return small_run(folder / "rows.json", folder) / "lora-adapter"
 
 
-def swap_base(folder):
-    """The same shapes, other weights: what loads in silence elsewhere."""
-    base = copied(TINY_BASE, folder.parent / "base")
-    weights = load_file(base / "model.safetensors")
-    weights = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def poison_weights(folder):
-    weights = load_file(folder / "adapter_model.safetensors")
-    weights[min(weights)][0, 0] = math.nan
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
 def copied(source, target):
     return Path(shutil.copytree(source, target))
-
-
-FAULTY = {
-    "another base of the same shape": (swap_base, "does not fit its base model"),
-    "weights that are nan": (poison_weights, "not finite"),
-    "another template": (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), "chat_template.jinja in"),
-    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "chat_template.jinja in"),
-    "a torn record": (lambda f: (f / "identity.json").write_text("{"), "identity.json cannot be read"),
-    "a strange record": (lambda f: (f / "identity.json").write_text('{"files": 3}'), "does not fit its base model"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTY)
-def test_an_adapter_is_refused_with(fault, adapter, tmp_path):
-    folder = copied(adapter, tmp_path / "adapter")
-    spoil, words = FAULTY[fault]
-    spoil(folder)
-    assert words in refusal(load_trained_model, folder)
 
 
 def test_an_adapter_whose_base_was_moved_still_loads(adapter, tmp_path, capsys):
@@ -376,10 +341,3 @@ def test_an_adapter_whose_base_was_moved_still_loads(adapter, tmp_path, capsys):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     load_trained_model(folder)
     assert f"Base model: {base}" in capsys.readouterr().err
-
-
-def test_an_adapter_of_another_tool_loads_with_a_notice(adapter, tmp_path, capsys):
-    folder = copied(adapter, tmp_path / "adapter")
-    (folder / "identity.json").unlink()
-    load_trained_model(folder)
-    assert "taken on trust" in capsys.readouterr().err

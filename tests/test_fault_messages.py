@@ -1,0 +1,525 @@
+"""What a user meets whose run goes wrong other than by its data: for each cause, made for real, one plain line.
+
+python -m pytest tests/test_fault_messages.py -q -rP     # prints all of them
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint_utils
+import evaluate
+import inference
+import model_utils
+import train
+import training_utils
+from checkpoint_utils import find_newest, seal
+from conftest import PROJECT, TINY_BASE
+from fake_hub import NO_SERVER, TOKEN, serve
+from fault_utils import RunLock
+from run_utils import ADAPTER, CHECKPOINTS, run_script, write_json
+
+# cause: a function of `place` that brings it about and returns more flags; main: the script's; code: its exit code;
+# words: what the line says. With the codes 2, 130 and 143 that line is the last one.
+Fault = namedtuple("Fault", "cause main code words")
+FAULTS = {}
+ROWS = [{"instruction": f"Say {word} {n} times", "response": word} for word in ("red", "blue") for n in range(12)]
+
+
+def fault(*words, code=2, main=train.main):
+    """Put the function below into the table under its name."""
+
+    def add(cause):
+        FAULTS[cause.__name__.replace("_", " ")] = Fault(cause, main, code, words)
+        return cause
+
+    return add
+
+
+# ---- Where the faults happen -----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A folder with `rows.json`; `flags(folder)` makes a run of four steps there that saves and evaluates in each."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    numbers = {"max_steps": 4, "eval_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 1, "lora_r": 2}
+    fixed = {"device": "cpu", "use_4bit_quantization": "false", "gradient_checkpointing": "false", "sample_prompts": 0}
+    fixed |= numbers | {"base_model_name": TINY_BASE, "custom_dataset_path": folder / "rows.json"}
+    return SimpleNamespace(folder=folder, fixed=fixed)
+
+
+def command_line(scratch, folder, **changes):
+    settings = scratch.fixed | {"output_dir": folder / "out", "logs_dir": folder / "logs"} | changes
+    return [f"--{name}" + (f"={value}" if value is not None else "") for name, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def finished(scratch):
+    """The output folder of a run that has ended."""
+    assert run_script(train.main, command_line(scratch, scratch.folder / "finished")) == 0
+    return scratch.folder / "finished/out"
+
+
+@pytest.fixture(scope="module")
+def halfway(finished):
+    """The output folder of a run that was killed at its end: all its checkpoints and no adapter."""
+    folder = finished.parent.parent / "halfway/out"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / ADAPTER)
+    return folder
+
+
+@pytest.fixture
+def place(scratch, finished, halfway, tmp_path, monkeypatch):
+    """Where one fault happens: folder, out, patch (a MonkeyPatch) and the runs to start from."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    yield SimpleNamespace(
+        folder=tmp_path, out=tmp_path / "out", patch=monkeypatch, finished=finished, halfway=halfway, scratch=scratch
+    )
+    if (tmp_path / "disk").is_mount():
+        subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)  # its rows may still be mapped into memory
+    assert not (tmp_path / "exploded").exists()
+
+
+def before(place, owner, name, action, when=lambda *args: True):
+    """Do something for real right before a function of ours is called."""
+    original = getattr(owner, name)
+
+    def called(*args, **kwargs):
+        if when(*args):
+            action()
+        return original(*args, **kwargs)
+
+    place.patch.setattr(owner, name, called)
+
+
+def in_step(number):
+    return lambda trainer, *args: trainer.state.global_step == number - 1
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def disk(place, size="64m"):
+    """Mount a disk of its own at folder/disk."""
+    (place.folder / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place.folder / "disk"]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    return place.folder / "disk"
+
+
+def interrupted(place):
+    shutil.copytree(place.halfway, place.out)
+    return find_newest(place.out / CHECKPOINTS)[0][0]
+
+
+def adapter(place):
+    """A copy of the finished adapter, and the flag that names it."""
+    return shutil.copytree(place.finished / ADAPTER, place.folder / "adapter")
+
+
+def copied_base(place):
+    return shutil.copytree(TINY_BASE, place.folder / "base")
+
+
+def edit_json(path, **changes):
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def edit_weights(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["BOMB"],))
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+def plant(place, name, write):
+    """Put a file into the newest checkpoint and seal it again, so that its manifest verifies."""
+    folder = interrupted(place)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write(folder / name)
+    facts = {name: manifest[name] for name in ("step", "best_step", "finished", "run_name")}
+    seal(folder, manifest["identity"], **facts)
+
+
+REFUSED = ("holds other things than numbers", "is not loaded; remove", "or add --fresh")
+
+
+@fault("checkpoint-4/optimizer.pt", *REFUSED)
+def code_in_the_optimizer_state(place):
+    plant(place, "optimizer.pt", lambda path: torch.save({"state": Bomb()}, path))
+
+
+@fault("checkpoint-4/scheduler.pt", *REFUSED)
+def code_in_the_scheduler_state(place):
+    plant(place, "scheduler.pt", lambda path: torch.save(Bomb(), path))
+
+
+@fault("checkpoint-4/rng_state.pth", *REFUSED)
+def code_in_the_random_state_as_a_bare_pickle(place):
+    plant(place, "rng_state.pth", lambda path: path.write_bytes(pickle.dumps(Bomb())))
+
+
+@fault("Skipped", "checkpoint-4: optimizer.pt is damaged: its content is not what was saved", code=0)
+def a_damaged_checkpoint(place):
+    path = interrupted(place) / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+KILL = """
+import os, signal, sys
+import checkpoint_utils, train
+seal = checkpoint_utils.seal
+def kill_at_step_2(folder, *args, **facts):
+    if folder.name == "checkpoint-2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seal(folder, *args, **facts)
+checkpoint_utils.seal = kill_at_step_2
+train.main(sys.argv[1:])
+"""
+
+
+@fault("Skipped", "checkpoints/incomplete: a checkpoint that was being saved when the run ended", code=0)
+def kill_in_a_save(place):
+    command = [sys.executable, "-c", KILL, *command_line(place.scratch, place.folder)]
+    killed = subprocess.run(command, capture_output=True, cwd=PROJECT, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+@fault("interrupted run with other settings or data: learning_rate 0.0002 -> 0.01;", "--fresh", "another --output_dir")
+def resuming_with_another_setting(place):
+    interrupted(place)
+    return {"learning_rate": 0.01}
+
+
+@fault("interrupted run with other settings or data: training_data 22 rows", "-> 22 rows", "undo that")
+def resuming_with_other_data(place):
+    interrupted(place)
+    rows = [row | {"response": row["response"].upper()} for row in ROWS]
+    (place.folder / "rows.json").write_text(json.dumps(rows))
+    return {"custom_dataset_path": place.folder / "rows.json"}
+
+
+# ---- Disks and locks -------------------------------------------------------------------------------------------------
+@fault("MiB free on the disk of", "the run needs", "free some, or give another folder with --output_dir")
+def a_disk_with_too_little_room(place):
+    return {"output_dir": disk(place, "3m") / "out", "lora_r": 64}
+
+
+@fault("checkpoint-3 could not be saved: No space left on device; last good checkpoint", "the same command goes on")
+def a_disk_that_fills_up_in_a_save(place):
+    folder = disk(place)
+
+    def fill():
+        with open(folder / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**16))
+
+    before(place, training_utils, "save_adapter", fill, lambda model, tokenizer, path: "-3" in str(path))
+    return {"output_dir": folder / "out"}
+
+
+@fault("cannot be written to; choose another folder with --output_dir")
+def a_read_only_disk(place):
+    folder = disk(place)
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    return {"output_dir": folder / "out"}
+
+
+@fault("/out is in use by process", "since", "wait for it, or give another folder with --output_dir")
+def two_runs_in_one_folder(place):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with RunLock(place.out):
+            os.write(writer, b"!")
+            time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    place.child = pid
+
+
+# ---- Signals ---------------------------------------------------------------------------------------------------------
+STOPPED = ("Stopped at step 3 of 4, saved in", "checkpoint-3; the same command goes on from the last checkpoint")
+
+
+@fault(*STOPPED, code=143)
+def sigterm(place):
+    before(place, training_utils.LoraTrainer, "training_step", send(signal.SIGTERM), in_step(3))
+    return {"validation_split": 0}
+
+
+@fault(*STOPPED, code=130)
+def ctrl_c(place):
+    before(place, training_utils.LoraTrainer, "training_step", send(signal.SIGINT), in_step(3))
+    return {"validation_split": 0}
+
+
+@fault(*STOPPED, code=129)
+def a_terminal_that_is_closed(place):
+    before(place, training_utils.LoraTrainer, "training_step", send(signal.SIGHUP), in_step(3))
+    return {"validation_split": 0}
+
+
+@fault("Stopped at once, in step 3; last good checkpoint:", "checkpoint-2", code=130)
+def ctrl_c_twice(place):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before(place, training_utils.LoraTrainer, "training_step", twice, in_step(3))
+
+
+@fault("Stopped in the evaluation of step 1 of 4, saved in", "checkpoint-1; the same command goes on", code=143)
+def sigterm_in_an_evaluation(place):
+    before(place, training_utils, "score_rows", send(signal.SIGTERM))
+
+
+@fault("Stopped at step 1 of 4, saved in", "checkpoint-1; the same command goes on", code=143)
+def sigterm_in_a_save(place):
+    before(place, checkpoint_utils, "seal", send(signal.SIGTERM))
+    return {"validation_split": 0}
+
+
+@fault("SIGTERM: stopped before the training; the same command starts it", code=143)
+def sigterm_while_the_model_loads(place):
+    before(place, model_utils, "load_base_model", send(signal.SIGTERM))
+
+
+@fault("Stopped by Ctrl-C.", code=130)
+def ctrl_c_while_the_model_loads(place):
+    before(place, model_utils, "load_base_model", send(signal.SIGINT))
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+@fault("the loss of step 1 is not finite", "rows of the training data:", "none yet", "a lower --learning_rate")
+def a_loss_that_is_nan(place):
+    base = copied_base(place)
+    token = model_utils.load_tokenizer(TINY_BASE)("Say", add_special_tokens=False)["input_ids"][-1]
+    edit_weights(base / "model.safetensors", lambda w: w["model.embed_tokens.weight"][token].fill_(torch.nan))
+    return {"base_model_name": base}
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------------------
+def talk(argv):
+    inference.main(["Hi", "--max_new_tokens=2", "--adapter_path", os.environ["ADAPTER"]])
+
+
+def measure(argv):
+    evaluate.main(["--adapter_path", os.environ["ADAPTER"]])
+
+
+@fault("adapter folder", "does not exist; train one first with python train.py", main=talk)
+def no_adapter(place):
+    place.patch.setenv("ADAPTER", str(place.folder / "none"))
+
+
+@fault("holds no adapter_model.safetensors; train again, or give the folder that holds it", main=measure)
+def missing_adapter_weights(place):
+    (adapter(place) / "adapter_model.safetensors").unlink()
+
+
+@fault("adapter_model.safetensors is damaged", "train again or restore it", main=talk)
+def corrupt_adapter_weights(place):
+    os.truncate(adapter(place) / "adapter_model.safetensors", 5000)
+
+
+@fault("adapter_model.safetensors holds weights that are not finite, such as", "train again", main=talk)
+def adapter_weights_that_are_nan(place):
+    weights = adapter(place) / "adapter_model.safetensors"
+    edit_weights(weights, lambda tensors: tensors[min(tensors)].fill_(torch.nan))
+
+
+@fault("does not fit its base model", "it was trained on", "give that model, or train again", main=talk)
+def an_adapter_for_another_base_of_the_same_shape(place):
+    base = copied_base(place)
+    edit_weights(base / "model.safetensors", lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    edit_json(adapter(place) / "adapter_config.json", base_model_name_or_path=str(base))
+
+
+@fault("chat_template.jinja in", "changed since the adapter was trained; restore it or train again", main=talk)
+def an_adapter_whose_template_was_changed(place):
+    (adapter(place) / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@fault("chat_template.jinja in", "changed since the adapter was trained; restore it or train again", main=talk)
+def an_adapter_whose_template_is_gone(place):
+    (adapter(place) / "chat_template.jinja").unlink()
+
+
+@fault("the adapter's identity", "identity.json cannot be read", "train again or restore it", main=talk)
+def an_adapter_with_a_torn_record(place):
+    (adapter(place) / "identity.json").write_text("{")
+
+
+@fault("does not fit its base model", "give that model, or train again", main=talk)
+def an_adapter_with_a_strange_record(place):
+    (adapter(place) / "identity.json").write_text('{"files": 3}')
+
+
+@fault("cannot be loaded", "restore the folder's tokenizer files or give another one", main=talk)
+def no_tokenizer(place):
+    for path in adapter(place).glob("tokenizer*"):
+        path.unlink()
+
+
+@fault("has no identity.json, so its base model and tokenizer are taken on trust", code=0, main=talk)
+def an_adapter_of_another_tool(place):
+    (adapter(place) / "identity.json").unlink()
+
+
+# ---- Base models and the Hub -----------------------------------------------------------------------------------------
+@fault("cannot be loaded:", "give a causal language model with safetensors weights")
+def a_base_whose_weights_are_a_pickle(place):
+    base = copied_base(place)
+    (base / "model.safetensors").unlink()
+    torch.save(Bomb(), base / "pytorch_model.bin")
+    return {"base_model_name": base}
+
+
+@fault("cannot be loaded:", "give a causal language model with safetensors weights")
+def a_base_that_ships_code(place):
+    base = copied_base(place)
+    (base / "code.py").write_text("import os; os.mkdir(os.environ['BOMB'])")
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    edit_json(base / "config.json", model_type="shipped", auto_map=code)
+    return {"base_model_name": base}
+
+
+@fault("base model folder models/tiny-bose does not exist; correct the path or give a Hub id")
+def a_mistyped_local_path(place):
+    return {"base_model_name": "models/tiny-bose"}
+
+
+@fault("team/unseen is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder")
+def the_hub_switched_off(place):
+    return {"base_model_name": "team/unseen", "models_dir": place.folder / "models"}
+
+
+def ask_a_hub(place, name, url=None):
+    """Let this process ask the fake Hub, or none."""
+    place.patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    place.patch.setattr(huggingface_hub.constants, "ENDPOINT", url or place.hub)
+    template = (url or place.hub) + "/{repo_id}/resolve/{revision}/{filename}"
+    place.patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    place.patch.setenv("HF_TOKEN", TOKEN)
+    place.patch.setenv("NO_PROXY", "*")
+    place.patch.setattr(time, "sleep", lambda seconds: None)  # between its attempts
+    return {"base_model_name": name, "models_dir": place.folder / "models"}
+
+
+@fault("the Hub cannot be reached for team/unseen (no connection); check the network and try again", "models/tiny-base")
+def no_connection(place):
+    return ask_a_hub(place, "team/unseen", NO_SERVER)
+
+
+@fault("the Hub refuses it (401)", "check the spelling", "https://huggingface.co/team/private", "HF_TOKEN")
+def a_model_that_needs_a_token(place):
+    return ask_a_hub(place, "team/private")
+
+
+@fault("the Hub refuses it (403)", "accept its licence at https://huggingface.co/team/gated", "HF_TOKEN")
+def a_gated_model(place):
+    return ask_a_hub(place, "team/gated")
+
+
+@fault("no local folder team/unknown, and the Hub knows no such model (404); check the spelling")
+def a_model_that_the_hub_does_not_know(place):
+    return ask_a_hub(place, "team/unknown")
+
+
+@fault("the Hub cannot be reached for team/broken (it answered 500)", "try again", "models/tiny-base")
+def a_hub_that_fails(place):
+    return ask_a_hub(place, "team/broken")
+
+
+# ---- Settings and devices --------------------------------------------------------------------------------------------
+@fault("--num_epochs is 0, expected 1 to 10000; the default is 3")
+def a_setting_out_of_its_range(place):
+    return {"num_epochs": 0}
+
+
+@fault("--num_epochs got 'two', expected a whole number; the default is 3")
+def a_setting_of_the_wrong_type(place):
+    return {"num_epochs": "two"}
+
+
+@fault("unknown argument --lora_rr; did you mean --lora_r?")
+def an_unknown_setting(place):
+    return {"lora_rr": 8}
+
+
+@fault("--lora_target_modules q_prj: the model has no linear layer q_prj; it has", "q_proj")
+def a_layer_that_the_model_has_not(place):
+    return {"lora_target_modules": "q_prj"}
+
+
+@fault("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here", code=143)
+def four_bits_without_cuda(place):
+    before(place, model_utils, "share_token_ids", send(signal.SIGTERM))  # the notice is all that matters
+    return {"use_4bit_quantization": "true"}
+
+
+@fault("2 GPUs are visible and one is used; to use them all: accelerate launch --num_processes 2 train.py", code=0)
+def two_gpus_without_a_launcher(place):
+    place.patch.setattr(training_utils.TrainingArguments, "n_gpu", property(lambda arguments: 2))
+    return {"dry_run": None}
+
+
+# ---- The test --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def hub():
+    with serve() as server:
+        yield server.url
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_one_plain_line(name, place, hub, capsys):
+    cause, main, code, words = FAULTS[name]
+    place.hub = hub
+    place.patch.setenv("ADAPTER", str(place.folder / "adapter"))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # their default would end the tests
+        signal.signal(number, lambda *_: pytest.fail("the signal reached nobody"))
+    changes = cause(place) or {}
+    capsys.readouterr()
+    try:
+        found = run_script(main, command_line(place.scratch, place.folder, **changes))
+    finally:
+        if hasattr(place, "child"):
+            os.kill(place.child, signal.SIGKILL)
+            os.waitpid(place.child, 0)
+    lines = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in lines if all(word in line for word in words)]
+    print(f"{name} -> {found}\n    {said[-1] if said else lines[-1]}")
+    assert found == code
+    assert len(said) == 1, lines
+    assert "Traceback" not in "".join(lines)
+    assert TOKEN not in "".join(lines)
+    if code == 2:
+        assert lines[-1] == said[0]
+        assert said[0].startswith("error: ")
+    lock = place.out / ".lock"
+    assert not lock.exists() or name == "two runs in one folder" or lock.read_text() == ""
