@@ -83,8 +83,9 @@ def compiling_pays(model, rows, steps, max_pass_tokens, arguments):
     """Whether a run is long enough to repay the compilation of its layers; says why or why not."""
     if arguments.device.type != "cuda" or not can_compile(model):
         return False
-    tokens = float(row_lengths(rows).mean()) * min(arguments.per_device_train_batch_size, len(rows))
-    passes = steps * max(1, math.ceil(tokens / max(1, max_pass_tokens)))
+    rows_a_step = min(arguments.per_device_train_batch_size, len(rows))
+    tokens = float(row_lengths(rows).mean()) * rows_a_step
+    passes = steps * (math.ceil(tokens / max_pass_tokens) if max_pass_tokens else rows_a_step)
     if passes < PASSES_WORTH_COMPILING:
         say(f"Layers are not compiled: {passes} passes would not repay it (--torch_compile true does it all the same)")
         return False

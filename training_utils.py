@@ -71,13 +71,13 @@ class LoraTrainer(ResumableTrainer):
             try:
                 return self._run_passes(model, rows, scale)
             except torch.OutOfMemoryError as error:
-                ceiling = self._lower_ceiling(rows, error)
+                largest = self._largest_pass(rows, error)
             self.runner.release()  # here, where the exception no longer holds on to the tensors of its frames
             say(
-                f"Out of memory with passes of {self.max_pass_tokens:,} tokens; from here on at most {ceiling:,}, which"
-                " takes more passes and gives the same result"
+                f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
+                " more passes and gives the same result"
             )
-            self.max_pass_tokens = ceiling
+            self.max_pass_tokens = largest // 2
 
     def _run_passes(self, model, rows, scale):
         self.runner.begin()
@@ -90,8 +90,8 @@ class LoraTrainer(ResumableTrainer):
                 step_loss += self.runner.run(model, group, scale, self.accelerator.backward)
         return step_loss
 
-    def _lower_ceiling(self, rows, error):
-        """Half the tokens a pass that did not fit the memory; a UserError where passes cannot be made smaller."""
+    def _largest_pass(self, rows, error):
+        """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
         lengths = [len(row["input_ids"]) for row in rows]
         largest = max(sum(lengths[index] for index in group) for group in pack_rows(lengths, self.max_pass_tokens))
         if self.accelerator.num_processes > 1:
@@ -101,7 +101,7 @@ class LoraTrainer(ResumableTrainer):
                 f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
                 " --gradient_checkpointing or --use_4bit_quantization"
             ) from error
-        return largest // 2
+        return largest
 
     def _rehearse(self, model):
         """Run the longest pass that the data can ask for, twice and without a trace, and say what it takes."""

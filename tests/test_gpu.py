@@ -3,18 +3,26 @@
 import json
 import os
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MistralConfig
 
+import kernel_utils
 from conftest import PROJECT, TINY_BASE
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
-from pass_utils import score_rows
+from pass_utils import choose_kernels, score_rows, transformers_model
 from run_utils import DEFAULTS, Settings
+from step_utils import StepRunner
+from training_utils import LoraTrainer, build_training_arguments
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine"),
 ]
+
+
+CUDA = torch.device("cuda", 0)
 
 
 def four_bit_model():
@@ -74,3 +82,120 @@ def test_rows_laid_end_to_end_do_not_read_each_other_on_the_gpu():
     joined = score_rows(model, [halves], 4096)[0][0]
     assert second == pytest.approx(alone, rel=0.01)
     assert abs(joined - alone) > 0.05 * alone  # the check can tell
+
+
+# ---- The step's kernels ----------------------------------------------------------------------------------------------
+def trained_model(dtype=torch.bfloat16, quantize=True, base=None, **changes):
+    """The bundled base with an adapter whose B is not zero, in training mode."""
+    settings = Settings(**DEFAULTS)._replace(base_model_name=TINY_BASE, lora_dropout=0.0, **changes)
+    quantization = build_quantization_config(settings, dtype) if quantize else None
+    base = base or load_base_model(TINY_BASE, CUDA, dtype, quantization)
+    model = attach_lora(base, settings).to(CUDA).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def some_rows(lengths=(60, 200, 17, 90), vocabulary=7000):
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, vocabulary, (length,), generator=draw).tolist() for length in lengths]
+    return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]], "row": number} for number, ids in enumerate(rows)]
+
+
+def step_gradients(runner, model, groups):
+    runner.begin()
+    for rows in groups:
+        runner.run(model, rows, 0.01, torch.Tensor.backward)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    runner.release_gradients()
+    return found
+
+
+def distance(found, expected):
+    """Relative distance of two sets of gradients as wholes."""
+    difference = sum((found[name] - gradient).square().sum() for name, gradient in expected.items())
+    return (difference / sum(gradient.square().sum() for gradient in expected.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_dequantizes_to_bitsandbytes_bits(dtype):
+    layer = bnb.nn.Linear4bit(192, 1000, bias=False, quant_type="nf4", compress_statistics=True).to(CUDA)
+    layer.weight.quant_state.dtype = dtype
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert torch.equal(kernel_utils.dequantize(*kernel_utils.frozen_tensors(layer), (1000, 192), dtype), expected)
+
+
+def test_tritons_dropout_keeps_share_and_mean_and_adds_what_it_drops():
+    x, seed = torch.ones(333, 1001, device=CUDA), torch.tensor([5], device=CUDA)
+    dropped = kernel_utils.drop(x, seed, 0.25)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+    assert not torch.equal(dropped, kernel_utils.drop(x, seed + 1, 0.25))
+    total = torch.full_like(x, 2.0)
+    kernel_utils._drop(x, total, seed, 0.25, add=True)
+    assert torch.equal(total, dropped + 2)
+
+
+def test_the_fast_step_has_the_gradients_of_peft_and_transformers():
+    model, rows = trained_model(), some_rows()
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = step_gradients(StepRunner(model), model, [[row] for row in rows])
+    choose_kernels(model)
+    kernels = transformers_model(model).pass_kernels
+    assert kernels.varlen
+    assert kernels.fused_loss
+    assert kernels.triton
+    plain = StepRunner(model)
+    assert distance(step_gradients(plain, model, [rows]), expected) < 0.08
+    other = step_gradients(plain, model, [rows[:3]])
+    assert distance(other, expected) > 0.2  # the check can tell
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkpointing):
+    model, rows = trained_model(), some_rows()
+    choose_kernels(model)
+    expected = step_gradients(StepRunner(model), model, [rows])
+    options = {"checkpointing": checkpointing, "compiled": True, "graphs": True, "rows_a_pass": 4, "longest": 200}
+    runner = StepRunner(model, **options)
+    for groups in ([rows], [rows[:2], rows[2:]], [[row] for row in rows], [rows]):
+        assert distance(step_gradients(runner, model, groups), expected) < 0.08
+    assert sorted(runner.graphs) == [128, 256, 384]
+
+
+def test_varlen_attention_keeps_to_the_sliding_window():
+    shape = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(MistralConfig(**shape, **heads, sliding_window=16)).to(CUDA, torch.bfloat16)
+    model, rows = trained_model(base=base), some_rows(vocabulary=300)
+    expected = step_gradients(StepRunner(model), model, [[row] for row in rows])
+    choose_kernels(model)
+    assert transformers_model(model).pass_kernels.varlen
+    assert distance(step_gradients(StepRunner(model), model, [rows]), expected) < 0.08
+    base.config.sliding_window = None
+    for layer in base.get_decoder().layers:
+        layer.self_attn.sliding_window = None
+    assert distance(step_gradients(StepRunner(model), model, [rows]), expected) > 0.2  # the check can tell
+
+
+def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(tmp_path, capsys):
+    settings = Settings(**DEFAULTS)._replace(batch_size=32, gradient_accumulation_steps=1)
+    model, rows = trained_model(quantize=False), some_rows((400,) * 32)
+    arguments = build_training_arguments(settings, tmp_path, CUDA, torch.bfloat16, has_validation=False)
+    trainer = LoraTrainer(model=model, args=arguments, train_dataset=rows, max_pass_tokens=100_000)
+    trainer.rehearsed = True
+    trainer.max_pass_tokens = 400
+    trainer.training_step(model, rows)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.max_pass_tokens = 100_000
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**30) / total)
+    try:
+        trainer.training_step(model, rows)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory with a pass of 12,800 tokens; from here on at most 6,400" in capsys.readouterr().err
+    assert distance({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected) < 0.08

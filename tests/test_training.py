@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 import progress_utils
 import train
@@ -37,6 +45,8 @@ CONFIGS = {
     "mistral with a sliding window": MistralConfig(**TINY, sliding_window=7),
     "llama": LlamaConfig(**TINY),
     "qwen3": Qwen3Config(**TINY, head_dim=8),
+    "gemma": GemmaConfig(**TINY, head_dim=8),
+    "gemma 2, soft caps and every other layer a sliding window": Gemma2Config(**TINY, head_dim=8, sliding_window=7),
 }
 CPU = torch.device("cpu")
 SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, gradient_checkpointing=False)
@@ -334,3 +344,62 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(da
     assert re.search(r"### Response:\n\[(red|green|blue|grey)( \1)*</s>\]\n", captured.err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cache", "data_report.json"]
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+def out_of_memory_above(monkeypatch, tokens):
+    """Let passes of more than so many tokens run out of memory; returns the sizes of those that did not."""
+    original, sizes = StepRunner.run, []
+
+    def run(runner, model, rows, *args):
+        size = sum(len(row["input_ids"]) for row in rows)
+        if size > tokens:
+            original(runner, model, rows, *args)  # memory may run out late, when gradients have been added
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(size)
+        return original(runner, model, rows, *args)
+
+    monkeypatch.setattr(StepRunner, "run", run)
+    return sizes
+
+
+def test_out_of_memory_makes_the_passes_smaller_and_changes_no_result(tmp_path, monkeypatch, capsys):
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    sizes = out_of_memory_above(monkeypatch, 35)
+    trainer = make_trainer(model, rows, tmp_path, 1000)
+    trainer.rehearsed = True
+    loss = trainer.training_step(model, rows).item()
+    for parameter, gradient in gradients(model).items():
+        assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm(), parameter
+    assert loss == pytest.approx(mean_loss(score_rows(model, rows, 1000)), rel=1e-5)
+    assert trainer.max_pass_tokens == 32  # 64 tokens of the whole step, halved
+    message = "Out of memory with a pass of 64 tokens; from here on at most 32"
+    assert capsys.readouterr().err.count(message) == 1
+    assert max(sizes) <= 32
+    trainer.training_step(model, rows)
+    assert "Out of memory" not in capsys.readouterr().err
+
+
+def test_a_row_that_does_not_fit_by_itself_ends_in_one_line(tmp_path, monkeypatch):
+    model, rows = make_model(), make_rows()
+    out_of_memory_above(monkeypatch, 20)
+    message = refusal(make_trainer(model, rows, tmp_path, 1000).training_step, model, rows)
+    assert "out of memory with a single row of 30 tokens" in message
+    assert "--max_seq_length" in message
+
+
+def test_the_rehearsal_tells_what_the_longest_pass_takes_and_leaves_no_trace(tmp_path, capsys):
+    settings = SETTINGS._replace(batch_size=2, gradient_accumulation_steps=1, lora_dropout=0.5)
+    model, rows = make_model(), make_rows()
+    trainer = make_trainer(model, rows, tmp_path, 1000, settings)
+    trainer.state.max_steps = 7
+    torch.manual_seed(3)
+    trainer.training_step(model, rows[:2])
+    rehearsed = gradients(model)
+    assert re.search(r"Rehearsal: the longest pass, 47 tokens, .* GiB; the 7 steps will take", capsys.readouterr().err)
+    torch.manual_seed(3)
+    trainer.training_step(model, rows[:2])
+    assert "Rehearsal" not in capsys.readouterr().err
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, rehearsed[name])

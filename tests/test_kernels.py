@@ -1,0 +1,212 @@
+"""The step's own kernels compute what bitsandbytes, peft and PyTorch do; here in their plain form, on a CPU."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernel_utils
+from conftest import TINY_BASE
+from kernel_utils import LinearCrossEntropy, dequantize, frozen_tensors
+from model_utils import attach_lora, build_quantization_config, load_base_model
+from pass_utils import PassKernels, chosen_attention, pass_losses, transformers_model
+from run_utils import DEFAULTS, Settings
+from step_utils import FastLora, StepRunner, wrap_layers
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, base_model_name=TINY_BASE)
+
+
+def four_bit_layer(inputs=192, outputs=256, **options):
+    layer = bnb.nn.Linear4bit(
+        inputs, outputs, bias=False, **{"quant_type": "nf4", "compress_statistics": True} | options
+    )
+    return layer.to("cpu")
+
+
+def tiny_model(four_bit=False, **changes):
+    """The bundled base in float32 with an adapter whose B is not zero, so that every gradient is."""
+    settings = SETTINGS._replace(use_4bit_quantization=four_bit, **changes)
+    quantization = build_quantization_config(settings, torch.float32)
+    model = attach_lora(load_base_model(TINY_BASE, CPU, torch.float32, quantization), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def some_rows(lengths=(5, 17, 9)):
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 8000, (length,), generator=draw).tolist() for length in lengths]
+    return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]], "row": number} for number, ids in enumerate(rows)]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def plain_gradients(model, rows):
+    pass_losses(model, rows)[0].sum().backward()
+    found = gradients(model)
+    model.zero_grad()
+    return found
+
+
+# ---- NF4 -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_weights_are_dequantized_to_bitsandbytes_bits(dtype):
+    layer = four_bit_layer()
+    state = layer.weight.quant_state
+    state.dtype = dtype
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, state)
+    found = dequantize(*frozen_tensors(layer), (256, 192), dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("options", [{"quant_type": "fp4"}, {"compress_statistics": False}])
+def test_weights_quantized_in_another_way_are_left_to_bitsandbytes(options):
+    assert frozen_tensors(four_bit_layer(**options)) is None
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_fused_lora_layers_have_pefts_losses_and_gradients(four_bit, checkpointing):
+    model, rows = tiny_model(four_bit), some_rows()
+    with torch.no_grad():
+        expected_losses = pass_losses(model, rows)[0]
+    expected = plain_gradients(model, rows)
+    lora = FastLora(model)
+    assert lora.covers_all
+    assert len(lora.seeds) == 7 * len(transformers_model(model).get_decoder().layers)
+    if checkpointing:
+        wrap_layers(model, checkpointing=True, compiled=False, keep_random_state=False)
+    losses = pass_losses(model, rows)[0]
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+    losses.sum().backward()
+    assert_same(gradients(model), expected)
+
+
+def test_compiled_layers_have_the_same_gradients():
+    model, rows = tiny_model(), some_rows()
+    expected = plain_gradients(model, rows)
+    runner = StepRunner(model, checkpointing=True, compiled=True)
+    runner.lora = FastLora(model)
+    runner.begin()
+    runner.run(model, rows, 1.0, torch.Tensor.backward)
+    assert_same(gradients(model), expected, 1e-4)
+
+
+def test_the_layers_multiply_with_the_adapter_as_the_optimizer_left_it():
+    model, rows = tiny_model(), some_rows()
+    lora = FastLora(model)
+    before = pass_losses(model, rows)[0].detach()
+    with torch.no_grad():
+        for weight in lora.weights:
+            weight.mul_(2)
+    torch.testing.assert_close(pass_losses(model, rows)[0].detach(), before)
+    lora.refresh()
+    after = pass_losses(model, rows)[0].detach()
+    assert (after - before).abs().max() > 0.01
+    model.eval()  # then peft's own way computes, which must agree
+    torch.testing.assert_close(pass_losses(model, rows)[0].detach(), after, rtol=1e-4, atol=1e-4)
+
+
+def test_disabled_and_merged_adapters_and_dora_take_pefts_own_way():
+    model, rows = tiny_model(), some_rows()
+    with model.disable_adapter():
+        expected = pass_losses(model, rows)[0].detach()
+    FastLora(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(pass_losses(model, rows)[0].detach(), expected)
+    lora = FastLora(tiny_model(use_dora=True))
+    assert not lora.covers_all
+    assert not len(lora.seeds)
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    x = torch.ones(200, 500)
+    dropped = kernel_utils.drop(x, torch.tensor([3]), 0.25)
+    assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert dropped.mean() == pytest.approx(1, abs=0.01)
+    assert dropped.max() == pytest.approx(1 / 0.75)
+    assert torch.equal(dropped, kernel_utils.drop(x, torch.tensor([3]), 0.25))
+    assert not torch.equal(dropped, kernel_utils.drop(x, torch.tensor([4]), 0.25))
+
+
+def test_the_gradient_goes_through_the_same_dropout_as_the_loss():
+    torch.manual_seed(0)
+    x, weight, seed = torch.randn(40, 64, requires_grad=True), torch.randn(32, 64), torch.tensor([7])
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    mask = kernel_utils.drop(torch.ones(40, 64), seed, 0.3)
+    expected = x @ weight.T + 2.0 * ((x * mask) @ a.T) @ b.T
+    wanted = torch.autograd.grad(expected.pow(2).sum(), (x, a, b))
+    frozen = (weight, None, None, None, None, None)
+    out, _ = torch.ops.lora.linear(x, a, b, a.detach(), b.detach(), None, seed, 0.3, 2.0, *frozen)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    for found, gradient in zip(torch.autograd.grad(out.pow(2).sum(), (x, a, b)), wanted, strict=True):
+        assert (found - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_each_pass_draws_other_masks_and_a_seed_draws_them_again():
+    model = tiny_model(lora_dropout=0.5)
+    lora, rows = FastLora(model), some_rows()
+    losses = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        lora.draw_dropout()
+        assert len(lora.seeds.unique()) == len(lora.seeds)
+        losses.append(pass_losses(model, rows)[0].detach())
+    assert torch.equal(losses[0], losses[2])
+    assert not torch.equal(losses[0], losses[1])
+
+
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tokens", [1, 7, 8, 50])
+def test_the_fused_loss_is_the_cross_entropy_of_the_output_layer(tokens, monkeypatch):
+    monkeypatch.setattr(LinearCrossEntropy, "CHUNK", 8)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 16, requires_grad=True), torch.randn(100, 16)
+    targets, share = torch.randint(100, (tokens,)), torch.rand(tokens)
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    (wanted,) = torch.autograd.grad((expected * share).sum(), hidden)
+    losses = LinearCrossEntropy.apply(hidden, weight, targets)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(torch.autograd.grad((losses * share).sum(), hidden)[0], wanted)
+
+
+def test_the_model_computes_the_fused_loss_and_afterwards_logits_again():
+    model, rows = tiny_model(), some_rows()
+    expected_losses, expected = pass_losses(model, rows)[0].detach(), plain_gradients(model, rows)
+    base = transformers_model(model)
+    base.pass_kernels = PassKernels()
+    base.pass_kernels.fused_loss = True
+    torch.testing.assert_close(pass_losses(model, rows)[0].detach(), expected_losses)
+    assert_same(plain_gradients(model, rows), expected)
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, base.config.vocab_size)
+
+
+def test_attention_is_the_models_own_again_after_a_pass():
+    base = copy.deepcopy(transformers_model(tiny_model()))
+    usual = base.config._attn_implementation
+    base.pass_kernels = PassKernels()
+    base.pass_kernels.varlen = True
+    with chosen_attention(base):
+        assert base.config._attn_implementation == kernel_utils.VARLEN != usual
+    assert base.config._attn_implementation == usual
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "dropout"])
+def test_varlen_attention_refuses_what_it_would_leave_out(option):
+    states = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match=option):
+        kernel_utils.varlen_attention(None, states, states, states, None, **{option: 0.5})
