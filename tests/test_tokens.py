@@ -714,13 +714,21 @@ def test_targets_are_the_next_trained_tokens_of_the_same_row():
     assert batch["row_of_target"].tolist() == [0, 0, 2]
     ids, after = batch["input_ids"][0], batch["predicting"] + 1
     assert torch.equal(ids[after], batch["targets"])
-    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+    lengths = [len(row["input_ids"]) for row in ROWS]
+    assert batch["row_starts"].tolist() == [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+    assert batch["row_starts"].dtype == torch.int32
+    assert max(lengths) <= batch["longest"] < 2 * max(lengths)
+    assert {tensor.dtype for name, tensor in batch.items() if name not in ("row_starts", "longest")} == {torch.long}
 
 
 def test_a_pass_without_targets_has_empty_indices_of_whole_numbers():
     batch = token_utils.build_pass([ROWS[1]])
     assert [batch[name].shape for name in ("predicting", "targets", "row_of_target")] == [(0,)] * 3
-    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+    lengths = [len(row["input_ids"]) for row in ROWS]
+    assert batch["row_starts"].tolist() == [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+    assert batch["row_starts"].dtype == torch.int32
+    assert max(lengths) <= batch["longest"] < 2 * max(lengths)
+    assert {tensor.dtype for name, tensor in batch.items() if name not in ("row_starts", "longest")} == {torch.long}
 
 
 def test_trained_tokens_are_counted_as_they_are_predicted():
