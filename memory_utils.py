@@ -12,6 +12,7 @@ from pass_utils import transformers_model
 from run_utils import UserError
 
 GIB = 2**30
+ALLOCATOR = 1.06  # reserved by PyTorch over what tensors take, as measured on an H200
 NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # a weight: four bits, and of each 64 a scale of one byte with its own scale
 
 
@@ -48,31 +49,33 @@ def weight_bytes(model, settings, dtype):
     return total
 
 
-def expected_peak(model, settings, dtype, tokens, checkpointing):
-    """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when a pass of so many tokens is trained.
+def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
+    """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
     Counted: the weights; the adapter in float32 with gradients, AdamW's two moments (a byte each in 8 bits) and the
     copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing its input
-    and one layer whole; the largest weight dequantized; the chunk of logits. The rest, some percent, is PyTorch's.
+    and one layer whole; the largest weight dequantized; a chunk of logits. The allocator rounds up and leaves gaps.
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
     heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     trainable = count_parameters(model)[1]
     moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
     # two residuals and norms; query, key, value and attention's output; gate, up and their product
-    groups = getattr(config, "num_key_value_heads", None) or heads
     kept = unit * (4 * hidden + 2 * (heads + groups) * width + 3 * inner)
-    kept += 2 * (4 + unit) * hidden  # the norms' float32 copies; compiled layers need none of them
-    layers = config.num_hidden_layers
+    if compiled:  # a recorded pass has gradients of its own, which are then added to the step's
+        fixed += trainable * 4
+    else:  # the norms' copies in float32
+        kept += 2 * (4 + unit) * hidden
     saved = tokens * (layers * unit * hidden + kept if checkpointing else layers * kept)
     working = tokens * unit * (3 * inner + 3 * hidden)
     largest = max(p.numel() for name, p in base.named_parameters() if "layers" in name) * unit
     logits = min(tokens, LinearCrossEntropy.CHUNK) * config.vocab_size * (4 + 4 + unit)
-    return fixed + saved + max(working + largest, logits)
+    return (fixed + saved + max(working + largest, logits)) * ALLOCATOR
 
 
 def measured_peak(device):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fault_utils import run_bytes
+from kernel_utils import triton
 from memory_utils import GIB, expected_peak
 from run_utils import say
 from step_utils import can_compile
@@ -62,14 +63,16 @@ def plan_memory(shapes, settings, device, dtype, rows):
         return settings.gradient_checkpointing is True
     count = settings.batch_size * settings.gradient_accumulation_steps
     step = int(np.sort(row_lengths(rows))[-count:].sum())
-    tokens = min(max(settings.batch_size * settings.max_seq_length, int(row_lengths(rows).max())), step)
+    ceiling = settings.batch_size * settings.max_seq_length
+    tokens = min(max(ceiling, int(row_lengths(rows).max())), step)
+    compiled = compiling_pays(settings, device, count_passes(rows, settings, ceiling))
     free, total = torch.cuda.mem_get_info(device)
     checkpointing, reason = settings.gradient_checkpointing, ""
     if checkpointing == "auto":
-        plain = expected_peak(shapes, settings, dtype, tokens, checkpointing=False)
+        plain = expected_peak(shapes, settings, dtype, tokens, False, compiled)
         checkpointing = plain > 0.9 * free
         reason = f", as {plain / GIB:.1f} GiB would {'not ' * checkpointing}fit without it"
-    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing)
+    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, compiled)
     say(
         f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {free / GIB:.1f} of"
         f" {total / GIB:.1f} GiB are free; gradient checkpointing {'on' if checkpointing else 'off'}{reason}"
@@ -79,15 +82,31 @@ def plan_memory(shapes, settings, device, dtype, rows):
     return checkpointing
 
 
-def compiling_pays(model, rows, steps, max_pass_tokens, arguments):
-    """Whether a run is long enough to repay the compilation of its layers; says why or why not."""
-    if arguments.device.type != "cuda" or not can_compile(model):
-        return False
-    rows_a_step = min(arguments.per_device_train_batch_size, len(rows))
+def count_passes(rows, settings, max_pass_tokens, processes=1):
+    """About how many passes a process computes in a run; with max_pass_tokens 0 each row is one."""
+    rows_a_step = min(settings.batch_size * settings.gradient_accumulation_steps, len(rows))
     tokens = float(row_lengths(rows).mean()) * rows_a_step
-    passes = steps * (math.ceil(tokens / max_pass_tokens) if max_pass_tokens else rows_a_step)
-    if passes < PASSES_WORTH_COMPILING:
-        say(f"Layers are not compiled: {passes} passes would not repay it (--torch_compile true does it all the same)")
-        return False
-    say(f"Compiling the layers, half a minute or so, which {passes:,} passes repay (--torch_compile false leaves it)")
-    return True
+    passes = math.ceil(tokens / max_pass_tokens) if max_pass_tokens else rows_a_step
+    return count_steps(len(rows), settings, processes) * passes
+
+
+def compiling_pays(settings, device, passes):
+    """Whether a run is to compile its layers: as TORCH_COMPILE says, by "auto" on CUDA if so many passes repay it."""
+    if settings.torch_compile != "auto":
+        return settings.torch_compile
+    return device.type == "cuda" and triton is not None and passes >= PASSES_WORTH_COMPILING
+
+
+def choose_compilation(model, settings, device, passes):
+    """Whether to compile this model's layers in a run of so many passes; says why or why not on a CUDA GPU."""
+    pays = compiling_pays(settings, device, passes)
+    if settings.torch_compile == "auto" and device.type == "cuda":
+        if not can_compile(model):
+            return False
+        if pays:
+            say(f"Compiling the layers, half a minute or so, which {passes:,} passes repay (--torch_compile false: no)")
+        else:
+            say(
+                f"The layers are not compiled: {passes:,} passes would not repay it (--torch_compile true: all the same)"
+            )
+    return pays

@@ -20,7 +20,7 @@ from checkpoint_utils import ResumableTrainer
 from memory_utils import measured_peak
 from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
-from plan_utils import compiling_pays, count_steps, longest_rows, row_lengths
+from plan_utils import choose_compilation, count_passes, longest_rows, row_lengths
 from run_utils import UserError, format_duration, say
 from step_utils import StepRunner
 from token_utils import count_trained_tokens, pack_rows
@@ -288,10 +288,8 @@ def build_trainer(
         callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping_patience)]
     choose_kernels(model)
     max_pass_tokens = choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
-    steps = count_steps(len(train_rows), settings, arguments.world_size)
-    compiled = settings.torch_compile is True or (
-        settings.torch_compile == "auto" and compiling_pays(model, train_rows, steps, max_pass_tokens, arguments)
-    )
+    passes = count_passes(train_rows, settings, max_pass_tokens, arguments.world_size)
+    compiled = choose_compilation(model, settings, arguments.device, passes)
     runner = StepRunner(
         model,
         checkpointing=checkpointing,
