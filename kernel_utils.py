@@ -54,18 +54,6 @@ if triton:
             tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
 
-def triton_works(device, dtype):
-    """Whether Triton can build and run a kernel here; it needs a C compiler. Says so if not."""
-    if triton is None or dtype == torch.float32:
-        return False
-    try:
-        ones = torch.ones(4096, dtype=dtype, device=device)
-        return bool((drop(ones, torch.zeros(1, dtype=torch.long, device=device), 0.5) > 0).any())
-    except Exception as error:  # noqa: BLE001  Triton's own errors are of many types
-        say(f"Triton cannot build kernels here ({type(error).__name__}), which is slower; install a C compiler")
-        return False
-
-
 # ---- Frozen weights --------------------------------------------------------------------------------------------------
 def dequantize(weight, absmax, levels, absmax2, offset, values, shape, dtype):
     """The (out, in) weight matrix of a frozen layer in dtype, from NF4 with double quantization where it is packed.
@@ -204,6 +192,29 @@ def _backward(ctx, grad, _):
 
 
 _linear.register_autograd(_backward, setup_context=_remember)
+
+
+def lora_works(device, dtype):
+    """Whether the fused operation runs on a GPU, which takes Triton and a C compiler; says so if it fails."""
+    return triton is not None and dtype != torch.float32 and try_lora(device, dtype)
+
+
+def try_lora(device, dtype):
+    """Run the fused operation forward and backward on small tensors; says what failed and returns whether it ran."""
+    try:
+        x = torch.ones(64, 64, dtype=dtype, device=device, requires_grad=True)
+        a, b = (torch.ones(shape, device=device, requires_grad=True) for shape in ((8, 64), (64, 8)))
+        seed = torch.zeros(1, dtype=torch.long, device=device)
+        frozen = (x.detach(), None, None, None, None, None)
+        out, _ = torch.ops.lora.linear(x, a, b, a.to(dtype), b.to(dtype), None, seed, 0.5, 1.0, *frozen)
+        out.float().sum().backward()
+        return bool(torch.isfinite(b.grad).all())
+    except Exception as error:  # noqa: BLE001  Triton's own errors are of many types
+        say(
+            f"The fused LoRA kernels do not run here ({type(error).__name__}), which is slower; they need a C compiler"
+            " and a GPU that this PyTorch serves"
+        )
+        return False
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------

@@ -6,20 +6,19 @@ import math
 import torch
 import torch.nn.functional as F
 
-import kernel_utils
 from generation_utils import autocast
-from kernel_utils import VARLEN, LinearCrossEntropy
+from kernel_utils import VARLEN, LinearCrossEntropy, lora_works
 from run_utils import say
 from token_utils import build_pass, count_trained_tokens, pack_rows
 
 
 class PassKernels:
-    """What computes a model's passes: varlen or SDPA attention, and a loss that never stores the logits whole or not.
+    """What computes a model's passes: varlen attention, a loss that never stores the logits whole, fused LoRA layers.
 
     choose_kernels sets one on the transformers model; peft's and Accelerate's wrappers are seen through.
     """
 
-    varlen = fused_loss = triton = False
+    varlen = fused_loss = fused_lora = False
 
 
 def transformers_model(model):
@@ -132,7 +131,7 @@ def choose_kernels(model):
         return
     expected = probe_losses(model, rows[1:])
     base.pass_kernels = kernels
-    kernels.triton = kernel_utils.triton_works(device, model.dtype)
+    kernels.fused_lora = lora_works(device, model.dtype)
     head = base.get_output_embeddings()
     for name, possible in (
         ("varlen", torch.cuda.get_device_capability(device)[0] >= 8 and model.dtype != torch.float32),

@@ -104,9 +104,7 @@ def choose_compilation(model, settings, device, passes):
         if not can_compile(model):
             return False
         if pays:
-            say(f"Compiling the layers, half a minute or so, which {passes:,} passes repay (--torch_compile false: no)")
+            say(f"Compiling the layers takes half a minute or so, which {passes:,} passes repay")
         else:
-            say(
-                f"The layers are not compiled: {passes:,} passes would not repay it (--torch_compile true: all the same)"
-            )
+            say(f"The layers are not compiled: {passes:,} passes would not repay it; --torch_compile true does it")
     return pays

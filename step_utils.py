@@ -91,7 +91,7 @@ def decoder_layers(model):
 
 def can_compile(model):
     """Whether a model on a CUDA GPU has what compilation and graph replay are made for."""
-    return kernels_of(transformers_model(model)).triton and bool(decoder_layers(model))
+    return kernels_of(transformers_model(model)).fused_lora and bool(decoder_layers(model))
 
 
 def wrap_layers(model, checkpointing, compiled, keep_random_state):
@@ -167,7 +167,7 @@ class StepRunner:
     def __init__(self, model, checkpointing=False, compiled=False, graphs=False, rows_a_pass=1, longest=1):
         self.base = transformers_model(model)
         kernels = kernels_of(self.base)
-        self.lora = FastLora(model) if kernels.triton else None
+        self.lora = FastLora(model) if kernels.fused_lora else None
         if checkpointing or compiled:
             wrap_layers(self.base, checkpointing, compiled, not (self.lora and self.lora.covers_all))
         if compiled:  # then the first layer's code is that of the others

@@ -145,7 +145,7 @@ def test_the_fast_step_has_the_gradients_of_peft_and_transformers():
     kernels = transformers_model(model).pass_kernels
     assert kernels.varlen
     assert kernels.fused_loss
-    assert kernels.triton
+    assert kernels.fused_lora
     plain = StepRunner(model)
     assert distance(step_gradients(plain, model, [rows]), expected) < 0.08
     other = step_gradients(plain, model, [rows[:3]])

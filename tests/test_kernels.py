@@ -170,6 +170,18 @@ def test_each_pass_draws_other_masks_and_a_seed_draws_them_again():
     assert not torch.equal(losses[0], losses[1])
 
 
+def test_kernels_that_do_not_run_are_left_out_with_a_line(monkeypatch, capsys):
+    assert kernel_utils.try_lora(CPU, torch.bfloat16)
+    assert capsys.readouterr().err == ""
+
+    def fail(*_):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(kernel_utils, "drop", fail)
+    assert not kernel_utils.try_lora(CPU, torch.bfloat16)
+    assert "The fused LoRA kernels do not run here (OSError)" in capsys.readouterr().err
+
+
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [1, 7, 8, 50])
 def test_the_fused_loss_is_the_cross_entropy_of_the_output_layer(tokens, monkeypatch):
