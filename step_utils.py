@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernel_utils import LinearCrossEntropy, frozen_tensors
 from pass_utils import chosen_attention, kernels_of, pass_losses, row_arguments, to_device, transformers_model
+from run_utils import say
 from token_utils import build_pass
 
 GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
@@ -168,13 +169,15 @@ class StepRunner:
         self.base = transformers_model(model)
         kernels = kernels_of(self.base)
         self.lora = FastLora(model) if kernels.fused_lora else None
+        self.checkpointing, self.compiled = checkpointing, compiled
+        self.keep_random_state = not (self.lora and self.lora.covers_all)
         if checkpointing or compiled:
-            wrap_layers(self.base, checkpointing, compiled, not (self.lora and self.lora.covers_all))
+            wrap_layers(self.base, checkpointing, compiled, self.keep_random_state)
         if compiled:  # then the first layer's code is that of the others
             self.base.enable_input_require_grads()
         graphs = graphs and self.lora and self.lora.covers_all and kernels.varlen and kernels.fused_loss
         self.graphs, self.pool = {} if graphs else None, None
-        self.rows_a_pass, self.longest = rows_a_pass, longest
+        self.rows_a_pass, self.longest = rows_a_pass, max(longest, GRAPH_TOKENS)  # what fills a pass up is a row too
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if graphs:
             self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.base.device)
@@ -234,6 +237,19 @@ class StepRunner:
             size = (tokens, self.rows_a_pass + 1, self.longest)
             self.graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.pool, self.stream)
         return self.graphs[tokens]
+
+    def simplify(self, error):
+        """Do without what may have failed: recorded passes, then compiled layers; False if there is neither."""
+        what = "recorded" if self.graphs is not None else "compiled" if self.compiled else None
+        if what is None:
+            return False
+        say(f"This model's passes cannot be {what} ({type(error).__name__}), which is slower and computes the same")
+        if what == "compiled":
+            self.compiled = False
+            wrap_layers(self.base, self.checkpointing, False, self.keep_random_state)
+        self.release()
+        self.graphs = None
+        return True
 
     def release_gradients(self):
         for parameter in self.parameters:

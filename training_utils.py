@@ -72,6 +72,11 @@ class LoraTrainer(ResumableTrainer):
                 return self._run_passes(model, rows, scale)
             except torch.OutOfMemoryError as error:
                 largest = self._largest_pass(rows, error)
+            except Exception as error:
+                # with several processes one that tries again would wait for the others for ever
+                if self.accelerator.num_processes > 1 or not self.runner.simplify(error):
+                    raise
+                continue
             self.runner.release()  # here, where the exception no longer holds on to the tensors of its frames
             say(
                 f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"

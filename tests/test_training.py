@@ -381,6 +381,31 @@ def test_out_of_memory_makes_the_passes_smaller_and_changes_no_result(tmp_path, 
     assert "Out of memory" not in capsys.readouterr().err
 
 
+def test_what_cannot_be_recorded_or_compiled_is_computed_without(tmp_path, monkeypatch, capsys):
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    trainer = make_trainer(model, rows, tmp_path, 1000)
+    trainer.rehearsed = True
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: lambda *args, **kwargs: 1 / 0)
+    trainer.runner = StepRunner(model, compiled=True)
+    trainer.runner.graphs = {}
+
+    def record(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    trainer.runner._graph, trainer.runner.flat, trainer.runner.gradients = record, torch.zeros(1), []
+    trainer.runner.begin = trainer.runner.release_gradients
+    trainer.training_step(model, rows)
+    messages = capsys.readouterr().err
+    assert messages.count("This model's passes cannot be recorded (RuntimeError)") == 1
+    assert messages.count("This model's passes cannot be compiled (ZeroDivisionError)") == 1
+    for parameter, gradient in gradients(model).items():
+        assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm(), parameter
+    monkeypatch.setattr(StepRunner, "run", record)
+    with pytest.raises(RuntimeError, match="capturing"):  # with nothing left to do without, it is a bug of ours
+        trainer.training_step(model, rows)
+
+
 def test_a_row_that_does_not_fit_by_itself_ends_in_one_line(tmp_path, monkeypatch):
     model, rows = make_model(), make_rows()
     out_of_memory_above(monkeypatch, 20)
