@@ -1,0 +1,119 @@
+"""The plan: memory expected before a model is loaded, and what is decided by it."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig
+
+import plan_utils
+from memory_utils import GIB, count_parameters, expected_peak, weight_bytes
+from model_utils import attach_lora
+from plan_utils import choose_compilation, compiling_pays, count_passes, longest_rows, plan_memory
+from run_utils import DEFAULTS, Settings
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+SETTINGS = Settings(**DEFAULTS)
+
+
+def rows_of(*lengths):
+    return [{"input_ids": [5] * length, "labels": [5] * length, "row": number} for number, length in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def seven_billion():
+    """Mistral-7B's shape without weights, 32,000 words."""
+    with torch.device("meta"):
+        return attach_lora(AutoModelForCausalLM.from_config(MistralConfig(vocab_size=32000)), SETTINGS)
+
+
+# ---- Expected memory -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("tokens", "checkpointing", "measured"), [(8187, False, 42.57), (2048, True, 6.21)])
+def test_the_expected_memory_is_within_a_tenth_of_what_an_h200_measured(seven_billion, tokens, checkpointing, measured):
+    peak = expected_peak(seven_billion, SETTINGS, torch.bfloat16, tokens, checkpointing, compiled=True)
+    assert peak / GIB == pytest.approx(measured, rel=0.1)  # benchmarks/README.md, 2026-11-25
+
+
+def test_the_weights_in_four_bits_take_what_was_measured(seven_billion):
+    assert weight_bytes(seven_billion, SETTINGS, torch.bfloat16) / GIB == pytest.approx(3.847, rel=0.01)
+    whole = weight_bytes(seven_billion, SETTINGS._replace(use_4bit_quantization=False), torch.bfloat16)
+    total, trainable = count_parameters(seven_billion)
+    assert whole == 2 * (total - trainable)
+
+
+def test_what_saves_memory_is_expected_to(seven_billion):
+    def peak(tokens=4096, checkpointing=False, compiled=True, **changes):
+        return expected_peak(
+            seven_billion, SETTINGS._replace(**changes), torch.bfloat16, tokens, checkpointing, compiled
+        )
+
+    assert peak(checkpointing=True) < peak() / 2
+    assert peak(optimizer="paged_adamw_8bit") < peak()
+    assert peak() < peak(compiled=False)
+    assert peak(tokens=2048) < peak()
+    assert peak(use_4bit_quantization=False) > peak() + 9 * GIB
+
+
+# ---- Gradient checkpointing ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("free", "checkpointing"), [(80, False), (12, True)])
+def test_auto_recomputes_activations_only_where_they_would_not_fit(
+    seven_billion, free, checkpointing, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    rows, settings = rows_of(*[512] * 40), SETTINGS._replace(gradient_checkpointing="auto")
+    assert plan_memory(seven_billion, settings, CUDA, torch.bfloat16, rows) is checkpointing
+    message = capsys.readouterr().err
+    assert f"passes of up to 2,048 tokens; {free}.0 of 80.0 GiB are free" in message
+    assert f"gradient checkpointing {'on' if checkpointing else 'off'}, as" in message
+    assert f"GiB would {'not ' * checkpointing}fit without it" in message
+
+
+def test_memory_that_will_not_do_is_said_before_the_model_is_loaded(seven_billion, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 6 * GIB))
+    assert plan_memory(seven_billion, SETTINGS, CUDA, torch.bfloat16, rows_of(*[512] * 40)) is True
+    assert "That may not fit: lower --batch_size or --max_seq_length" in capsys.readouterr().err
+
+
+def test_on_a_cpu_only_true_recomputes(capsys):
+    for setting, expected in ((True, True), (False, False), ("auto", False)):
+        settings = SETTINGS._replace(gradient_checkpointing=setting)
+        assert plan_memory(None, settings, CPU, torch.float32, rows_of(5)) is expected
+    assert capsys.readouterr().err == ""
+
+
+# ---- Compilation -----------------------------------------------------------------------------------------------------
+def test_passes_are_counted_by_the_tokens_that_they_hold():
+    settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=2, num_epochs=3)
+    rows = rows_of(*[100] * 20)  # 8 rows a step, three steps an epoch
+    assert count_passes(rows, settings, 800) == 9
+    assert count_passes(rows, settings, 400) == 18
+    assert count_passes(rows, settings, 0) == 9 * 8
+    assert count_passes(rows, settings._replace(max_steps=2), 400) == 4
+
+
+def test_compiling_pays_in_long_runs_on_cuda_or_when_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(plan_utils, "triton", object())
+    enough = plan_utils.PASSES_WORTH_COMPILING
+    assert compiling_pays(SETTINGS, CUDA, enough)
+    assert not compiling_pays(SETTINGS, CUDA, enough - 1)
+    assert not compiling_pays(SETTINGS, CPU, enough)
+    assert compiling_pays(SETTINGS._replace(torch_compile=True), CPU, 1)
+    assert not compiling_pays(SETTINGS._replace(torch_compile=False), CUDA, enough)
+    monkeypatch.setattr(plan_utils, "can_compile", lambda model: True)
+    assert not choose_compilation(None, SETTINGS, CUDA, 50)
+    assert "50 passes would not repay it; --torch_compile true does it" in capsys.readouterr().err
+    assert choose_compilation(None, SETTINGS, CUDA, 5000)
+    assert "5,000 passes repay" in capsys.readouterr().err
+    monkeypatch.setattr(plan_utils, "can_compile", lambda model: False)
+    assert not choose_compilation(None, SETTINGS, CUDA, 5000)
+    monkeypatch.setattr(plan_utils, "triton", None)
+    assert not compiling_pays(SETTINGS, CUDA, enough)
+
+
+def test_the_longest_rows_come_first_whatever_holds_them():
+    rows = rows_of(3, 9, 5, 9)
+    assert [row["row"] for row in longest_rows(rows, 3)] == [1, 3, 2]
+
+    class OnDisk(list):
+        index = np.array([(3,), (9,), (5,), (9,)], dtype=[("length", np.int64)])
+
+    assert [row["row"] for row in longest_rows(OnDisk(rows), 2)] == [1, 3]
