@@ -95,24 +95,18 @@ def can_compile(model):
     return kernels_of(transformers_model(model)).fused_lora and bool(decoder_layers(model))
 
 
-def wrap_layers(model, checkpointing, compiled, keep_random_state):
-    """Checkpoint and compile each decoder layer while it trains."""
-    layers = decoder_layers(model)
-    for layer in layers:
-        wrap_layer(layer, checkpointing, compiled, keep_random_state)
-    if checkpointing and not layers:  # then transformers' own way
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def wrap_layer(layer, checkpointing, compiled, keep_random_state):
+def wrap_layer(layer, runner):
+    """Checkpoint and compile a decoder layer while it trains, as the runner has it."""
     plain = MethodType(type(layer).forward, layer)
-    inner = MethodType(torch.compile(type(layer).forward, dynamic=True), layer) if compiled else plain
+    compiled = MethodType(torch.compile(type(layer).forward, dynamic=True), layer) if runner.compiled else plain
 
     def forward(*args, **kwargs):
         if not layer.training or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        if checkpointing:
-            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=keep_random_state, **kwargs)
+        inner = compiled if runner.compiled else plain
+        if runner.checkpointing:
+            keep = not runner.seeded_dropout
+            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=keep, **kwargs)
         return inner(*args, **kwargs)
 
     layer.forward = forward
@@ -125,7 +119,7 @@ class PassGraph:
     with one more row, from which nothing is learned. The output layer and the loss stay outside.
     """
 
-    def __init__(self, base, parameters, gradients, tokens, rows, longest, pool, stream):
+    def __init__(self, base, parameters, gradients, tokens, rows, longest, memory):
         self.tokens, self.rows, device = tokens, rows, base.device
         self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
@@ -139,15 +133,17 @@ class PassGraph:
                 input_ids=self.ids, position_ids=self.positions, use_cache=False, **arguments
             ).last_hidden_state
 
+        pool, stream = memory.pool, memory.stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):  # compiles and loads what this length needs
             hidden = forward()
             torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
-            del hidden
+        self.hidden, self.grad_hidden = memory.buffers(hidden.detach())
+        del hidden
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, pool=pool.id, stream=stream):
             hidden = forward()
-            self.hidden, self.grad_hidden = hidden.detach(), torch.zeros_like(hidden)
+            self.hidden.copy_(hidden.detach())
         with torch.cuda.graph(self.backward, pool=pool.id, stream=stream):
             torch._foreach_add_(gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
 
@@ -161,6 +157,21 @@ class PassGraph:
         self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
 
 
+class GraphMemory:
+    """What all recordings share, since no two are in use at a time: memory, its stream, and where passes end."""
+
+    def __init__(self, device):
+        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
+        self.hidden = self.grad_hidden = None
+
+    def buffers(self, hidden):
+        """Buffers in the shape of hidden, (1, tokens, width), for a pass's hidden states and their gradient."""
+        tokens = hidden.shape[1]
+        if self.hidden is None or self.hidden.shape[1] < tokens:
+            self.hidden, self.grad_hidden = torch.zeros_like(hidden), torch.zeros_like(hidden)
+        return self.hidden[:, :tokens], self.grad_hidden[:, :tokens]
+
+
 # ---- The step --------------------------------------------------------------------------------------------------------
 class StepRunner:
     """Computes the passes of a step: forward, loss and backward, the gradients adding up in the parameters' .grad."""
@@ -170,13 +181,16 @@ class StepRunner:
         kernels = kernels_of(self.base)
         self.lora = FastLora(model) if kernels.fused_lora else None
         self.checkpointing, self.compiled = checkpointing, compiled
-        self.keep_random_state = not (self.lora and self.lora.covers_all)
-        if checkpointing or compiled:
-            wrap_layers(self.base, checkpointing, compiled, self.keep_random_state)
+        self.seeded_dropout = bool(self.lora and self.lora.covers_all)  # else PyTorch's random state decides
+        layers = decoder_layers(self.base) if checkpointing or compiled else []
+        for layer in layers:
+            wrap_layer(layer, self)
+        if checkpointing and not layers:  # then transformers' own way
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
         if compiled:  # then the first layer's code is that of the others
             self.base.enable_input_require_grads()
-        graphs = graphs and self.lora and self.lora.covers_all and kernels.varlen and kernels.fused_loss
-        self.graphs, self.pool = {} if graphs else None, None
+        graphs = graphs and self.seeded_dropout and kernels.varlen and kernels.fused_loss
+        self.graphs, self.memory = {} if graphs else None, None
         self.rows_a_pass, self.longest = rows_a_pass, max(longest, GRAPH_TOKENS)  # what fills a pass up is a row too
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if graphs:
@@ -232,11 +246,30 @@ class StepRunner:
     def _graph(self, count):
         tokens = math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
         if tokens not in self.graphs:
-            if self.pool is None:  # one for all: no two recordings are in use at a time; its blocks belong to a stream
-                self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(self.base.device)
+            self.memory = self.memory or GraphMemory(self.base.device)
             size = (tokens, self.rows_a_pass + 1, self.longest)
-            self.graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.pool, self.stream)
+            self.graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.memory)
         return self.graphs[tokens]
+
+    def check(self, model, rows, backward):
+        """Do without compiled layers and recorded passes unless they have the gradients of plain ones on these rows."""
+        if not self.compiled:
+            return
+        found = self._gradients(model, rows, backward)
+        graphs, self.graphs, self.compiled = self.graphs, None, False
+        expected = self._gradients(model, rows, backward)
+        self.graphs, self.compiled = graphs, True
+        if torch.linalg.vector_norm(found - expected) > 0.3 * torch.linalg.vector_norm(expected):
+            say("Compiled layers have other gradients than plain ones here; they are not used, which is slower")
+            self.compiled, self.graphs = False, None
+            self.release()
+
+    def _gradients(self, model, rows, backward):
+        """The gradients of one pass as one tensor; the same random numbers at each call."""
+        torch.manual_seed(0)
+        self.begin()
+        self.run(model, rows, 1.0, backward)
+        return torch.cat([parameter.grad.flatten() for parameter in self.parameters])
 
     def simplify(self, error):
         """Do without what may have failed: recorded passes, then compiled layers; False if there is neither."""
@@ -246,7 +279,6 @@ class StepRunner:
         say(f"This model's passes cannot be {what} ({type(error).__name__}), which is slower and computes the same")
         if what == "compiled":
             self.compiled = False
-            wrap_layers(self.base, self.checkpointing, False, self.keep_random_state)
         self.release()
         self.graphs = None
         return True
@@ -258,7 +290,7 @@ class StepRunner:
     def release(self):
         """Give back what recorded passes and caches hold, after the memory ran out."""
         if self.graphs:
-            self.graphs, self.pool = {}, None
+            self.graphs, self.memory = {}, None
         self.release_gradients()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

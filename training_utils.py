@@ -125,6 +125,8 @@ class LoraTrainer(ResumableTrainer):
                 self._forward_backward(model, group, 1e-3)
                 if self.max_pass_tokens == before:
                     break
+            if self.accelerator.num_processes == 1:
+                self.runner.check(model, group[-2:], self.accelerator.backward)
             started = time.perf_counter()
             self._forward_backward(model, group, 1e-3).item()
             seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ from kernel_utils import LinearCrossEntropy, dequantize, frozen_tensors
 from model_utils import attach_lora, build_quantization_config, load_base_model
 from pass_utils import PassKernels, chosen_attention, pass_losses, transformers_model
 from run_utils import DEFAULTS, Settings
-from step_utils import FastLora, StepRunner, wrap_layers
+from step_utils import FastLora, StepRunner
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, base_model_name=TINY_BASE)
@@ -89,7 +89,7 @@ def test_the_fused_lora_layers_have_pefts_losses_and_gradients(four_bit, checkpo
     assert lora.covers_all
     assert len(lora.seeds) == 7 * len(transformers_model(model).get_decoder().layers)
     if checkpointing:
-        wrap_layers(model, checkpointing=True, compiled=False, keep_random_state=False)
+        StepRunner(model, checkpointing=True)
     losses = pass_losses(model, rows)[0]
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     losses.sum().backward()
@@ -104,6 +104,28 @@ def test_compiled_layers_have_the_same_gradients():
     runner.begin()
     runner.run(model, rows, 1.0, torch.Tensor.backward)
     assert_same(gradients(model), expected, 1e-4)
+
+
+def test_compiled_layers_that_compute_something_else_are_left_out(monkeypatch, capsys):
+    model, rows = tiny_model(), some_rows()
+    expected = plain_gradients(model, rows)
+
+    def compile_wrongly(forward, **_):
+        return lambda *args, **kwargs: forward(*args, **kwargs) * 0.7
+
+    runner = StepRunner(model, compiled=True)
+    runner.check(model, rows, torch.Tensor.backward)
+    assert runner.compiled
+    assert "Compiled layers" not in capsys.readouterr().err
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    model = tiny_model()
+    runner = StepRunner(model, compiled=True)
+    runner.check(model, rows, torch.Tensor.backward)
+    assert not runner.compiled
+    assert "Compiled layers have other gradients" in capsys.readouterr().err
+    runner.begin()
+    runner.run(model, rows, 1.0, torch.Tensor.backward)
+    assert_same(gradients(model), expected)
 
 
 def test_the_layers_multiply_with_the_adapter_as_the_optimizer_left_it():
@@ -179,7 +201,14 @@ def test_kernels_that_do_not_run_are_left_out_with_a_line(monkeypatch, capsys):
 
     monkeypatch.setattr(kernel_utils, "drop", fail)
     assert not kernel_utils.try_lora(CPU, torch.bfloat16)
-    assert "The fused LoRA kernels do not run here (OSError)" in capsys.readouterr().err
+    assert "The fused LoRA kernels do not serve here (OSError)" in capsys.readouterr().err
+
+
+def test_kernels_that_compute_something_else_are_left_out_with_a_line(monkeypatch, capsys):
+    original = kernel_utils.matmul32
+    monkeypatch.setattr(kernel_utils, "matmul32", lambda *operands: original(*operands) * 1.2)
+    assert not kernel_utils.try_lora(CPU, torch.bfloat16)
+    assert "The fused LoRA kernels do not serve here (wrong)" in capsys.readouterr().err
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
