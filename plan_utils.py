@@ -20,6 +20,12 @@ def row_lengths(rows):
     return index["length"] if isinstance(index, np.ndarray) else np.array([len(row["input_ids"]) for row in rows])
 
 
+def typical_rows(rows, count):
+    """The `count` rows from the median length on upwards."""
+    order = np.argsort(row_lengths(rows), kind="stable")
+    return [rows[int(index)] for index in order[len(order) // 2 :][:count]]
+
+
 def longest_rows(rows, count):
     """The `count` longest rows of a dataset."""
     lengths = row_lengths(rows)

@@ -262,7 +262,7 @@ class StepRunner:
         if torch.linalg.vector_norm(found - expected) > 0.3 * torch.linalg.vector_norm(expected):
             say("Compiled layers have other gradients than plain ones here; they are not used, which is slower")
             self.compiled, self.graphs = False, None
-            self.release()
+        self.release_cache()
 
     def _gradients(self, model, rows, backward):
         """The gradients of one pass as one tensor; the same random numbers at each call."""
@@ -288,9 +288,12 @@ class StepRunner:
             parameter.grad = None
 
     def release(self):
-        """Give back what recorded passes and caches hold, after the memory ran out."""
+        """Give back what recorded passes and gradients hold, after the memory ran out."""
         if self.graphs:
             self.graphs, self.memory = {}, None
+        self.release_cache()
+
+    def release_cache(self):
         self.release_gradients()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ from checkpoint_utils import ResumableTrainer
 from memory_utils import measured_peak
 from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
-from plan_utils import choose_compilation, count_passes, longest_rows, row_lengths
+from plan_utils import choose_compilation, count_passes, longest_rows, row_lengths, typical_rows
 from run_utils import UserError, format_duration, say
 from step_utils import StepRunner
 from token_utils import count_trained_tokens, pack_rows
@@ -126,7 +126,7 @@ class LoraTrainer(ResumableTrainer):
                 if self.max_pass_tokens == before:
                     break
             if self.accelerator.num_processes == 1:
-                self.runner.check(model, group[-2:], self.accelerator.backward)
+                self.runner.check(model, typical_rows(self.train_dataset, 2), self.accelerator.backward)
             started = time.perf_counter()
             self._forward_backward(model, group, 1e-3).item()
             seconds = time.perf_counter() - started

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 import plan_utils
 from memory_utils import GIB, count_parameters, expected_peak, weight_bytes
 from model_utils import attach_lora
-from plan_utils import choose_compilation, compiling_pays, count_passes, longest_rows, plan_memory
+from plan_utils import choose_compilation, compiling_pays, count_passes, longest_rows, plan_memory, typical_rows
 from run_utils import DEFAULTS, Settings
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -112,6 +112,8 @@ def test_compiling_pays_in_long_runs_on_cuda_or_when_asked_for(monkeypatch, caps
 def test_the_longest_rows_come_first_whatever_holds_them():
     rows = rows_of(3, 9, 5, 9)
     assert [row["row"] for row in longest_rows(rows, 3)] == [1, 3, 2]
+    assert [row["row"] for row in typical_rows(rows, 1)] == [1]
+    assert [row["row"] for row in typical_rows(rows_of(8, 1, 5), 2)] == [2, 0]
 
     class OnDisk(list):
         index = np.array([(3,), (9,), (5,), (9,)], dtype=[("length", np.int64)])
