@@ -327,7 +327,7 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
     base = reload_base(model, resolve_path(models_dir))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
-    with_adapter = get_peft_model(base, lora_config)
+    with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
     set_peft_model_state_dict(with_adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
     expected = probe_loss(with_adapter, tokenizer)
     merged = with_adapter.merge_and_unload(safe_merge=True)

@@ -625,6 +625,15 @@ def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(set
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
+def test_a_merge_is_compared_with_the_adapter_without_its_dropout(tmp_path, monkeypatch):
+    _, folder = save_trained(tmp_path / "adapter", TINY_BASE, SETTINGS._replace(lora_dropout=0.9))
+    loaded, tokenizer = load_trained_model(folder)
+    scores, probe_loss = [], model_utils.probe_loss
+    monkeypatch.setattr(model_utils, "probe_loss", lambda *args: scores.append(probe_loss(*args)) or scores[-1])
+    merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
+    assert scores == pytest.approx([probe_loss(loaded, tokenizer)] * 2, abs=1e-4)
+
+
 def test_merging_leaves_the_model_in_memory_as_it_was(tmp_path):
     model, folder = save_trained(tmp_path / "adapter", "models/tiny-base")
     loaded, tokenizer = load_trained_model(folder)
