@@ -246,7 +246,7 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         warmup_steps=settings.warmup_ratio,  # below 1 it is a share of the steps
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="paged_adamw_8bit" if settings.optimizer == "paged_adamw_8bit" else fused_adamw(device),
+        optim=choose_optimizer(settings, device),
         gradient_checkpointing=False,  # StepRunner's, which the fused kernels and compilation are made for
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -276,7 +276,13 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
     return arguments
 
 
-def fused_adamw(device):
+def choose_optimizer(settings, device):
+    """The Trainer's name of the optimizer; on a CPU bitsandbytes cannot page, and would say so in its own words."""
+    if settings.optimizer == "paged_adamw_8bit" and device.type == "cpu":
+        say("On a CPU paged_adamw_8bit keeps its state in 8 bits and does not page it; the result is the same")
+        return "adamw_8bit"
+    if settings.optimizer == "paged_adamw_8bit":
+        return settings.optimizer
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 
