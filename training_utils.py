@@ -126,10 +126,10 @@ class LoraTrainer(ResumableTrainer):
         self.runner.release_gradients()
         tokens = sum(len(row["input_ids"]) for row in group)
         steps = self.state.max_steps - self.state.global_step
-        rows_a_step = self.args.per_device_train_batch_size
-        per_step = (
-            float(row_lengths(self.train_dataset).mean()) * min(rows_a_step, len(self.train_dataset)) / tokens * seconds
-        )
+        rows_a_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)  # the last is often a short one
+        tokens_an_epoch = int(row_lengths(self.train_dataset).sum()) / self.accelerator.num_processes
+        per_step = tokens_an_epoch / steps_an_epoch / tokens * seconds
         peak = measured_peak(self.args.device)
         say(
             f"Rehearsal: the longest pass, {tokens:,} tokens, takes {seconds:.2f} s and {peak:.2f} GiB; the {steps}"

@@ -406,6 +406,17 @@ def test_the_rehearsal_tells_what_the_longest_pass_takes_and_leaves_no_trace(tmp
         assert torch.equal(gradient, rehearsed[name])
 
 
+def test_the_rehearsal_counts_the_short_last_step_of_an_epoch(tmp_path, capsys, monkeypatch):
+    settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1)
+    model, rows = make_model(), make_rows((20, 20, 20, 20, 20))
+    trainer = make_trainer(model, rows, tmp_path, 1000, settings)
+    trainer.state.max_steps = 8  # four epochs of a step of 80 tokens and one of 20
+    clock = iter(range(0, 1000, 80))  # a pass of 80 tokens takes 80 seconds
+    monkeypatch.setattr(training_utils.time, "perf_counter", lambda: next(clock))
+    trainer.training_step(model, rows[:4])
+    assert "the 8 steps will take about 6 min 40 s" in capsys.readouterr().err
+
+
 # ---- What a CPU cannot do --------------------------------------------------------------------------------------------
 @pytest.mark.skipif(sys.platform == "win32", reason="there PyTorch looks for its compiler in the registry")
 def test_compiling_without_a_compiler_ends_in_one_line_before_the_model_is_loaded(run, dataset, tmp_path):
