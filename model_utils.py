@@ -128,8 +128,21 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}, which would be random; give a"
             " complete causal language model"
         )
+    if device.type == "cpu":
+        keep_four_bits_trainable(model)
     model.content = base_content(path, models_dir)  # adapters record what they were trained on
     return model.eval()
+
+
+def keep_four_bits_trainable(model):
+    """Keep bitsandbytes from packing 4-bit layers anew at their first pass in eval mode on CPUs with AVX512-BF16.
+
+    It packs for inference and never back, and through the packed layers no gradient flows (bitsandbytes 0.50,
+    Linear4bit.forward), so that a training after an evaluation would learn next to nothing, in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_settings_base(settings):

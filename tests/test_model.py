@@ -642,6 +642,19 @@ def test_merging_leaves_the_model_in_memory_as_it_was(tmp_path):
     assert loaded.peft_config["default"].base_model_name_or_path == "models/tiny-base"
 
 
+def test_an_evaluation_leaves_the_gradients_of_a_four_bit_model_as_they_were():
+    model = make_model(TINY_BASE, FOUR_BIT)
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    before = gradients()
+    logits(model)
+    assert all(torch.equal(found, expected) for found, expected in zip(gradients(), before, strict=True))
+
+
 def test_merging_refuses_to_overwrite_a_folder(base, tmp_path):
     loaded, tokenizer = load_trained_model(save_trained(tmp_path / "adapter", base)[1])
     (tmp_path / "merged").mkdir()
