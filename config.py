@@ -25,8 +25,8 @@ LORA_R = 16  # rank: the capacity of the adapter; 8 for style, 32-64 for much ne
 LORA_ALPHA = 32  # scale of the update (alpha / r multiplies it); 2 x LORA_R is a good rule
 LORA_DROPOUT = 0.05  # raise to 0.1 on small data that overfits; 0 is faster
 USE_RSLORA = False  # scale by alpha / sqrt(r) instead of alpha / r, which keeps ranks above 64 effective
-USE_DORA = False  # learn direction and magnitude apart: sometimes better at low ranks, about half the speed
-LORA_PLUS_RATIO = 1.0  # LoRA+: the learning rate of B over that of A; 16 learns faster, with a lower LEARNING_RATE
+USE_DORA = False  # learn direction and magnitude apart: sometimes better at low ranks, and slower
+LORA_PLUS_RATIO = 1.0  # LoRA+: learning rate of B over that of A; 16 learns faster, at a lower LEARNING_RATE; 1: off
 LORA_TARGET_MODULES = "all-linear"  # every linear layer but the output; or a comma-separated list: "q_proj,v_proj"
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -39,9 +39,9 @@ WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 
 WEIGHT_DECAY = 0.0  # AdamW's decay of the adapter's weights; 0.01 regularises a little
 MAX_GRAD_NORM = 1.0  # gradients longer than this are scaled down to it; 0 switches clipping off
 MAX_STEPS = 0  # stop after this many optimizer steps, whatever NUM_EPOCHS says; 0: no limit
-GRADIENT_CHECKPOINTING = True  # recompute activations: much less memory, a third slower; "auto": if it must be
-TORCH_COMPILE = "auto"  # compile the layers and record passes as CUDA graphs; "auto": on CUDA if the run is long enough
-OPTIMIZER = "adamw_torch"  # adamw_torch, or paged_adamw_8bit (less memory, CUDA only)
+GRADIENT_CHECKPOINTING = True  # recompute activations: much less memory, a third slower; "auto": only if needed to fit
+TORCH_COMPILE = "auto"  # compile the layers; on CUDA passes are recorded too; "auto": on CUDA if the run is long
+OPTIMIZER = "adamw_torch"  # adamw_torch, or paged_adamw_8bit (less memory; moved out of a full GPU)
 SEED = 42  # fixes the split, the order of rows, the adapter's first weights and dropout
 
 # ---- Logging, evaluation, checkpoints --------------------------------------------------------------------------------

@@ -128,8 +128,21 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}, which would be random; give a"
             " complete causal language model"
         )
+    if device.type == "cpu":
+        keep_four_bits_trainable(model)
     model.content = base_content(path, models_dir)  # adapters record what they were trained on
     return model.eval()
+
+
+def keep_four_bits_trainable(model):
+    """Keep bitsandbytes from packing 4-bit layers anew at their first pass in eval mode on CPUs with AVX512-BF16.
+
+    It packs for inference and never back, and through the packed layers no gradient flows (bitsandbytes 0.50,
+    Linear4bit.forward), so that a training after an evaluation would learn next to nothing, in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_settings_base(settings):
@@ -327,7 +340,7 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
     base = reload_base(model, resolve_path(models_dir))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
-    with_adapter = get_peft_model(base, lora_config)
+    with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
     set_peft_model_state_dict(with_adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
     expected = probe_loss(with_adapter, tokenizer)
     merged = with_adapter.merge_and_unload(safe_merge=True)

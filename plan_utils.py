@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from fault_utils import run_bytes
 from kernel_utils import triton
 from memory_utils import GIB, expected_peak
-from run_utils import say
+from run_utils import UserError, say
 from step_utils import can_compile
 
 PASSES_WORTH_COMPILING = 200
@@ -101,6 +102,20 @@ def compiling_pays(settings, device, passes):
     if settings.torch_compile != "auto":
         return settings.torch_compile
     return device.type == "cuda" and triton is not None and passes >= PASSES_WORTH_COMPILING
+
+
+def check_compiler(settings, device):
+    """Raise UserError if layers are to be compiled on a CPU that has no C++ compiler; found out on a tiny function."""
+    if device.type != "cpu" or settings.torch_compile is not True:
+        return
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+    except TorchDynamoException as error:
+        raise UserError(
+            "--torch_compile true needs a working C++ compiler on a CPU, and PyTorch found none; install one (g++ or"
+            " clang), or leave it at auto, which compiles on CUDA only"
+        ) from error
+    say("The layers will be compiled, half a minute or so, which seldom pays on a CPU (--torch_compile false: no)")
 
 
 def choose_compilation(model, settings, device, passes):

@@ -86,6 +86,7 @@ def train(settings, dry_run=False, fresh=False):
         settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
     )
     checkpointing = plan_utils.plan_memory(shapes, settings, device, dtype, train_rows)
+    plan_utils.check_compiler(settings, device)
     if dry_run:
         write_report(settings, report, dry_run=True)
         return

@@ -133,10 +133,10 @@ class LoraTrainer(ResumableTrainer):
         self.runner.release_gradients()
         tokens = sum(len(row["input_ids"]) for row in group)
         steps = self.state.max_steps - self.state.global_step
-        rows_a_step = self.args.per_device_train_batch_size
-        per_step = (
-            float(row_lengths(self.train_dataset).mean()) * min(rows_a_step, len(self.train_dataset)) / tokens * seconds
-        )
+        rows_a_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)  # the last is often a short one
+        tokens_an_epoch = int(row_lengths(self.train_dataset).sum()) / self.accelerator.num_processes
+        per_step = tokens_an_epoch / steps_an_epoch / tokens * seconds
         peak = measured_peak(self.args.device)
         say(
             f"Rehearsal: the longest pass, {tokens:,} tokens, takes {seconds:.2f} s and {peak:.2f} GiB; the {steps}"
@@ -253,7 +253,7 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         warmup_steps=settings.warmup_ratio,  # below 1 it is a share of the steps
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="paged_adamw_8bit" if settings.optimizer == "paged_adamw_8bit" else fused_adamw(device),
+        optim=choose_optimizer(settings, device),
         gradient_checkpointing=False,  # StepRunner's, which the fused kernels and compilation are made for
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -283,7 +283,13 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
     return arguments
 
 
-def fused_adamw(device):
+def choose_optimizer(settings, device):
+    """The Trainer's name of the optimizer; on a CPU bitsandbytes cannot page, and would say so in its own words."""
+    if settings.optimizer == "paged_adamw_8bit" and device.type == "cpu":
+        say("On a CPU paged_adamw_8bit keeps its state in 8 bits and does not page it; the result is the same")
+        return "adamw_8bit"
+    if settings.optimizer == "paged_adamw_8bit":
+        return settings.optimizer
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 

@@ -625,12 +625,34 @@ def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(set
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
+def test_a_merge_is_compared_with_the_adapter_without_its_dropout(tmp_path, monkeypatch):
+    _, folder = save_trained(tmp_path / "adapter", TINY_BASE, SETTINGS._replace(lora_dropout=0.9))
+    loaded, tokenizer = load_trained_model(folder)
+    scores, probe_loss = [], model_utils.probe_loss
+    monkeypatch.setattr(model_utils, "probe_loss", lambda *args: scores.append(probe_loss(*args)) or scores[-1])
+    merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
+    assert scores == pytest.approx([probe_loss(loaded, tokenizer)] * 2, abs=1e-4)
+
+
 def test_merging_leaves_the_model_in_memory_as_it_was(tmp_path):
     model, folder = save_trained(tmp_path / "adapter", "models/tiny-base")
     loaded, tokenizer = load_trained_model(folder)
     merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.peft_config["default"].base_model_name_or_path == "models/tiny-base"
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_four_bit_model_as_they_were():
+    model = make_model(TINY_BASE, FOUR_BIT)
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    before = gradients()
+    logits(model)
+    assert all(torch.equal(found, expected) for found, expected in zip(gradients(), before, strict=True))
 
 
 def test_merging_refuses_to_overwrite_a_folder(base, tmp_path):

@@ -87,6 +87,11 @@ def test_every_file_that_the_readmes_tree_names_exists():
         assert (PROJECT / name).exists(), name
 
 
+def test_the_readmes_tree_names_every_script():
+    text = (PROJECT / "README.md").read_text()
+    assert not [path.name for path in PROJECT.glob("*.py") if f"\n{path.name} " not in text]
+
+
 def test_requirements_are_pinned_exactly():
     for name in ("requirements.txt", "tests/requirements.txt"):
         for line in (PROJECT / name).read_text().splitlines():

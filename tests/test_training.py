@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import training_utils
 from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
 from model_utils import attach_lora
 from pass_utils import choose_pass_tokens, mean_loss, pass_losses, score_rows
-from plan_utils import count_steps
+from plan_utils import check_compiler, count_steps
 from run_utils import DEFAULTS, Settings
 from step_utils import StepRunner
 from training_utils import LoraTrainer, build_training_arguments
@@ -428,3 +429,40 @@ def test_the_rehearsal_tells_what_the_longest_pass_takes_and_leaves_no_trace(tmp
     assert "Rehearsal" not in capsys.readouterr().err
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, rehearsed[name])
+
+
+def test_the_rehearsal_counts_the_short_last_step_of_an_epoch(tmp_path, capsys, monkeypatch):
+    settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1)
+    model, rows = make_model(), make_rows((20, 20, 20, 20, 20))
+    trainer = make_trainer(model, rows, tmp_path, 1000, settings)
+    trainer.state.max_steps = 8  # four epochs of a step of 80 tokens and one of 20
+    clock = iter(range(0, 1000, 80))  # a pass of 80 tokens takes 80 seconds
+    monkeypatch.setattr(training_utils.time, "perf_counter", lambda: next(clock))
+    trainer.training_step(model, rows[:4])
+    assert "the 8 steps will take about 6 min 40 s" in capsys.readouterr().err
+
+
+# ---- What a CPU cannot do --------------------------------------------------------------------------------------------
+@pytest.mark.skipif(sys.platform == "win32", reason="there PyTorch looks for its compiler in the registry")
+def test_compiling_without_a_compiler_ends_in_one_line_before_the_model_is_loaded(run, dataset, tmp_path):
+    places = ["--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs"]
+    none = {"CC": "/nonexistent", "CXX": "/nonexistent", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = run("train.py", "--custom_dataset_path", dataset, *places, "--torch_compile", "true", "--dry_run", **none)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: --torch_compile true needs a working C++ compiler on a CPU")
+    assert "install one" in line
+
+
+@pytest.mark.parametrize("value", ["auto", False])
+def test_only_compiling_asks_for_a_compiler(value, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", None)
+    check_compiler(SETTINGS._replace(torch_compile=value), CPU)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_optimizer_in_8_bits_trains_on_a_cpu_with_a_line_and_no_warning(dataset, tmp_path, capsys, recwarn):
+    small_run(dataset, tmp_path, optimizer="paged_adamw_8bit")
+    assert capsys.readouterr().err.count("On a CPU paged_adamw_8bit keeps its state in 8 bits") == 1
+    assert not [warning for warning in recwarn if "aged" in str(warning.message)]
