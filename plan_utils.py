@@ -106,7 +106,5 @@ def choose_compilation(model, settings, device, passes):
         if pays:
             say(f"Compiling the layers, half a minute or so, which {passes:,} passes repay (--torch_compile false: no)")
         else:
-            say(
-                f"The layers are not compiled: {passes:,} passes would not repay it (--torch_compile true: all the same)"
-            )
+            say(f"The layers are not compiled: {passes:,} passes would not repay it (--torch_compile true: do so)")
     return pays

@@ -223,7 +223,8 @@ def check_settings(settings):
             continue
         accepted = (int, float) if kind is float else (str, type(None)) if kind is str else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            wanted = {bool: "True or False", int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
+            switch = 'True, False or "auto"' if name in AUTO_SWITCHES else "True or False"
+            wanted = {bool: switch, int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
             raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct it where it was set")
         if isinstance(value, str) and not value.strip():
             raise UserError(f"--{name} is empty, expected a value; the default is {DEFAULTS[name]!r}")
