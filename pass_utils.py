@@ -14,7 +14,8 @@ from token_utils import build_pass, count_trained_tokens, pack_rows
 
 
 class PassKernels:
-    """What computes a model's passes: varlen or SDPA attention, and a loss that never stores the logits whole or not.
+    """Which fast kernels compute a model's passes: flash attention over rows of any lengths, a loss that never stores
+    the logits whole, Triton's for the LoRA layers. None, as here, is transformers' and peft's own way.
 
     choose_kernels sets one on the transformers model; peft's and Accelerate's wrappers are seen through.
     """
@@ -43,13 +44,15 @@ def chosen_attention(base):
 @contextlib.contextmanager
 def chosen_loss(base, targets):
     """The output layer gives each target's loss in the place of logits, where the fused loss was chosen."""
+    if not kernels_of(base).fused_loss:
+        yield
+        return
     head = base.get_output_embeddings()
-    if kernels_of(base).fused_loss:
-        head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None]
+    head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None]
     try:
         yield
     finally:
-        head.__dict__.pop("forward", None)
+        del head.forward
 
 
 def kernels_of(base):
