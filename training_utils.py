@@ -1,4 +1,4 @@
-"""The Trainer subclass with its exact, padding-free passes, and the plan shown before training."""
+"""The Trainer subclass with its exact, padding-free passes, and what builds it: arguments, optimizer, fast passes."""
 
 import contextlib
 import math

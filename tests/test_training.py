@@ -24,6 +24,7 @@ import progress_utils
 import train
 import training_utils
 from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
+from memory_utils import expected_peak
 from model_utils import attach_lora
 from pass_utils import choose_pass_tokens, mean_loss, pass_losses, score_rows
 from plan_utils import count_steps
@@ -62,10 +63,10 @@ def make_rows(lengths=(5, 17, 9, 30, 3), seed=0):
     return rows
 
 
-def make_model(name="mistral", seed=0):
+def make_model(name="mistral", seed=0, settings=SETTINGS):
     """A tiny model with LoRA whose B weights are not zero, so that every LoRA gradient is."""
     torch.manual_seed(seed)
-    model = attach_lora(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])), SETTINGS)
+    model = attach_lora(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])), settings)
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -150,6 +151,18 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     trainer.training_step(model, rows)
     for parameter, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-8)
+
+
+def test_what_checkpointing_computes_again_meets_the_same_dropout():
+    found = []
+    for checkpointing in (False, True):
+        model, rows = make_model(settings=SETTINGS._replace(lora_dropout=0.5)), make_rows()
+        runner = StepRunner(model, checkpointing=checkpointing)
+        torch.manual_seed(3)
+        runner.run(model, rows, 1.0, torch.Tensor.backward)
+        found.append(gradients(model))
+    for parameter, gradient in found[0].items():
+        torch.testing.assert_close(found[1][parameter], gradient, rtol=1e-5, atol=1e-8)
 
 
 def test_the_reported_loss_is_the_mean_over_the_steps_trained_tokens(tmp_path):
@@ -347,6 +360,27 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(da
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
+def expected_bytes(config, **changes):
+    with torch.device("meta"):
+        model = attach_lora(AutoModelForCausalLM.from_config(config), SETTINGS)
+    known = {"dtype": torch.bfloat16, "tokens": 2048, "checkpointing": False, "compiled": False}
+    return expected_peak(model, SETTINGS, **(known | changes))
+
+
+def test_the_expected_memory_is_that_of_weights_activations_and_logits():
+    config = MistralConfig(vocab_size=32_000)
+    weights = 3.8 * 2**30  # of 7.24 billion, embeddings and output, 262 million, in 16 bits and the others in 4
+    assert weights < expected_bytes(config, checkpointing=True) < 2 * weights
+    assert expected_bytes(config) > 2 * expected_bytes(config, checkpointing=True)
+    assert expected_bytes(config, tokens=4096) > expected_bytes(config) > expected_bytes(config, compiled=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt", "falcon", "bloom", "mpt", "gpt_bigcode", "phi3", "gemma2"])
+def test_memory_is_expected_of_configs_that_name_their_sizes_in_other_ways(kind):
+    config = AutoConfig.for_model(kind)
+    assert expected_bytes(config, checkpointing=True) < expected_bytes(config) < 400 * 2**30
+
+
 def out_of_memory_above(monkeypatch, tokens):
     """Let passes of more than so many tokens run out of memory; returns the sizes of those that did not."""
     original, sizes = StepRunner.run, []
@@ -391,7 +425,7 @@ def test_a_row_that_does_not_fit_by_itself_ends_in_one_line(tmp_path, monkeypatc
 
 def test_the_rehearsal_tells_what_the_longest_pass_takes_and_leaves_no_trace(tmp_path, capsys):
     settings = SETTINGS._replace(batch_size=2, gradient_accumulation_steps=1, lora_dropout=0.5)
-    model, rows = make_model(), make_rows()
+    model, rows = make_model(settings=settings), make_rows()
     trainer = make_trainer(model, rows, tmp_path, 1000, settings)
     trainer.state.max_steps = 7
     torch.manual_seed(3)
