@@ -71,11 +71,15 @@ BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "u
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do."""
+    """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do.
 
-    def __init__(self, message):
+    Of several processes the first says it, unless each may meet it alone.
+    """
+
+    def __init__(self, message, alone=False):
         # names out of a user's file can hold line breaks and control characters
         super().__init__(printable(" ".join(message.split())))
+        self.alone = alone
 
 
 class Stopped(BaseException):
@@ -98,9 +102,9 @@ def printable(text):
     return text.translate(CONTROL_CHARACTERS)
 
 
-def say(message):
+def say(message, from_any=False):
     """Tell the user something, on stderr and from the first process only; results go to stdout by print()."""
-    if os.environ.get("RANK", "0") == "0":
+    if from_any or os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
 
 
@@ -122,7 +126,7 @@ def run_script(main, argv):
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        say(f"error: {error}")
+        say(f"error: {error}", from_any=error.alone)
         return 2
     except KeyboardInterrupt:
         say("\nStopped by Ctrl-C.")

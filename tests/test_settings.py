@@ -522,6 +522,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
     assert (out, err) == ("", "error: no such file\n")
 
 
+def test_of_several_processes_the_first_says_a_mistake_or_the_one_that_meets_it_alone(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert run_utils.run_script(raiser(UserError("no such file")), []) == 2
+    assert capsys.readouterr().err == ""
+    assert run_utils.run_script(raiser(UserError("out of memory", alone=True)), []) == 2
+    assert capsys.readouterr().err == "error: out of memory\n"
+
+
 def test_debug_shows_the_traceback_of_a_users_mistake(capsys):
     assert run_utils.run_script(raiser(UserError("no such file")), ["--debug"]) == 2
     err = capsys.readouterr().err

@@ -28,7 +28,7 @@ from memory_utils import expected_peak
 from model_utils import attach_lora
 from pass_utils import choose_pass_tokens, mean_loss, pass_losses, score_rows
 from plan_utils import count_steps
-from run_utils import DEFAULTS, Settings
+from run_utils import DEFAULTS, Settings, UserError
 from step_utils import StepRunner
 from training_utils import LoraTrainer, build_training_arguments
 
@@ -421,6 +421,38 @@ def test_a_row_that_does_not_fit_by_itself_ends_in_one_line(tmp_path, monkeypatc
     message = refusal(make_trainer(model, rows, tmp_path, 1000).training_step, model, rows)
     assert "out of memory with a single row of 30 tokens" in message
     assert "--max_seq_length" in message
+
+
+def test_one_process_of_several_names_itself_when_its_memory_runs_out(tmp_path, monkeypatch):
+    model, rows = make_model(), make_rows()
+    out_of_memory_above(monkeypatch, 35)
+    trainer = make_trainer(model, rows, tmp_path, 1000)
+    trainer.rehearsed = True
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", 1)
+    with pytest.raises(UserError, match="process 1 is out of memory with a pass of 64 tokens; halve") as caught:
+        trainer._forward_backward(model, rows, 1.0)
+    assert caught.value.alone
+
+
+def test_memory_that_runs_out_in_the_optimizer_ends_in_one_line(dataset, tmp_path, monkeypatch):
+    def step(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    message = refusal(small_run, dataset, tmp_path)
+    assert "out of memory beside the passes of step 1" in message
+    assert "--gradient_checkpointing" in message
+
+
+def test_a_compiler_that_is_not_there_ends_in_one_line(tmp_path, monkeypatch):
+    def run(*args):
+        raise torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: No working C++ compiler\n\nmore")
+
+    monkeypatch.setattr(StepRunner, "run", run)
+    model, rows = make_model(), make_rows()
+    message = refusal(make_trainer(model, rows, tmp_path, 1000).training_step, model, rows)
+    assert message.startswith("the layers cannot be compiled: InvalidCxxCompiler: No working C++ compiler; mend that")
 
 
 def test_the_rehearsal_tells_what_the_longest_pass_takes_and_leaves_no_trace(tmp_path, capsys):
