@@ -14,7 +14,7 @@ from run_utils import UserError, display_path, read_json, say, write_json
 # A setting that is not listed here belongs to the identity, so that a new one is refused before it is overlooked.
 FREE_SETTINGS = {
     *("base_model_name", "device", "use_fp16", "custom_dataset_path", "validation_dataset_path", "answers_cut_limit"),
-    *("logging_steps", "save_total_limit", "sample_prompts", "eval_samples"),
+    *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_samples"),
     *("max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty"),
     *("output_dir", "logs_dir", "models_dir", "run_name"),
 }

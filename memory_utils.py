@@ -10,6 +10,7 @@ from kernel_utils import LinearCrossEntropy
 from model_utils import attach_lora
 from pass_utils import transformers_model
 from run_utils import UserError
+from step_utils import decoder_layers
 
 GIB = 2**30
 ALLOCATOR = 1.06  # reserved by PyTorch over what tensors take, as measured on an H200
@@ -58,10 +59,13 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
-    heads = config.num_attention_heads
+    # configs differ in what they name; the layers' own matrices always tell the widest one
+    shapes = {p.shape for layer in decoder_layers(base) for p in layer.parameters() if not p.requires_grad}
+    heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or max((max(shape) for shape in shapes), default=4 * hidden)
     trainable = count_parameters(model)[1]
     moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
@@ -73,7 +77,7 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
         kept += 2 * (4 + unit) * hidden
     saved = tokens * (layers * unit * hidden + kept if checkpointing else layers * kept)
     working = tokens * unit * (3 * inner + 3 * hidden)
-    largest = max(p.numel() for name, p in base.named_parameters() if "layers" in name) * unit
+    largest = max((shape.numel() for shape in shapes), default=hidden * inner) * unit
     logits = min(tokens, LinearCrossEntropy.CHUNK) * config.vocab_size * (4 + 4 + unit)
     return (fixed + saved + max(working + largest, logits)) * ALLOCATOR
 

@@ -42,13 +42,15 @@ def chosen_attention(base):
 @contextlib.contextmanager
 def chosen_loss(base, targets):
     """The output layer gives each target's loss in the place of logits, where the fused loss was chosen."""
+    if not kernels_of(base).fused_loss:
+        yield
+        return
     head = base.get_output_embeddings()
-    if kernels_of(base).fused_loss:
-        head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None]
+    head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None]
     try:
         yield
     finally:
-        head.__dict__.pop("forward", None)
+        del head.forward
 
 
 def kernels_of(base):

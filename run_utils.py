@@ -71,11 +71,15 @@ BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "u
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do."""
+    """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do.
 
-    def __init__(self, message):
+    Of several processes the first says it, unless each may meet it alone.
+    """
+
+    def __init__(self, message, alone=False):
         # names out of a user's file can hold line breaks and control characters
         super().__init__(printable(" ".join(message.split())))
+        self.alone = alone
 
 
 class Stopped(BaseException):
@@ -98,9 +102,9 @@ def printable(text):
     return text.translate(CONTROL_CHARACTERS)
 
 
-def say(message):
+def say(message, from_any=False):
     """Tell the user something, on stderr and from the first process only; results go to stdout by print()."""
-    if os.environ.get("RANK", "0") == "0":
+    if from_any or os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
 
 
@@ -122,7 +126,7 @@ def run_script(main, argv):
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        say(f"error: {error}")
+        say(f"error: {error}", from_any=error.alone)
         return 2
     except KeyboardInterrupt:
         say("\nStopped by Ctrl-C.")
@@ -223,7 +227,8 @@ def check_settings(settings):
             continue
         accepted = (int, float) if kind is float else (str, type(None)) if kind is str else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            wanted = {bool: "True or False", int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
+            switch = 'True, False or "auto"' if name in AUTO_SWITCHES else "True or False"
+            wanted = {bool: switch, int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
             raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct it where it was set")
         if isinstance(value, str) and not value.strip():
             raise UserError(f"--{name} is empty, expected a value; the default is {DEFAULTS[name]!r}")

@@ -4,6 +4,7 @@ Everything here changes the speed and the memory of a pass and nothing else. Wha
 for is left out, and the plain way through transformers and peft remains.
 """
 
+import contextlib
 import math
 from types import MethodType
 
@@ -14,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernel_utils import LinearCrossEntropy, frozen_tensors
 from pass_utils import chosen_attention, kernels_of, pass_losses, row_arguments, to_device, transformers_model
-from run_utils import say
+from run_utils import UserError, say
 from token_utils import build_pass
 
 GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
@@ -110,6 +111,16 @@ def wrap_layer(layer, runner):
         return inner(*args, **kwargs)
 
     layer.forward = forward
+
+
+@contextlib.contextmanager
+def compiling():
+    """Turn a compiler that fails, or that is not there, into one line."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        found = str(error).strip().split("\n")[0]
+        raise UserError(f"the layers cannot be compiled: {found}; mend that, or add --torch_compile false") from error
 
 
 class PassGraph:

@@ -109,6 +109,8 @@ def train(settings, dry_run=False, fresh=False):
 
 def run(trainer, settings, validation_rows, started):
     """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
+    import torch
+
     resumption = trainer.checkpoints.resumption
     say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
     with trainer.signals:
@@ -117,6 +119,13 @@ def run(trainer, settings, validation_rows, started):
         except KeyboardInterrupt:
             say(f"\nStopped at once, in step {trainer.state.global_step + 1}; {trainer.checkpoints.last()}")
             raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory beside the passes of step {trainer.state.global_step + 1}, in the optimizer or an"
+                f" evaluation; {trainer.checkpoints.last()}; switch on --gradient_checkpointing, or train anew with"
+                " --fresh, half the --batch_size and twice the --gradient_accumulation_steps",
+                alone=True,
+            ) from error
         finish(trainer, settings, validation_rows, started)
 
 

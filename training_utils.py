@@ -22,7 +22,7 @@ from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
 from plan_utils import choose_compilation, count_passes, longest_rows, row_lengths, typical_rows
 from run_utils import UserError, format_duration, say
-from step_utils import StepRunner
+from step_utils import StepRunner, compiling
 from token_utils import count_trained_tokens, pack_rows
 
 
@@ -100,7 +100,11 @@ class LoraTrainer(ResumableTrainer):
         lengths = [len(row["input_ids"]) for row in rows]
         largest = max(sum(lengths[index] for index in group) for group in pack_rows(lengths, self.max_pass_tokens))
         if self.accelerator.num_processes > 1:
-            raise UserError("out of memory; halve --batch_size, or lower --max_seq_length") from error
+            raise UserError(
+                f"process {self.accelerator.process_index} is out of memory with a pass of {largest:,} tokens; halve"
+                " --batch_size and double --gradient_accumulation_steps, or lower --max_seq_length",
+                alone=True,
+            ) from error
         if largest <= max(lengths):
             raise UserError(
                 f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
@@ -122,7 +126,8 @@ class LoraTrainer(ResumableTrainer):
                     key=lambda group: sum(len(rows[index]["input_ids"]) for index in group),
                 )
                 group = [rows[index] for index in longest]
-                self._forward_backward(model, group, 1e-3)
+                with compiling():
+                    self._forward_backward(model, group, 1e-3)
                 if self.max_pass_tokens == before:
                     break
             if self.accelerator.num_processes == 1:

@@ -236,6 +236,16 @@ def test_the_model_computes_the_fused_loss_and_afterwards_logits_again():
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, base.config.vocab_size)
 
 
+def test_an_adapter_of_the_output_layer_computes_as_the_others_before_and_after_a_pass():
+    model = tiny_model(lora_target_modules="q_proj,lm_head")
+    lora, head = FastLora(model), transformers_model(model).get_output_embeddings()
+    assert lora.covers_all
+    assert len(lora.seeds) > 1
+    for _ in range(2):
+        assert "forward" in vars(head)
+        pass_losses(model, some_rows())
+
+
 def test_attention_is_the_models_own_again_after_a_pass():
     base = copy.deepcopy(transformers_model(tiny_model()))
     usual = base.config._attn_implementation

@@ -268,6 +268,12 @@ def test_an_edited_setting_of_another_type_is_refused(name, value):
     assert f"{name.upper()} is {value!r}" in refusal(run_utils.check_settings, with_value(name, value))
 
 
+@pytest.mark.parametrize("name", AUTO_SWITCHES)
+def test_a_switch_with_a_third_position_names_it_where_it_is_set_wrongly(name):
+    message = refusal(run_utils.check_settings, with_value(name, "yes"))
+    assert message.startswith(f"{name.upper()} is 'yes', expected True, False or \"auto\"")
+
+
 def test_a_whole_number_in_config_does_not_change_the_type_of_a_decimal_flag():
     assert run_utils.parse_value("temperature", "0.7", 1) == 0.7
     assert run_utils.check_settings(with_value("temperature", 1)).temperature == 1
@@ -514,6 +520,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
     assert run_utils.run_script(raiser(UserError("no such file")), []) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: no such file\n")
+
+
+def test_of_several_processes_the_first_says_a_mistake_or_the_one_that_meets_it_alone(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert run_utils.run_script(raiser(UserError("no such file")), []) == 2
+    assert capsys.readouterr().err == ""
+    assert run_utils.run_script(raiser(UserError("out of memory", alone=True)), []) == 2
+    assert capsys.readouterr().err == "error: out of memory\n"
 
 
 def test_debug_shows_the_traceback_of_a_users_mistake(capsys):

@@ -25,10 +25,11 @@ import progress_utils
 import train
 import training_utils
 from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
+from memory_utils import expected_peak
 from model_utils import attach_lora
 from pass_utils import choose_pass_tokens, mean_loss, pass_losses, score_rows
 from plan_utils import check_compiler, count_steps
-from run_utils import DEFAULTS, Settings
+from run_utils import DEFAULTS, Settings, UserError
 from step_utils import StepRunner
 from training_utils import LoraTrainer, build_training_arguments
 
@@ -63,10 +64,10 @@ def make_rows(lengths=(5, 17, 9, 30, 3), seed=0):
     return rows
 
 
-def make_model(name="mistral", seed=0):
+def make_model(name="mistral", seed=0, settings=SETTINGS):
     """A tiny model with LoRA whose B weights are not zero, so that every LoRA gradient is."""
     torch.manual_seed(seed)
-    model = attach_lora(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])), SETTINGS)
+    model = attach_lora(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])), settings)
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -151,6 +152,18 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     trainer.training_step(model, rows)
     for parameter, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-8)
+
+
+def test_what_checkpointing_computes_again_meets_the_same_dropout():
+    found = []
+    for checkpointing in (False, True):
+        model, rows = make_model(settings=SETTINGS._replace(lora_dropout=0.5)), make_rows()
+        runner = StepRunner(model, checkpointing=checkpointing)
+        torch.manual_seed(3)
+        runner.run(model, rows, 1.0, torch.Tensor.backward)
+        found.append(gradients(model))
+    for parameter, gradient in found[0].items():
+        torch.testing.assert_close(found[1][parameter], gradient, rtol=1e-5, atol=1e-8)
 
 
 def test_the_reported_loss_is_the_mean_over_the_steps_trained_tokens(tmp_path):
@@ -348,6 +361,27 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(da
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
+def expected_bytes(config, **changes):
+    with torch.device("meta"):
+        model = attach_lora(AutoModelForCausalLM.from_config(config), SETTINGS)
+    known = {"dtype": torch.bfloat16, "tokens": 2048, "checkpointing": False, "compiled": False}
+    return expected_peak(model, SETTINGS, **(known | changes))
+
+
+def test_the_expected_memory_is_that_of_weights_activations_and_logits():
+    config = MistralConfig(vocab_size=32_000)
+    weights = 3.8 * 2**30  # of 7.24 billion, embeddings and output, 262 million, in 16 bits and the others in 4
+    assert weights < expected_bytes(config, checkpointing=True) < 2 * weights
+    assert expected_bytes(config) > 2 * expected_bytes(config, checkpointing=True)
+    assert expected_bytes(config, tokens=4096) > expected_bytes(config) > expected_bytes(config, compiled=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt", "falcon", "bloom", "mpt", "gpt_bigcode", "phi3", "gemma2"])
+def test_memory_is_expected_of_configs_that_name_their_sizes_in_other_ways(kind):
+    config = AutoConfig.for_model(kind)
+    assert expected_bytes(config, checkpointing=True) < expected_bytes(config) < 400 * 2**30
+
+
 def out_of_memory_above(monkeypatch, tokens):
     """Let passes of more than so many tokens run out of memory; returns the sizes of those that did not."""
     original, sizes = StepRunner.run, []
@@ -415,9 +449,41 @@ def test_a_row_that_does_not_fit_by_itself_ends_in_one_line(tmp_path, monkeypatc
     assert "--max_seq_length" in message
 
 
+def test_one_process_of_several_names_itself_when_its_memory_runs_out(tmp_path, monkeypatch):
+    model, rows = make_model(), make_rows()
+    out_of_memory_above(monkeypatch, 35)
+    trainer = make_trainer(model, rows, tmp_path, 1000)
+    trainer.rehearsed = True
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", 1)
+    with pytest.raises(UserError, match="process 1 is out of memory with a pass of 64 tokens; halve") as caught:
+        trainer._forward_backward(model, rows, 1.0)
+    assert caught.value.alone
+
+
+def test_memory_that_runs_out_in_the_optimizer_ends_in_one_line(dataset, tmp_path, monkeypatch):
+    def step(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    message = refusal(small_run, dataset, tmp_path)
+    assert "out of memory beside the passes of step 1" in message
+    assert "--gradient_checkpointing" in message
+
+
+def test_a_compiler_that_is_not_there_ends_in_one_line(tmp_path, monkeypatch):
+    def run(*args):
+        raise torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: No working C++ compiler\n\nmore")
+
+    monkeypatch.setattr(StepRunner, "run", run)
+    model, rows = make_model(), make_rows()
+    message = refusal(make_trainer(model, rows, tmp_path, 1000).training_step, model, rows)
+    assert message.startswith("the layers cannot be compiled: InvalidCxxCompiler: No working C++ compiler; mend that")
+
+
 def test_the_rehearsal_tells_what_the_longest_pass_takes_and_leaves_no_trace(tmp_path, capsys):
     settings = SETTINGS._replace(batch_size=2, gradient_accumulation_steps=1, lora_dropout=0.5)
-    model, rows = make_model(), make_rows()
+    model, rows = make_model(settings=settings), make_rows()
     trainer = make_trainer(model, rows, tmp_path, 1000, settings)
     trainer.state.max_steps = 7
     torch.manual_seed(3)
