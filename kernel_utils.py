@@ -125,7 +125,7 @@ def _linear(
     offset: torch.Tensor | None,
     values: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # dropout's masks go by memory
     matrix = dequantize(weight, absmax, levels, absmax2, offset, values, (b.shape[0], a.shape[1]), x.dtype)
     out = F.linear(rows, matrix, bias)
     down = (drop(rows, seed, dropout) if dropout else rows) @ a16.T
@@ -155,7 +155,7 @@ def _linear_backward(
     offset: torch.Tensor | None,
     values: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    rows, grad = x.reshape(-1, x.shape[-1]).contiguous(), grad.reshape(-1, grad.shape[-1])
     grad_b = matmul32(grad.T, down).mul_(scaling)
     up = torch.mul(grad @ b16, scaling)
     grad_a = matmul32(up.T, drop(rows, seed, dropout) if dropout else rows)
@@ -170,7 +170,7 @@ def _linear_backward(
 @_linear_backward.register_fake
 def _(grad, x, down, a16, b16, *others):
     grads = (copy.new_empty(copy.shape, dtype=torch.float32) for copy in (a16, b16))
-    return torch.empty_like(x), *grads
+    return x.new_empty(x.shape), *grads
 
 
 def matmul32(left, right):

@@ -95,6 +95,12 @@ def to_device(batch, device):
     }
 
 
+def own_dropout(base):
+    """Whether a model's config has dropout of its own, beside LoRA's; a name that only sounds so costs speed alone."""
+    config = base.config.get_text_config().to_dict()
+    return any("drop" in name and isinstance(value, (int, float)) and value for name, value in config.items())
+
+
 # ---- Choosing --------------------------------------------------------------------------------------------------------
 def probe_rows(model, seed=0):
     """Two short rows of random tokens, every token trained; the seed decides the first."""
@@ -134,9 +140,9 @@ def choose_kernels(model):
     expected = probe_losses(model, rows[1:])
     base.pass_kernels = kernels
     kernels.fused_lora = lora_works(device, model.dtype)
-    head = base.get_output_embeddings()
+    head, half = base.get_output_embeddings(), model.dtype != torch.float32
     for name, possible in (
-        ("varlen", torch.cuda.get_device_capability(device)[0] >= 8 and model.dtype != torch.float32),
+        ("varlen", half and torch.cuda.get_device_capability(device)[0] >= 8 and not own_dropout(base)),
         ("fused_loss", type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad),
     ):
         setattr(kernels, name, possible)

@@ -60,7 +60,7 @@ def print_plan(settings, device, dtype, rows, validation_rows, parameters, proce
         say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
 
 
-def plan_memory(shapes, settings, device, dtype, rows):
+def plan_memory(shapes, settings, device, dtype, rows, processes=1):
     """Say how much GPU memory training should take; returns whether activations are to be recomputed.
 
     shapes: the model without weights. GRADIENT_CHECKPOINTING = "auto" recomputes where a tenth of the free memory
@@ -72,7 +72,7 @@ def plan_memory(shapes, settings, device, dtype, rows):
     step = int(np.sort(row_lengths(rows))[-count:].sum())
     ceiling = settings.batch_size * settings.max_seq_length
     tokens = min(max(ceiling, int(row_lengths(rows).max())), step)
-    compiled = compiling_pays(settings, device, count_passes(rows, settings, ceiling))
+    compiled = compiling_pays(settings, device, count_passes(rows, settings, ceiling, processes))
     free, total = torch.cuda.mem_get_info(device)
     checkpointing, reason = settings.gradient_checkpointing, ""
     if checkpointing == "auto":

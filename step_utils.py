@@ -14,7 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernel_utils import LinearCrossEntropy, frozen_tensors
-from pass_utils import chosen_attention, kernels_of, pass_losses, row_arguments, to_device, transformers_model
+from pass_utils import (
+    chosen_attention,
+    kernels_of,
+    own_dropout,
+    pass_losses,
+    row_arguments,
+    to_device,
+    transformers_model,
+)
 from run_utils import UserError, say
 from token_utils import build_pass
 
@@ -192,7 +200,8 @@ class StepRunner:
         kernels = kernels_of(self.base)
         self.lora = FastLora(model) if kernels.fused_lora else None
         self.checkpointing, self.compiled = checkpointing, compiled
-        self.seeded_dropout = bool(self.lora and self.lora.covers_all)  # else PyTorch's random state decides
+        # else PyTorch's random state decides, which a checkpointed layer must then find again
+        self.seeded_dropout = bool(self.lora and self.lora.covers_all) and not own_dropout(self.base)
         layers = decoder_layers(self.base) if checkpointing or compiled else []
         for layer in layers:
             wrap_layer(layer, self)
@@ -259,7 +268,13 @@ class StepRunner:
         if tokens not in self.graphs:
             self.memory = self.memory or GraphMemory(self.base.device)
             size = (tokens, self.rows_a_pass + 1, self.longest)
-            self.graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.memory)
+            usual = torch.cuda.current_stream()
+            try:
+                self.graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.memory)
+            except RuntimeError as error:  # a recording that breaks off leaves its stream in place and hides the reason
+                torch.cuda.set_stream(usual)
+                reason = error.__context__
+                raise reason if isinstance(reason, torch.OutOfMemoryError) else error from None
         return self.graphs[tokens]
 
     def check(self, model, rows, backward):
@@ -300,7 +315,7 @@ class StepRunner:
 
     def release(self):
         """Give back what recorded passes and gradients hold, after the memory ran out."""
-        if self.graphs:
+        if self.graphs is not None:
             self.graphs, self.memory = {}, None
         self.release_cache()
 

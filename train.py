@@ -85,7 +85,7 @@ def train(settings, dry_run=False, fresh=False):
     plan_utils.print_plan(
         settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
     )
-    checkpointing = plan_utils.plan_memory(shapes, settings, device, dtype, train_rows)
+    checkpointing = plan_utils.plan_memory(shapes, settings, device, dtype, train_rows, arguments.world_size)
     plan_utils.check_compiler(settings, device)
     if dry_run:
         write_report(settings, report, dry_run=True)

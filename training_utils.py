@@ -40,6 +40,7 @@ class LoraTrainer(ResumableTrainer):
         super().__init__(*args, data_collator=UserList, **kwargs)
         self.runner = runner or StepRunner(self.model)
         self.model.zero_grad = lambda **_: self.runner.release_gradients()  # Module's walks through all modules
+        self.model.train()  # the whole of it: a loaded base comes in eval mode
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
         self.max_pass_tokens = max_pass_tokens

@@ -91,7 +91,7 @@ def test_a_running_folder_is_refused_and_sigterm_saves_and_exits_with_143(run, t
     assert last.startswith("error: ")
     assert f"is in use by process {process.pid} on {socket.gethostname()}" in last
     lines = (tmp_path / "log").read_text().strip().splitlines()
-    assert lines[-1].startswith("Stopped at step ")
+    assert lines[-1].startswith(("Stopped at step ", "Stopped in the evaluation of step "))
     assert "same command" in lines[-1]
     assert "Traceback" not in "".join(lines)
 
@@ -107,7 +107,7 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bytes(run, tmp_path):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and both processes
         process.wait(60)
     log = (tmp_path / "log").read_text()
-    assert log.count("Stopped at step ") == 1, log
+    assert log.count("Stopped at step ") + log.count("Stopped in the evaluation of step ") == 1, log
     (_, manifest), skipped = find_newest(tmp_path / "out/checkpoints")
     assert skipped == []
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()

@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Starcoder2Config
 
 import kernel_utils
 from conftest import TINY_BASE
@@ -37,9 +38,9 @@ def tiny_model(four_bit=False, **changes):
     return model.train()
 
 
-def some_rows(lengths=(5, 17, 9)):
+def some_rows(lengths=(5, 17, 9), vocabulary=8000):
     draw = torch.Generator().manual_seed(1)
-    rows = [torch.randint(3, 8000, (length,), generator=draw).tolist() for length in lengths]
+    rows = [torch.randint(3, vocabulary, (length,), generator=draw).tolist() for length in lengths]
     return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]], "row": number} for number, ids in enumerate(rows)]
 
 
@@ -94,6 +95,28 @@ def test_the_fused_lora_layers_have_pefts_losses_and_gradients(four_bit, checkpo
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     losses.sum().backward()
     assert_same(gradients(model), expected)
+
+
+def test_a_base_with_dropout_of_its_own_is_recomputed_with_the_same_masks():
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def gradient(checkpointing):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(Starcoder2Config(**shape, **heads, residual_dropout=0.3))
+        base.pass_kernels = PassKernels()
+        base.pass_kernels.fused_lora = True
+        model = attach_lora(base, SETTINGS).train()
+        runner = StepRunner(model, checkpointing=checkpointing)
+        assert runner.lora.covers_all
+        runner.begin()
+        torch.manual_seed(1)
+        runner.run(model, some_rows(vocabulary=300), 1.0, torch.Tensor.backward)
+        return gradients(model)
+
+    expected, found = gradient(False), gradient(True)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_compiled_layers_have_the_same_gradients():
