@@ -277,25 +277,15 @@ class StepRunner:
                 raise reason if isinstance(reason, torch.OutOfMemoryError) else error from None
         return self.graphs[tokens]
 
-    def check(self, model, rows, backward):
-        """Do without compiled layers and recorded passes unless they have the gradients of plain ones on these rows."""
-        if not self.compiled:
-            return
-        found = self._gradients(model, rows, backward)
-        graphs, self.graphs, self.compiled = self.graphs, None, False
-        expected = self._gradients(model, rows, backward)
-        self.graphs, self.compiled = graphs, True
-        if torch.linalg.vector_norm(found - expected) > 0.3 * torch.linalg.vector_norm(expected):
-            say("Compiled layers have other gradients than plain ones here; they are not used, which is slower")
-            self.compiled, self.graphs = False, None
-        self.release_cache()
-
-    def _gradients(self, model, rows, backward):
-        """The gradients of one pass as one tensor; the same random numbers at each call."""
-        torch.manual_seed(0)
-        self.begin()
-        self.run(model, rows, 1.0, backward)
-        return torch.cat([parameter.grad.flatten() for parameter in self.parameters])
+    @contextlib.contextmanager
+    def plain_passes(self):
+        """Neither compiled nor recorded passes meanwhile."""
+        graphs, compiled = self.graphs, self.compiled
+        self.graphs, self.compiled = None, False
+        try:
+            yield
+        finally:
+            self.graphs, self.compiled = graphs, compiled
 
     def simplify(self, error):
         """Do without what may have failed: recorded passes, then compiled layers; False if there is neither."""

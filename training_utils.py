@@ -113,26 +113,44 @@ class LoraTrainer(ResumableTrainer):
             ) from error
         return largest
 
+    def _compare_with_plain_passes(self, model):
+        """Do without compiled layers and recorded passes unless a typical pass has the gradients of a plain one."""
+
+        def gradient():
+            torch.manual_seed(0)  # the same dropout
+            self._forward_backward(model, typical_rows(self.train_dataset, 2), 1.0)
+            return torch.cat([parameter.grad.flatten() for parameter in self.runner.parameters])
+
+        found = gradient()
+        with self.runner.plain_passes():
+            expected = gradient()
+        if not torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # nan is none
+            say("Compiled layers have other gradients than plain ones here; they are not used, which is slower")
+            self.runner.release()
+            self.runner.compiled, self.runner.graphs = False, None
+        self.runner.release_cache()
+
+    def _longest_pass(self):
+        """The rows of the longest pass that a step can have."""
+        rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
+        lengths = [len(row["input_ids"]) for row in rows]
+        passes = pack_rows(lengths, self.max_pass_tokens)
+        return [rows[index] for index in max(passes, key=lambda group: sum(lengths[index] for index in group))]
+
     def _rehearse(self, model):
         """Run the longest pass that the data can ask for, twice and without a trace, and say what it takes."""
-        rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         if devices:
             torch.cuda.empty_cache()  # what loading left
         with torch.random.fork_rng(devices):
+            if self.runner.compiled and self.accelerator.num_processes == 1:
+                self._compare_with_plain_passes(model)
             while True:  # the first time compiles and finds out what fits
-                before = self.max_pass_tokens
-                longest = max(
-                    pack_rows([len(row["input_ids"]) for row in rows], before),
-                    key=lambda group: sum(len(rows[index]["input_ids"]) for index in group),
-                )
-                group = [rows[index] for index in longest]
+                ceiling, group = self.max_pass_tokens, self._longest_pass()
                 with compiling():
                     self._forward_backward(model, group, 1e-3)
-                if self.max_pass_tokens == before:
+                if self.max_pass_tokens == ceiling:
                     break
-            if self.accelerator.num_processes == 1:
-                self.runner.check(model, typical_rows(self.train_dataset, 2), self.accelerator.backward)
             started = time.perf_counter()
             self._forward_backward(model, group, 1e-3).item()
             seconds = time.perf_counter() - started

@@ -416,6 +416,26 @@ def test_out_of_memory_makes_the_passes_smaller_and_changes_no_result(tmp_path, 
     assert "Out of memory" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_compiled_layers_are_used_only_if_they_have_the_gradients_of_plain_ones(factor, tmp_path, monkeypatch, capsys):
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    calls = []
+
+    def compile_to(forward, **_):
+        return lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs) * factor
+
+    monkeypatch.setattr(torch, "compile", compile_to)
+    trainer = make_trainer(model, rows, tmp_path, 1000)
+    trainer.runner = StepRunner(model, compiled=True)
+    trainer.training_step(model, rows)
+    assert calls
+    assert trainer.runner.compiled is (factor == 1)
+    assert ("Compiled layers have other gradients" in capsys.readouterr().err) is (factor != 1)
+    for parameter, gradient in gradients(model).items():
+        assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm(), parameter
+
+
 def test_what_cannot_be_recorded_or_compiled_is_computed_without(tmp_path, monkeypatch, capsys):
     model, rows = make_model(), make_rows()
     expected = reference_gradients(model, rows)
