@@ -87,10 +87,9 @@ def pass_losses(model, rows):
 
 def to_device(batch, device):
     """A pass's tensors on the device, to a GPU without waiting for it; what is no tensor stays."""
-    if device.type != "cuda":
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    cuda = device.type == "cuda"
     return {
-        name: value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+        name: (value.pin_memory() if cuda else value).to(device, non_blocking=cuda) if torch.is_tensor(value) else value
         for name, value in batch.items()
     }
 

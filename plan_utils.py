@@ -11,6 +11,7 @@ from kernel_utils import triton
 from memory_utils import GIB, expected_peak
 from run_utils import UserError, say
 from step_utils import can_compile
+from token_utils import pack_rows
 
 PASSES_WORTH_COMPILING = 200
 
@@ -31,6 +32,13 @@ def longest_rows(rows, count):
     """The `count` longest rows of a dataset."""
     lengths = row_lengths(rows)
     return [rows[int(index)] for index in np.argsort(-lengths, kind="stable")[:count]]
+
+
+def longest_pass(rows, max_tokens):
+    """Of the passes of at most max_tokens tokens into which these rows are cut, the rows of the longest."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    passes = pack_rows(lengths, max_tokens)
+    return [rows[index] for index in max(passes, key=lambda group: sum(lengths[index] for index in group))]
 
 
 def count_steps(rows, settings, processes=1):

@@ -342,6 +342,10 @@ def as_tensor(ids):
     return torch.as_tensor(ids, dtype=torch.long)
 
 
+def count_tokens(rows):
+    return sum(len(row["input_ids"]) for row in rows)
+
+
 def count_trained_tokens(rows):
     """Number of tokens whose prediction is trained: labels other than IGNORED, without a row's first token."""
     return sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)

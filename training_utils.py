@@ -20,10 +20,10 @@ from checkpoint_utils import ResumableTrainer
 from memory_utils import measured_peak
 from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
-from plan_utils import choose_compilation, count_passes, longest_rows, row_lengths, typical_rows
+from plan_utils import choose_compilation, count_passes, longest_pass, longest_rows, row_lengths, typical_rows
 from run_utils import UserError, format_duration, say
 from step_utils import StepRunner, compiling
-from token_utils import count_trained_tokens, pack_rows
+from token_utils import count_tokens, count_trained_tokens, pack_rows
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class LoraTrainer(ResumableTrainer):
             self._rehearse(model)
         # DDP averages the gradients of the processes, hence the factor
         step_loss = self._forward_backward(model, inputs, processes / trained)
-        self.tokens_trained += sum(len(row["input_ids"]) for row in inputs)
+        self.tokens_trained += count_tokens(inputs)
         self.loss_of_step = step_loss
         return step_loss
 
@@ -98,15 +98,15 @@ class LoraTrainer(ResumableTrainer):
 
     def _largest_pass(self, rows, error):
         """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
-        lengths = [len(row["input_ids"]) for row in rows]
-        largest = max(sum(lengths[index] for index in group) for group in pack_rows(lengths, self.max_pass_tokens))
+        group = longest_pass(rows, self.max_pass_tokens)
+        largest = count_tokens(group)
         if self.accelerator.num_processes > 1:
             raise UserError(
                 f"process {self.accelerator.process_index} is out of memory with a pass of {largest:,} tokens; halve"
                 " --batch_size and double --gradient_accumulation_steps, or lower --max_seq_length",
                 alone=True,
             ) from error
-        if largest <= max(lengths):
+        if len(group) == 1:
             raise UserError(
                 f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
                 " --gradient_checkpointing or --use_4bit_quantization"
@@ -130,15 +130,9 @@ class LoraTrainer(ResumableTrainer):
             self.runner.compiled, self.runner.graphs = False, None
         self.runner.release_cache()
 
-    def _longest_pass(self):
-        """The rows of the longest pass that a step can have."""
-        rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
-        lengths = [len(row["input_ids"]) for row in rows]
-        passes = pack_rows(lengths, self.max_pass_tokens)
-        return [rows[index] for index in max(passes, key=lambda group: sum(lengths[index] for index in group))]
-
     def _rehearse(self, model):
         """Run the longest pass that the data can ask for, twice and without a trace, and say what it takes."""
+        rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         if devices:
             torch.cuda.empty_cache()  # what loading left
@@ -146,7 +140,8 @@ class LoraTrainer(ResumableTrainer):
             if self.runner.compiled and self.accelerator.num_processes == 1:
                 self._compare_with_plain_passes(model)
             while True:  # the first time compiles and finds out what fits
-                ceiling, group = self.max_pass_tokens, self._longest_pass()
+                ceiling = self.max_pass_tokens
+                group = longest_pass(rows, ceiling)
                 with compiling():
                     self._forward_backward(model, group, 1e-3)
                 if self.max_pass_tokens == ceiling:
@@ -155,7 +150,7 @@ class LoraTrainer(ResumableTrainer):
             self._forward_backward(model, group, 1e-3).item()
             seconds = time.perf_counter() - started
         self.runner.release_gradients()
-        tokens = sum(len(row["input_ids"]) for row in group)
+        tokens = count_tokens(group)
         steps = self.state.max_steps - self.state.global_step
         rows_a_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
         steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)  # the last is often a short one
