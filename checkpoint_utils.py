@@ -291,7 +291,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
         self.signals = StopSignals()
-        self.stop_now = 0  # how many processes had got a signal by the last step
+        self.stop_now = 0  # how many processes had got a signal by the last step that was looked at
         self.evaluation_due = False  # whether the step that is saved still has to be evaluated
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -300,11 +300,15 @@ class ResumableTrainer(Trainer):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationStopped:
             self._stop(evaluated=False)
-        if (self.stop_now or (long and self._stop_requested())) and not self.control.should_training_stop:
+        # asking the other processes takes a message, so that after a short step only what they had said counts
+        ask = long or self.accelerator.num_processes == 1
+        if (self.stop_now or (ask and self._stop_requested())) and not self.control.should_training_stop:
             self._stop()
 
     def _stop_requested(self):
         """Whether any process got a signal; the same answer in all of them."""
+        if self.accelerator.num_processes == 1:
+            return self.signals.requested > 0
         requested = torch.tensor(self.signals.requested, device=self.args.device)
         return self.accelerator.reduce(requested, "sum").item() > 0
 

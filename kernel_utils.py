@@ -8,7 +8,6 @@ kernels and without copies.
 import inspect
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -38,7 +37,7 @@ if triton:
         tl.store(out + element, both, mask=inside[:, None])
 
     @triton.jit
-    def _drop_kernel(x, out, seed, count, threshold, scale, ADD: tl.constexpr, SPAN: tl.constexpr):
+    def _drop_kernel(x, out, seed, count, threshold, scale, SPAN: tl.constexpr):
         # each draw gives four words, hence sixteen random bits to each of eight elements, SPAN apart
         program = tl.program_id(0)
         lane = tl.arange(0, SPAN)
@@ -49,8 +48,6 @@ if triton:
             at = program.to(tl.int64) * (8 * SPAN) + part * SPAN + lane
             value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
             value = tl.where(bits >= threshold, value * scale, 0.0)
-            if ADD:
-                value += tl.load(out + at, mask=at < count, other=0.0).to(tl.float32)
             tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
 
@@ -89,21 +86,19 @@ def frozen_tensors(layer):
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
-def drop(x, seed, p):
-    """x with a share p of its elements zeroed, the others divided by 1 - p; seed, a tensor of one integer, decides."""
-    out = torch.empty_like(x)
-    return _drop(x, out, seed, p, add=False)
+def drop(x, seed, p, out=None):
+    """x with a share p of its elements zeroed, the others divided by 1 - p; seed, a tensor of one integer, decides.
 
-
-def _drop(x, out, seed, p, add):
+    x is contiguous; out, which may be x, takes the result.
+    """
+    out = torch.empty_like(x) if out is None else out
     if x.is_cuda and triton:
         grid = (triton.cdiv(x.numel(), 8 * 256),)
-        _drop_kernel[grid](x, out, seed, x.numel(), round(p * 65536), 1 / (1 - p), ADD=add, SPAN=256, num_warps=4)
+        _drop_kernel[grid](x, out, seed, x.numel(), round(p * 65536), 1 / (1 - p), SPAN=256, num_warps=4)
         return out
     draw = torch.Generator().manual_seed(int(seed))
     kept = torch.rand(x.shape, generator=draw).to(x.device) >= p
-    dropped = torch.where(kept, x / (1 - p), 0)
-    return out.add_(dropped) if add else out.copy_(dropped)
+    return out.copy_(torch.where(kept, x / (1 - p), 0))
 
 
 # ---- LoRA over a frozen linear layer ---------------------------------------------------------------------------------
@@ -127,9 +122,11 @@ def _linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # dropout's masks go by memory
     matrix = dequantize(weight, absmax, levels, absmax2, offset, values, (b.shape[0], a.shape[1]), x.dtype)
-    out = F.linear(rows, matrix, bias)
     down = (drop(rows, seed, dropout) if dropout else rows) @ a16.T
-    out.addmm_(down, b16.T, alpha=scaling)
+    out = (down * scaling) @ b16.T  # the small product first: to add it to the large one would read and write all again
+    out.addmm_(rows, matrix.T)
+    if bias is not None:
+        out += bias
     return out.view(*x.shape[:-1], -1), down
 
 
@@ -159,11 +156,11 @@ def _linear_backward(
     grad_b = matmul32(grad.T, down).mul_(scaling)
     up = torch.mul(grad @ b16, scaling)
     grad_a = matmul32(up.T, drop(rows, seed, dropout) if dropout else rows)
-    grad_x = grad @ dequantize(weight, absmax, levels, absmax2, offset, values, (b16.shape[0], a16.shape[1]), x.dtype)
+    grad_x = up @ a16
     if dropout:
-        _drop(up @ a16, grad_x, seed, dropout, add=True)
-    else:
-        grad_x.addmm_(up, a16)
+        drop(grad_x, seed, dropout, out=grad_x)
+    matrix = dequantize(weight, absmax, levels, absmax2, offset, values, (b16.shape[0], a16.shape[1]), x.dtype)
+    grad_x.addmm_(grad, matrix)
     return grad_x.view(x.shape), grad_a, grad_b
 
 

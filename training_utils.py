@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections import UserList
+from collections import UserList, namedtuple
 from pathlib import Path
 
 import torch
@@ -25,8 +25,19 @@ from run_utils import UserError, format_duration, say
 from step_utils import StepRunner, compiling
 from token_utils import count_tokens, count_trained_tokens, pack_rows
 
-
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
+StepFlags = namedtuple("StepFlags", "step rows loss flags wait")  # flags: how many processes met a fault, and a signal
+
+
+def start_copy_to_host(tensor):
+    """A copy on its way to the host, and what to call before it is read."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), lambda: None
+    copy, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return copy, event.synchronize
+
+
 class LoraTrainer(ResumableTrainer):
     """A Trainer whose optimizer step sees one batch of rows and cuts it into passes of at most max_pass_tokens tokens.
 
@@ -43,6 +54,7 @@ class LoraTrainer(ResumableTrainer):
         self.model.train()  # the whole of it: a loaded base comes in eval mode
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
+        self.unchecked = None  # StepFlags of the newest step
         self.max_pass_tokens = max_pass_tokens
         self.tokens_trained = 0  # real tokens of this process and seconds of training, both since the last log
         self.seconds_trained = 0.0
@@ -171,21 +183,42 @@ class LoraTrainer(ResumableTrainer):
         return self.runner.clip(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Refuse a loss or gradient that is not finite before the optimizer sees it, and agree on whether to stop."""
+        """Flag a loss or gradient that is not finite, and whether to stop; the optimizer leaves out a flagged step.
+
+        The host reads a step's flags in the next one, before its optimizer step, so that it prepares a step while the
+        GPU still computes the one before. What logs, evaluates or saves reads them first.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
-        finite = torch.isfinite(self.loss_of_step) & (torch.isfinite(norm) | self._scaler_will_skip())
-        # one message for both, since it makes the host wait for the device; all processes must decide alike
-        flags = torch.stack([~finite, torch.tensor(self.signals.requested > 0, device=finite.device)]).int()
-        faults, self.stop_now = self.accelerator.reduce(flags, "sum").tolist()
-        if faults:
-            what = "gradient" if torch.isfinite(self.loss_of_step) else "loss"
-            self._refuse(f"the {what} of step {self.state.global_step + 1}", self.rows_of_step)
+        finite = torch.isfinite(self.loss_of_step)
+        if not self._scaler_will_skip():
+            finite &= torch.isfinite(norm)
+        # one message for both; all processes must decide alike
+        flags = torch.stack([~finite, torch.full_like(finite, self.signals.requested > 0)]).int()
+        flags = self.accelerator.reduce(flags, "sum")
+        self._check_step()
+        step, optimizer = self.state.global_step + 1, self.optimizer.optimizer
+        self.unchecked = StepFlags(step, self.rows_of_step, self.loss_of_step, *start_copy_to_host(flags))
+        if optimizer.defaults.get("fused") and self.accelerator.scaler is None:
+            optimizer.found_inf = flags[0].clamp(max=1).float()
+        else:
+            self._check_step()
         return norm
 
     def _scaler_will_skip(self):
         """Whether fp16's loss scaling answers an overflowing gradient by a smaller scale, as it must at first."""
         scaler = self.accelerator.scaler
-        return torch.tensor(scaler is not None and scaler.get_scale() > 1, device=self.args.device)
+        return scaler is not None and scaler.get_scale() > 1
+
+    def _check_step(self):
+        """Refuse the newest step whose flags have not been read yet, if its loss or gradient was not finite."""
+        if self.unchecked is None:
+            return
+        step, rows, loss, flags, wait = self.unchecked
+        self.unchecked = None
+        wait()
+        faults, self.stop_now = flags.tolist()
+        if faults:
+            self._refuse(f"the {'gradient' if torch.isfinite(loss) else 'loss'} of step {step}", rows)
 
     def _refuse(self, what, rows, name="training data"):
         """Raise the UserError of a loss or gradient that is not finite, naming the rows at fault as far as known."""
@@ -213,6 +246,8 @@ class LoraTrainer(ResumableTrainer):
         self._count_time()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._check_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.clock = time.perf_counter()  # what it took to evaluate and save is no training time
 
@@ -251,6 +286,10 @@ class LoraTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs):
         """Not counted: the Trainer's estimate needs padded batches."""
         return 0
+
+    def _save_checkpoint(self, model, trial):
+        self._check_step()
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""

@@ -126,15 +126,14 @@ def test_triton_dequantizes_to_bitsandbytes_bits(dtype):
     assert torch.equal(kernel_utils.dequantize(*kernel_utils.frozen_tensors(layer), (1000, 192), dtype), expected)
 
 
-def test_tritons_dropout_keeps_share_and_mean_and_adds_what_it_drops():
+def test_tritons_dropout_keeps_share_and_mean_also_in_place():
     x, seed = torch.ones(333, 1001, device=CUDA), torch.tensor([5], device=CUDA)
     dropped = kernel_utils.drop(x, seed, 0.25)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
     assert dropped.mean().item() == pytest.approx(1, abs=0.01)
     assert not torch.equal(dropped, kernel_utils.drop(x, seed + 1, 0.25))
-    total = torch.full_like(x, 2.0)
-    kernel_utils._drop(x, total, seed, 0.25, add=True)
-    assert torch.equal(total, dropped + 2)
+    assert torch.equal(kernel_utils.drop(x, seed, 0.25, out=x), dropped)
+    assert torch.equal(x, dropped)
 
 
 def test_the_fast_step_has_the_gradients_of_peft_and_transformers():
