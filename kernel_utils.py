@@ -50,6 +50,27 @@ if triton:
             value = tl.where(bits >= threshold, value * scale, 0.0)
             tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
+    @triton.jit
+    def _cross_entropy_kernel(logits, targets, losses, words, GRADIENT: tl.constexpr, SPAN: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        largest, total = -3.4e38, 0.0
+        for start in range(0, words, SPAN):
+            word = start + tl.arange(0, SPAN)
+            value = tl.load(logits + row * words + word, mask=word < words, other=float("-inf")).to(tl.float32)
+            larger = tl.maximum(largest, tl.max(value, 0))
+            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(value - larger), 0)
+            largest = larger
+        normalizer = largest + tl.log(total)
+        tl.store(losses + row, normalizer - tl.load(logits + row * words + target).to(tl.float32))
+        if GRADIENT:
+            tl.debug_barrier()  # the target's logit has been read
+            for start in range(0, words, SPAN):
+                word = start + tl.arange(0, SPAN)
+                value = tl.load(logits + row * words + word, mask=word < words, other=0.0).to(tl.float32)
+                gradient = tl.exp(value - normalizer) - tl.where(word == target, 1.0, 0.0)
+                tl.store(logits + row * words + word, gradient.to(logits.dtype.element_ty), mask=word < words)
+
 
 # ---- Frozen weights --------------------------------------------------------------------------------------------------
 def dequantize(weight, absmax, levels, absmax2, offset, values, shape, dtype):
@@ -255,6 +276,22 @@ AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
+def cross_entropy_(logits, targets, gradient):
+    """Cross entropy in nats, (tokens,) float32, of logits (tokens, words), which become their gradient if wanted."""
+    if logits.is_cuda and triton:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        words = logits.shape[-1]
+        _cross_entropy_kernel[(len(targets),)](logits, targets, losses, words, gradient, SPAN=4096, num_warps=8)
+        return losses
+    values, targets = logits.float(), targets[:, None]
+    normalizer = torch.logsumexp(values, -1, keepdim=True)
+    losses = (normalizer - values.gather(-1, targets))[:, 0]
+    if gradient:
+        probabilities = (values - normalizer).exp_()
+        logits.copy_(probabilities.scatter_add_(-1, targets, probabilities.new_full(targets.shape, -1.0)))
+    return losses
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross entropy in nats, (tokens,), of hidden states (tokens, width) against targets through the output layer.
 
@@ -270,14 +307,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), LinearCrossEntropy.CHUNK):
             part = slice(start, start + LinearCrossEntropy.CHUNK)
-            logits = (hidden[part] @ weight.T).float()
-            target = targets[part, None]
-            normalizer = torch.logsumexp(logits, -1, keepdim=True)
-            losses[part] = (normalizer - logits.gather(-1, target))[:, 0]
+            logits = hidden[part] @ weight.T
+            losses[part] = cross_entropy_(logits, targets[part], gradient is not None)
             if gradient is not None:
-                probabilities = logits.sub_(normalizer).exp_()
-                probabilities.scatter_add_(-1, target, probabilities.new_full(target.shape, -1.0))
-                gradient[part] = probabilities.to(weight.dtype) @ weight
+                torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return losses
 

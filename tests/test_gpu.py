@@ -1,18 +1,21 @@
 """What only a CUDA GPU can show. Skipped, with the reason, where there is none."""
 
 import json
+import math
 import os
+import signal
 
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import kernel_utils
-from conftest import PROJECT, TINY_BASE
+from conftest import PROJECT, TINY_BASE, small_run
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
 from pass_utils import choose_kernels, score_rows, transformers_model
-from run_utils import DEFAULTS, Settings
+from run_utils import DEFAULTS, Settings, Stopped
 from step_utils import StepRunner
 from training_utils import LoraTrainer, build_training_arguments
 
@@ -85,9 +88,9 @@ def test_rows_laid_end_to_end_do_not_read_each_other_on_the_gpu():
 
 
 # ---- The step's kernels ----------------------------------------------------------------------------------------------
-def trained_model(dtype=torch.bfloat16, quantize=True, base=None, **changes):
+def trained_model(dtype=torch.bfloat16, quantize=True, base=None, dropout=0.0):
     """The bundled base with an adapter whose B is not zero, in training mode."""
-    settings = Settings(**DEFAULTS)._replace(base_model_name=TINY_BASE, lora_dropout=0.0, **changes)
+    settings = Settings(**DEFAULTS)._replace(base_model_name=TINY_BASE, lora_dropout=dropout)
     quantization = build_quantization_config(settings, dtype) if quantize else None
     base = base or load_base_model(TINY_BASE, CUDA, dtype, quantization)
     model = attach_lora(base, settings).to(CUDA).train()
@@ -136,6 +139,22 @@ def test_tritons_dropout_keeps_share_and_mean_also_in_place():
     assert torch.equal(x, dropped)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [257, 4096, 9001])
+def test_tritons_cross_entropy_has_torchs_losses_and_gradient(words, dtype):
+    logits = (torch.randn(70, words, device=CUDA) * 4).to(dtype)
+    logits[3, 5] = -math.inf
+    targets = torch.randint(6, words, (70,), device=CUDA)
+    values = logits.float().requires_grad_()
+    expected = F.cross_entropy(values, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), values)
+    before = logits.clone()
+    torch.testing.assert_close(kernel_utils.cross_entropy_(logits, targets, False), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(kernel_utils.cross_entropy_(logits, targets, True), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, gradient.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+
+
 def test_the_fast_step_has_the_gradients_of_peft_and_transformers():
     model, rows = trained_model(), some_rows()
     with torch.autocast("cuda", torch.bfloat16):
@@ -163,6 +182,32 @@ def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkp
     assert sorted(runner.graphs) == [128, 256, 384]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recorded_passes_draw_their_dropout_anew_each_time(checkpointing):
+    model, rows = trained_model(dropout=0.3), some_rows()
+    choose_kernels(model)
+
+    def gradients(runner, seed):
+        torch.manual_seed(seed)
+        return step_gradients(runner, model, [rows])
+
+    options = {"checkpointing": checkpointing, "compiled": True, "graphs": True, "rows_a_pass": 4, "longest": 200}
+    plain, recorded = StepRunner(model), StepRunner(model, **options)
+    for seed in (1, 2, 1):
+        assert distance(gradients(recorded, seed), gradients(plain, seed)) < 0.08
+    assert distance(gradients(recorded, 2), gradients(recorded, 1)) > 0.2  # the check can tell
+
+
+def test_a_pass_of_short_rows_may_be_filled_up_by_more_tokens_than_any_row_has():
+    model, rows = trained_model(), some_rows((20, 60, 24))
+    choose_kernels(model)
+    expected = step_gradients(StepRunner(model), model, [rows])
+    runner = StepRunner(model, compiled=True, graphs=True, rows_a_pass=4, longest=60)
+    assert distance(step_gradients(runner, model, [rows, rows[:1]]), expected) > 0.05  # the check can tell
+    assert distance(step_gradients(runner, model, [rows]), expected) < 0.08
+    assert list(runner.graphs) == [128]
+
+
 def test_varlen_attention_keeps_to_the_sliding_window():
     shape = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -179,22 +224,53 @@ def test_varlen_attention_keeps_to_the_sliding_window():
     assert distance(step_gradients(StepRunner(model), model, [rows]), expected) > 0.2  # the check can tell
 
 
-def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(tmp_path, capsys):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(recorded, tmp_path, capsys):
     settings = Settings(**DEFAULTS)._replace(batch_size=32, gradient_accumulation_steps=1)
     model, rows = trained_model(quantize=False), some_rows((400,) * 32)
+    options = {}
+    if recorded:
+        choose_kernels(model)
+        options["runner"] = StepRunner(model, compiled=True, graphs=True, rows_a_pass=32, longest=400)
     arguments = build_training_arguments(settings, tmp_path, CUDA, torch.bfloat16, has_validation=False)
-    trainer = LoraTrainer(model=model, args=arguments, train_dataset=rows, max_pass_tokens=100_000)
+    trainer = LoraTrainer(model=model, args=arguments, train_dataset=rows, max_pass_tokens=100_000, **options)
     trainer.rehearsed = True
     trainer.max_pass_tokens = 400
     trainer.training_step(model, rows)
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer.max_pass_tokens = 100_000
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**30) / total)
+    total, room = torch.cuda.get_device_properties(0).total_memory, 2**29 if recorded else 2**30
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
     try:
         trainer.training_step(model, rows)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory with a pass of 12,800 tokens; from here on at most 6,400" in capsys.readouterr().err
     assert distance({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected) < 0.08
+    if recorded:
+        assert trainer.runner.graphs
+
+
+def test_a_compiled_run_evaluates_answers_stops_and_goes_on(dataset, tmp_path, monkeypatch, capsys):
+    original = LoraTrainer.training_step
+    options = {"device": "cuda", "use_4bit_quantization": True, "torch_compile": True, "num_epochs": 2}
+
+    def last_loss(name):
+        return json.loads((tmp_path / name / "out/lora-adapter/run.json").read_text())["last_loss"]
+
+    def signalled_step(self, *arguments):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    small_run(dataset, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraTrainer, "training_step", signalled_step)
+        with pytest.raises(Stopped, match="Stopped at step 5 of 12"):
+            small_run(dataset, tmp_path / "stopped", **options)
+    small_run(dataset, tmp_path / "stopped", **options)
+    said = capsys.readouterr().err
+    assert "Going on with the interrupted run" in said
+    assert "slower" not in said
+    assert last_loss("stopped") == pytest.approx(last_loss("whole"), rel=0.01)
