@@ -6,6 +6,7 @@ kernels and without copies.
 """
 
 import inspect
+from itertools import accumulate, pairwise
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -13,6 +14,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from run_utils import say
+
+SMALL = 2**26  # elements of weight matrices that are dequantized together, 128 MiB in half precision
 
 try:
     import triton
@@ -73,37 +76,62 @@ if triton:
 
 
 # ---- Frozen weights --------------------------------------------------------------------------------------------------
-def dequantize(weight, absmax, levels, absmax2, offset, values, shape, dtype):
-    """The (out, in) weight matrix of a frozen layer in dtype, from NF4 with double quantization where it is packed.
+def dequantize(frozen, out):
+    """Fill out, an (out, in) weight matrix, from a frozen layer's NF4 tensors with double quantization; returns it.
 
-    The tensors are those of frozen_tensors. Bytes hold two values, the first in the high half; 64 values share
-    a scale, itself one of 256 levels times a factor of 256 scales, plus an offset.
+    Bytes hold two values, the first in the high half; 64 values share a scale, itself one of 256 levels times a factor
+    of 256 scales, plus an offset.
     """
-    if absmax is None:
-        return weight.to(dtype)
+    packed, absmax, levels, absmax2, offset, values = frozen
     count = absmax.numel()
-    if weight.is_cuda and triton:
-        out = torch.empty(shape, dtype=dtype, device=weight.device)
+    if packed.is_cuda and triton:
         _dequantize_kernel[(triton.cdiv(count, 32),)](
-            weight, absmax, levels, absmax2, offset, values, out, count, BLOCKS=32, num_warps=4, enable_fp_fusion=False
+            *frozen, out, count, BLOCKS=32, num_warps=4, enable_fp_fusion=False
         )
         return out
     scale = levels[absmax.int()] * absmax2.repeat_interleave(256)[:count] + offset
-    packed = weight.view(-1).int()
+    packed = packed.view(-1).int()
     pairs = torch.stack([values[packed >> 4], values[packed & 15]], dim=-1)
-    return (pairs.view(count, 64) * scale[:, None]).view(shape).to(dtype)
+    return out.copy_((pairs.view(count, 64) * scale[:, None]).view(out.shape))
 
 
 def frozen_tensors(layer):
-    """The tensors that make up a linear layer's frozen weight, or None where its kind is not known here."""
+    """A linear layer's frozen weight: [itself], or the six tensors of dequantize; None where its kind is not known."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        return (layer.weight, *[None] * 5) if layer.weight.is_floating_point() else None
+        return [layer.weight] if layer.weight.is_floating_point() else None
     if state.quant_type != "nf4" or not state.nested or state.blocksize != 64 or state.state2.blocksize != 256:
         return None
     if state.shape.numel() % 64:
         return None
-    return layer.weight.data, state.absmax, state.state2.code, state.state2.absmax, state.offset, state.code
+    return [layer.weight.data, state.absmax, state.state2.code, state.state2.absmax, state.offset, state.code]
+
+
+def matrices(frozen, outputs, inputs, dtype):
+    """The frozen weights of layers with so many outputs each; yields (slice of all outputs, matrix).
+
+    frozen: their frozen_tensors, one after the other. Small ones are dequantized into one matrix, since one large
+    product is faster than several small ones.
+    """
+    kind = len(frozen) // len(outputs)
+    weights = [frozen[start : start + kind] for start in range(0, len(frozen), kind)]
+    if kind > 1 and len(outputs) > 1 and sum(outputs) * inputs <= SMALL:
+        matrix = weights[0][0].new_empty((sum(outputs), inputs), dtype=dtype)
+        for weight, part in zip(weights, spans(outputs), strict=True):
+            dequantize(weight, matrix[part])
+        yield slice(None), matrix
+        return
+    for weight, part in zip(weights, spans(outputs), strict=True):
+        if kind == 1:
+            yield part, weight[0].to(dtype)
+        else:
+            yield part, dequantize(weight, weight[0].new_empty((part.stop - part.start, inputs), dtype=dtype))
+
+
+def spans(sizes):
+    """Slices of these sizes, one after the other."""
+    ends = list(accumulate(sizes, initial=0))
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
@@ -122,38 +150,42 @@ def drop(x, seed, p, out=None):
     return out.copy_(torch.where(kept, x / (1 - p), 0))
 
 
-# ---- LoRA over a frozen linear layer ---------------------------------------------------------------------------------
+# ---- LoRA over frozen linear layers ----------------------------------------------------------------------------------
 @torch.library.custom_op("lora::linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
     a16: torch.Tensor,
-    b16: torch.Tensor,
-    bias: torch.Tensor | None,
+    b16: list[torch.Tensor],
+    biases: list[torch.Tensor],
     seed: torch.Tensor,
     dropout: float,
     scaling: float,
-    weight: torch.Tensor,
-    absmax: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    values: torch.Tensor | None,
+    frozen: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()  # dropout's masks go by memory
-    matrix = dequantize(weight, absmax, levels, absmax2, offset, values, (b.shape[0], a.shape[1]), x.dtype)
+    """The outputs of LoRA layers that read the same x, (..., inputs), side by side; and x times their A's.
+
+    a, b: the adapter, which the gradients belong to. a16: copies of the A's times the scaling, one below the other;
+    b16: copies of the B's. One dropout mask serves all. biases: none, or one of each.
+    """
+    rows, outputs = x.reshape(-1, x.shape[-1]).contiguous(), [copy.shape[0] for copy in b16]  # masks go by memory
     down = (drop(rows, seed, dropout) if dropout else rows) @ a16.T
-    out = (down * scaling) @ b16.T  # the small product first: to add it to the large one would read and write all again
-    out.addmm_(rows, matrix.T)
-    if bias is not None:
-        out += bias
+    out = rows.new_empty(len(rows), sum(outputs))
+    # the small products first: to add them to the large ones would read and write all again
+    for copy, part, rank in zip(b16, spans(outputs), spans([len(weight) for weight in a]), strict=True):
+        torch.mm(down[:, rank], copy.T, out=out[:, part])
+    for part, matrix in matrices(frozen, outputs, x.shape[-1], x.dtype):
+        out[:, part].addmm_(rows, matrix.T)
+    if biases:
+        out += torch.cat(biases)
     return out.view(*x.shape[:-1], -1), down
 
 
 @_linear.register_fake
-def _(x, a, b, *others):
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
+def _(x, a, b, a16, b16, *others):
+    outputs = sum(copy.shape[0] for copy in b16)
+    return x.new_empty(*x.shape[:-1], outputs), x.new_empty(x.numel() // x.shape[-1], a16.shape[0])
 
 
 @torch.library.custom_op("lora::linear_backward", mutates_args=())
@@ -162,33 +194,31 @@ def _linear_backward(
     x: torch.Tensor,
     down: torch.Tensor,
     a16: torch.Tensor,
-    b16: torch.Tensor,
+    b16: list[torch.Tensor],
     seed: torch.Tensor,
     dropout: float,
     scaling: float,
-    weight: torch.Tensor,
-    absmax: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    absmax2: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    values: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    frozen: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The gradients of x, of the A's one below the other, and of each B."""
     rows, grad = x.reshape(-1, x.shape[-1]).contiguous(), grad.reshape(-1, grad.shape[-1])
-    grad_b = matmul32(grad.T, down).mul_(scaling)
-    up = torch.mul(grad @ b16, scaling)
-    grad_a = matmul32(up.T, drop(rows, seed, dropout) if dropout else rows)
+    outputs, up, grads_b = [copy.shape[0] for copy in b16], torch.empty_like(down), []
+    for copy, part, rank in zip(b16, spans(outputs), spans([copy.shape[1] for copy in b16]), strict=True):
+        grads_b.append(matmul32(grad[:, part].T, down[:, rank]))
+        torch.mm(grad[:, part], copy, out=up[:, rank])
+    grad_a = matmul32(up.T, drop(rows, seed, dropout) if dropout else rows).mul_(scaling)
     grad_x = up @ a16
     if dropout:
         drop(grad_x, seed, dropout, out=grad_x)
-    matrix = dequantize(weight, absmax, levels, absmax2, offset, values, (b16.shape[0], a16.shape[1]), x.dtype)
-    grad_x.addmm_(grad, matrix)
-    return grad_x.view(x.shape), grad_a, grad_b
+    for part, matrix in matrices(frozen, outputs, x.shape[-1], x.dtype):
+        grad_x.addmm_(grad[:, part], matrix)
+    return grad_x.view(x.shape), grad_a, grads_b
 
 
 @_linear_backward.register_fake
 def _(grad, x, down, a16, b16, *others):
-    grads = (copy.new_empty(copy.shape, dtype=torch.float32) for copy in (a16, b16))
-    return x.new_empty(x.shape), *grads
+    grads_b = [copy.new_empty(copy.shape, dtype=torch.float32) for copy in b16]
+    return x.new_empty(x.shape), a16.new_empty(a16.shape, dtype=torch.float32), grads_b
 
 
 def matmul32(left, right):
@@ -199,14 +229,20 @@ def matmul32(left, right):
 
 
 def _remember(ctx, inputs, output):
-    x, _, _, a16, b16, _, seed, ctx.dropout, ctx.scaling, *frozen = inputs
-    ctx.save_for_backward(x, output[1], a16, b16, seed, *frozen)
+    x, _, _, a16, b16, biases, seed, ctx.dropout, ctx.scaling, frozen = inputs
+    ctx.count, ctx.biases = len(b16), len(biases)
+    ctx.save_for_backward(x, output[1], a16, seed, *b16, *frozen)
 
 
 def _backward(ctx, grad, _):
-    x, down, a16, b16, seed, *frozen = ctx.saved_tensors
-    grads = torch.ops.lora.linear_backward(grad, x, down, a16, b16, seed, ctx.dropout, ctx.scaling, *frozen)
-    return *grads, *[None] * 12
+    x, down, a16, seed, *others = ctx.saved_tensors
+    b16, frozen = others[: ctx.count], others[ctx.count :]
+    grad_x, grad_a, grads_b = torch.ops.lora.linear_backward(
+        grad, x, down, a16, b16, seed, ctx.dropout, ctx.scaling, frozen
+    )
+    grads_a = grad_a.split([copy.shape[1] for copy in b16])
+    others = None, [None] * len(b16), [None] * ctx.biases, None, None, None, [None] * len(frozen)
+    return grad_x, list(grads_a), grads_b, *others
 
 
 _linear.register_autograd(_backward, setup_context=_remember)
@@ -227,9 +263,9 @@ def try_lora(device, dtype):
         return x @ weight.T + (x @ a.T) @ b.T
 
     def fused(x, a, b):
-        frozen = (weight.to(dtype), None, None, None, None, None)
         drop(x.detach().to(dtype), seed, 0.5)
-        return torch.ops.lora.linear(x.to(dtype), a, b, a.to(dtype), b.to(dtype), None, seed, 0.0, 1.0, *frozen)[0]
+        copies, frozen = (a.detach().to(dtype), [b.detach().to(dtype)]), [weight.to(dtype)]
+        return torch.ops.lora.linear(x.to(dtype), [a], [b], *copies, [], seed, 0.0, 1.0, frozen)[0]
 
     def results(function):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]

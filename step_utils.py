@@ -9,11 +9,11 @@ import math
 from types import MethodType
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kernel_utils import LinearCrossEntropy, frozen_tensors
+from kernel_utils import LinearCrossEntropy
+from lora_utils import FastLora
 from pass_utils import (
     chosen_attention,
     kernels_of,
@@ -27,71 +27,6 @@ from run_utils import UserError, say
 from token_utils import build_pass
 
 GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
-
-
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
-class FastLora:
-    """A model's LoRA layers, computing with the fused operation while they train.
-
-    The optimizer keeps the adapter in float32; the layers multiply with copies in the model's own number format, which
-    refresh() renews after each optimizer step. draw_dropout() decides the masks of the next pass, from the CPU's random
-    numbers, so that the recomputation of a checkpointed layer meets the same.
-    """
-
-    def __init__(self, model):
-        lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-        layers = [layer for layer in lora_layers if is_plain(layer)]
-        self.covers_all = len(layers) == len(lora_layers)
-        self.seeds = torch.zeros(len(layers), dtype=torch.int64, device=model.device)
-        self.weights, self.copies = [], []
-        for number, layer in enumerate(layers):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            layer.fast_a, layer.fast_b = (weight.detach().to(model.dtype, copy=True) for weight in (a, b))
-            layer.fast_frozen = frozen_tensors(layer.base_layer)
-            layer.fast_seed = self.seeds[number : number + 1]
-            layer.fast_dropout = getattr(layer.lora_dropout["default"], "p", 0.0)
-            layer.forward = MethodType(lora_forward, layer)
-            self.weights += [a, b]
-            self.copies += [layer.fast_a, layer.fast_b]
-
-    @torch.no_grad()
-    def refresh(self):
-        torch._foreach_copy_(self.copies, self.weights)
-
-    def draw_dropout(self):
-        seeds = torch.randint(2**31, self.seeds.shape, pin_memory=self.seeds.is_cuda)
-        self.seeds.copy_(seeds, non_blocking=True)
-
-
-def is_plain(layer):
-    """Whether a LoRA layer is plain: one adapter, no variant such as DoRA, over a linear layer known here."""
-    base = layer.get_base_layer()
-    return (
-        isinstance(base, torch.nn.Linear)
-        and list(layer.lora_A) == ["default"]
-        and not layer.lora_variant
-        and layer.lora_B["default"].bias is None
-        and not layer.fan_in_fan_out
-        and frozen_tensors(base) is not None
-    )
-
-
-def lora_forward(layer, x, *args, **kwargs):
-    """What takes the place of a plain LoRA layer's forward: the fused operation while the layer trains."""
-    if not layer.training or layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x, *args, **kwargs)
-    return torch.ops.lora.linear(
-        x.to(layer.fast_a.dtype),
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-        layer.fast_a,
-        layer.fast_b,
-        layer.base_layer.bias,
-        layer.fast_seed,
-        layer.fast_dropout,
-        layer.scaling["default"],
-        *layer.fast_frozen,
-    )[0]
 
 
 # ---- Decoder layers --------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, Starcoder2Config
 import kernel_utils
 from conftest import TINY_BASE
 from kernel_utils import LinearCrossEntropy, dequantize, frozen_tensors
+from lora_utils import FastLora
 from model_utils import attach_lora, build_quantization_config, load_base_model
 from pass_utils import PassKernels, chosen_attention, pass_losses, transformers_model
 from run_utils import DEFAULTS, Settings
-from step_utils import FastLora, StepRunner
+from step_utils import StepRunner
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, base_model_name=TINY_BASE)
@@ -68,7 +69,7 @@ def test_nf4_weights_are_dequantized_to_bitsandbytes_bits(dtype):
     state = layer.weight.quant_state
     state.dtype = dtype
     expected = bnb.functional.dequantize_4bit(layer.weight.data, state)
-    found = dequantize(*frozen_tensors(layer), (256, 192), dtype)
+    found = dequantize(frozen_tensors(layer), torch.empty(256, 192, dtype=dtype))
     assert found.dtype == dtype
     assert torch.equal(found, expected)
 
@@ -88,7 +89,7 @@ def test_the_fused_lora_layers_have_pefts_losses_and_gradients(four_bit, checkpo
     expected = plain_gradients(model, rows)
     lora = FastLora(model)
     assert lora.covers_all
-    assert len(lora.seeds) == 7 * len(transformers_model(model).get_decoder().layers)
+    assert [len(group.a) for group in lora.groups] == [3, 1, 2, 1] * len(transformers_model(model).get_decoder().layers)
     if checkpointing:
         StepRunner(model, checkpointing=True)
     losses = pass_losses(model, rows)[0]
@@ -173,8 +174,7 @@ def test_the_gradient_goes_through_the_same_dropout_as_the_loss():
     mask = kernel_utils.drop(torch.ones(40, 64), seed, 0.3)
     expected = x @ weight.T + 2.0 * ((x * mask) @ a.T) @ b.T
     wanted = torch.autograd.grad(expected.pow(2).sum(), (x, a, b))
-    frozen = (weight, None, None, None, None, None)
-    out, _ = torch.ops.lora.linear(x, a, b, a.detach(), b.detach(), None, seed, 0.3, 2.0, *frozen)
+    out, _ = torch.ops.lora.linear(x, [a], [b], 2 * a.detach(), [b.detach()], [], seed, 0.3, 2.0, [weight])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
     for found, gradient in zip(torch.autograd.grad(out.pow(2).sum(), (x, a, b)), wanted, strict=True):
         assert (found - gradient).norm() <= 1e-5 * gradient.norm()
