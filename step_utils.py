@@ -5,7 +5,9 @@ for is left out, and the plain way through transformers and peft remains.
 """
 
 import contextlib
+import gc
 import math
+import weakref
 from types import MethodType
 
 import torch
@@ -73,7 +75,7 @@ class PassGraph:
     with one more row, from which nothing is learned. The output layer and the loss stay outside.
     """
 
-    def __init__(self, base, parameters, gradients, tokens, rows, longest, memory):
+    def __init__(self, base, parameters, gradients, tokens, rows, longest, recordings):
         self.tokens, self.rows, device = tokens, rows, base.device
         self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
@@ -87,12 +89,12 @@ class PassGraph:
                 input_ids=self.ids, position_ids=self.positions, use_cache=False, **arguments
             ).last_hidden_state
 
-        pool, stream = memory.pool, memory.stream
+        pool, stream = recordings.pool, recordings.stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):  # compiles and loads what this length needs
             hidden = forward()
             torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
-        self.hidden, self.grad_hidden = memory.buffers(hidden.detach())
+        self.hidden, self.grad_hidden = recordings.buffers(hidden.detach())
         del hidden
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, pool=pool.id, stream=stream):
@@ -111,10 +113,11 @@ class PassGraph:
         self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
 
 
-class GraphMemory:
-    """What all recordings share, since no two are in use at a time: memory, its stream, and where passes end."""
+class Recordings:
+    """Passes recorded for a model, by their tokens, and what they share, since no two are in use at a time."""
 
     def __init__(self, device):
+        self.graphs = {}
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
         self.hidden = self.grad_hidden = None
 
@@ -124,6 +127,14 @@ class GraphMemory:
         if self.hidden is None or self.hidden.shape[1] < tokens:
             self.hidden, self.grad_hidden = torch.zeros_like(hidden), torch.zeros_like(hidden)
         return self.hidden[:, :tokens], self.grad_hidden[:, :tokens]
+
+    def release(self):
+        """Give the memory back. PyTorch ends the process if the memory goes before the last graph that uses it."""
+        for graph in self.graphs.values():
+            graph.forward.reset()
+            graph.backward.reset()
+        self.graphs = {}
+        self.pool = self.stream = self.hidden = self.grad_hidden = None
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
@@ -145,7 +156,7 @@ class StepRunner:
         if compiled:  # then the first layer's code is that of the others
             self.base.enable_input_require_grads()
         graphs = graphs and self.seeded_dropout and kernels.varlen and kernels.fused_loss
-        self.graphs, self.memory = {} if graphs else None, None
+        self.recording, self.recordings = graphs, None
         self.rows_a_pass, self.longest = rows_a_pass, max(longest, GRAPH_TOKENS)  # what fills a pass up is a row too
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if graphs:
@@ -158,14 +169,14 @@ class StepRunner:
         if self.lora:
             self.lora.refresh()
         self.release_gradients()
-        if self.graphs is not None:
+        if self.recording:
             self.flat.zero_()
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
 
     def clip(self, max_norm):
         """Scale the gradients down to max_norm if they are longer together; returns their norm before that."""
-        if self.graphs is None:
+        if not self.recording:
             return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
         norm = torch.linalg.vector_norm(self.flat)
         self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -176,7 +187,7 @@ class StepRunner:
         if self.lora:
             self.lora.draw_dropout()
         with chosen_attention(self.base):  # also for the layers that the backward pass computes again
-            if self.graphs is not None:
+            if self.recording:
                 return self._replay(rows, scale, backward)
             losses, _ = pass_losses(model, rows)
             loss = losses.sum() * scale
@@ -199,39 +210,43 @@ class StepRunner:
         return loss.detach()
 
     def _graph(self, count):
+        """The recorded pass for so many tokens, recorded where it is the first of its length."""
         tokens = math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
-        if tokens not in self.graphs:
-            self.memory = self.memory or GraphMemory(self.base.device)
+        if self.recordings is None:
+            self.recordings = Recordings(self.base.device)
+            weakref.finalize(self, self.recordings.release)  # garbage collection keeps to no order
+        graphs = self.recordings.graphs
+        if tokens not in graphs:
             size = (tokens, self.rows_a_pass + 1, self.longest)
             usual = torch.cuda.current_stream()
             try:
-                self.graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.memory)
+                graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.recordings)
             except RuntimeError as error:  # a recording that breaks off leaves its stream in place and hides the reason
                 torch.cuda.set_stream(usual)
                 reason = error.__context__
                 raise reason if isinstance(reason, torch.OutOfMemoryError) else error from None
-        return self.graphs[tokens]
+        return graphs[tokens]
 
     @contextlib.contextmanager
     def plain_passes(self):
         """Neither compiled nor recorded passes meanwhile."""
-        graphs, compiled = self.graphs, self.compiled
-        self.graphs, self.compiled = None, False
+        recording, compiled = self.recording, self.compiled
+        self.recording = self.compiled = False
         try:
             yield
         finally:
-            self.graphs, self.compiled = graphs, compiled
+            self.recording, self.compiled = recording, compiled
 
     def simplify(self, error):
         """Do without what may have failed: recorded passes, then compiled layers; False if there is neither."""
-        what = "recorded" if self.graphs is not None else "compiled" if self.compiled else None
+        what = "recorded" if self.recording else "compiled" if self.compiled else None
         if what is None:
             return False
         say(f"This model's passes cannot be {what} ({type(error).__name__}), which is slower and computes the same")
         if what == "compiled":
             self.compiled = False
+        self.recording = False
         self.release()
-        self.graphs = None
         return True
 
     def release_gradients(self):
@@ -240,8 +255,10 @@ class StepRunner:
 
     def release(self):
         """Give back what recorded passes and gradients hold, after the memory ran out."""
-        if self.graphs is not None:
-            self.graphs, self.memory = {}, None
+        gc.collect()  # a recording that broke off lives on in the frames of its exception
+        if self.recordings is not None:
+            self.recordings.release()
+            self.recordings = None
         self.release_cache()
 
     def release_cache(self):

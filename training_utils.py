@@ -131,7 +131,8 @@ class LoraTrainer(ResumableTrainer):
         def gradient():
             torch.manual_seed(0)  # the same dropout
             self._forward_backward(model, typical_rows(self.train_dataset, 2), 1.0)
-            return torch.cat([parameter.grad.flatten() for parameter in self.runner.parameters])
+            # compared on the host, since two more copies of the gradients would add to the peak of the memory
+            return torch.cat([parameter.grad.cpu().flatten() for parameter in self.runner.parameters])
 
         found = gradient()
         with self.runner.plain_passes():
@@ -139,7 +140,7 @@ class LoraTrainer(ResumableTrainer):
         if not torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # nan is none
             say("Compiled layers have other gradients than plain ones here; they are not used, which is slower")
             self.runner.release()
-            self.runner.compiled, self.runner.graphs = False, None
+            self.runner.compiled = self.runner.recording = False
         self.runner.release_cache()
 
     def _rehearse(self, model):

@@ -180,7 +180,7 @@ def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkp
     runner = StepRunner(model, **options)
     for groups in ([rows], [rows[:2], rows[2:]], [[row] for row in rows], [rows]):
         assert distance(step_gradients(runner, model, groups), expected) < 0.08
-    assert sorted(runner.graphs) == [128, 256, 384]
+    assert sorted(runner.recordings.graphs) == [128, 256, 384]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -206,7 +206,7 @@ def test_a_pass_of_short_rows_may_be_filled_up_by_more_tokens_than_any_row_has()
     runner = StepRunner(model, compiled=True, graphs=True, rows_a_pass=4, longest=60)
     assert distance(step_gradients(runner, model, [rows, rows[:1]]), expected) > 0.05  # the check can tell
     assert distance(step_gradients(runner, model, [rows]), expected) < 0.08
-    assert list(runner.graphs) == [128]
+    assert list(runner.recordings.graphs) == [128]
 
 
 def test_varlen_attention_keeps_to_the_sliding_window():
@@ -250,7 +250,7 @@ def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(recorde
     assert "Out of memory with a pass of 12,800 tokens; from here on at most 6,400" in capsys.readouterr().err
     assert distance({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected) < 0.08
     if recorded:
-        assert trainer.runner.graphs
+        assert trainer.runner.recordings.graphs
 
 
 def test_a_compiled_run_evaluates_answers_stops_and_goes_on(dataset, tmp_path, monkeypatch, capsys):

@@ -444,7 +444,7 @@ def test_what_cannot_be_recorded_or_compiled_is_computed_without(tmp_path, monke
     trainer.rehearsed = True
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: lambda *args, **kwargs: 1 / 0)
     trainer.runner = StepRunner(model, compiled=True)
-    trainer.runner.graphs = {}
+    trainer.runner.recording = True
 
     def record(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
