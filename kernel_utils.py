@@ -15,8 +15,6 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from run_utils import say
 
-SMALL = 2**26  # elements of weight matrices that are dequantized together, 128 MiB in half precision
-
 try:
     import triton
     import triton.language as tl
@@ -86,7 +84,7 @@ def dequantize(frozen, out):
     count = absmax.numel()
     if packed.is_cuda and triton:
         _dequantize_kernel[(triton.cdiv(count, 32),)](
-            *frozen, out, count, BLOCKS=32, num_warps=4, enable_fp_fusion=False
+            *frozen, out, count, BLOCKS=32, num_warps=2, enable_fp_fusion=False
         )
         return out
     scale = levels[absmax.int()] * absmax2.repeat_interleave(256)[:count] + offset
@@ -107,31 +105,17 @@ def frozen_tensors(layer):
     return [layer.weight.data, state.absmax, state.state2.code, state.state2.absmax, state.offset, state.code]
 
 
-def matrices(frozen, outputs, inputs, dtype):
-    """The frozen weights of layers with so many outputs each; yields (slice of all outputs, matrix).
+def matrices(frozen, copies, inputs):
+    """The frozen weights, (outputs, inputs) each, of layers whose frozen_tensors stand one after the other.
 
-    frozen: their frozen_tensors, one after the other. Small ones are dequantized into one matrix, since one large
-    product is faster than several small ones.
+    copies: of each layer's B, (outputs, rank), whose number format is taken.
     """
-    kind = len(frozen) // len(outputs)
-    weights = [frozen[start : start + kind] for start in range(0, len(frozen), kind)]
-    if kind > 1 and len(outputs) > 1 and sum(outputs) * inputs <= SMALL:
-        matrix = weights[0][0].new_empty((sum(outputs), inputs), dtype=dtype)
-        for weight, part in zip(weights, spans(outputs), strict=True):
-            dequantize(weight, matrix[part])
-        yield slice(None), matrix
-        return
-    for weight, part in zip(weights, spans(outputs), strict=True):
+    kind = len(frozen) // len(copies)
+    for copy, start in zip(copies, range(0, len(frozen), kind), strict=True):
         if kind == 1:
-            yield part, weight[0].to(dtype)
+            yield frozen[start].to(copy.dtype)
         else:
-            yield part, dequantize(weight, weight[0].new_empty((part.stop - part.start, inputs), dtype=dtype))
-
-
-def spans(sizes):
-    """Slices of these sizes, one after the other."""
-    ends = list(accumulate(sizes, initial=0))
-    return [slice(begin, end) for begin, end in pairwise(ends)]
+            yield dequantize(frozen[start : start + kind], copy.new_empty(len(copy), inputs))
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
@@ -163,34 +147,32 @@ def _linear(
     dropout: float,
     scaling: float,
     frozen: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs of LoRA layers that read the same x, (..., inputs), side by side; and x times their A's.
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The outputs of LoRA layers that read the same x, (..., inputs); and x times their A's.
 
     a, b: the adapter, which the gradients belong to. a16: copies of the A's times the scaling, one below the other;
-    b16: copies of the B's. One dropout mask serves all. biases: none, or one of each.
+    b16: copies of the B's. One dropout mask serves all. biases: none, or one of each. frozen: their frozen_tensors.
     """
-    rows, outputs = x.reshape(-1, x.shape[-1]).contiguous(), [copy.shape[0] for copy in b16]  # masks go by memory
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # dropout's masks go by memory
     down = (drop(rows, seed, dropout) if dropout else rows) @ a16.T
-    out = rows.new_empty(len(rows), sum(outputs))
-    # the small products first: to add them to the large ones would read and write all again
-    for copy, part, rank in zip(b16, spans(outputs), spans([len(weight) for weight in a]), strict=True):
-        torch.mm(down[:, rank], copy.T, out=out[:, part])
-    for part, matrix in matrices(frozen, outputs, x.shape[-1], x.dtype):
-        out[:, part].addmm_(rows, matrix.T)
-    if biases:
-        out += torch.cat(biases)
-    return out.view(*x.shape[:-1], -1), down
+    outs = []
+    for number, (copy, matrix) in enumerate(zip(b16, matrices(frozen, b16, x.shape[-1]), strict=True)):
+        # the small product first: to add it to the large one would read and write all again
+        out = down[:, ranks(b16)[number]] @ copy.T
+        out.addmm_(rows, matrix.T)
+        outs.append((out + biases[number] if biases else out).view(*x.shape[:-1], -1))
+    return outs, down
 
 
 @_linear.register_fake
 def _(x, a, b, a16, b16, *others):
-    outputs = sum(copy.shape[0] for copy in b16)
-    return x.new_empty(*x.shape[:-1], outputs), x.new_empty(x.numel() // x.shape[-1], a16.shape[0])
+    outs = [x.new_empty(*x.shape[:-1], copy.shape[0]) for copy in b16]
+    return outs, x.new_empty(x.numel() // x.shape[-1], a16.shape[0])
 
 
 @torch.library.custom_op("lora::linear_backward", mutates_args=())
 def _linear_backward(
-    grad: torch.Tensor,
+    grads: list[torch.Tensor],
     x: torch.Tensor,
     down: torch.Tensor,
     a16: torch.Tensor,
@@ -201,24 +183,31 @@ def _linear_backward(
     frozen: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The gradients of x, of the A's one below the other, and of each B."""
-    rows, grad = x.reshape(-1, x.shape[-1]).contiguous(), grad.reshape(-1, grad.shape[-1])
-    outputs, up, grads_b = [copy.shape[0] for copy in b16], torch.empty_like(down), []
-    for copy, part, rank in zip(b16, spans(outputs), spans([copy.shape[1] for copy in b16]), strict=True):
-        grads_b.append(matmul32(grad[:, part].T, down[:, rank]))
-        torch.mm(grad[:, part], copy, out=up[:, rank])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+    up, grads_b = torch.empty_like(down), []
+    for grad, copy, rank in zip(grads, b16, ranks(b16), strict=True):
+        grads_b.append(matmul32(grad.T, down[:, rank]))
+        torch.mm(grad, copy, out=up[:, rank])
     grad_a = matmul32(up.T, drop(rows, seed, dropout) if dropout else rows).mul_(scaling)
     grad_x = up @ a16
     if dropout:
         drop(grad_x, seed, dropout, out=grad_x)
-    for part, matrix in matrices(frozen, outputs, x.shape[-1], x.dtype):
-        grad_x.addmm_(grad[:, part], matrix)
+    for grad, matrix in zip(grads, matrices(frozen, b16, x.shape[-1]), strict=True):
+        grad_x.addmm_(grad, matrix)
     return grad_x.view(x.shape), grad_a, grads_b
 
 
 @_linear_backward.register_fake
-def _(grad, x, down, a16, b16, *others):
+def _(grads, x, down, a16, b16, *others):
     grads_b = [copy.new_empty(copy.shape, dtype=torch.float32) for copy in b16]
     return x.new_empty(x.shape), a16.new_empty(a16.shape, dtype=torch.float32), grads_b
+
+
+def ranks(copies):
+    """Where each layer's ranks stand among all, by the copies of the B's, (outputs, rank) each."""
+    ends = accumulate((copy.shape[1] for copy in copies), initial=0)
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def matmul32(left, right):
@@ -234,11 +223,11 @@ def _remember(ctx, inputs, output):
     ctx.save_for_backward(x, output[1], a16, seed, *b16, *frozen)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grads, _):
     x, down, a16, seed, *others = ctx.saved_tensors
     b16, frozen = others[: ctx.count], others[ctx.count :]
     grad_x, grad_a, grads_b = torch.ops.lora.linear_backward(
-        grad, x, down, a16, b16, seed, ctx.dropout, ctx.scaling, frozen
+        grads, x, down, a16, b16, seed, ctx.dropout, ctx.scaling, frozen
     )
     grads_a = grad_a.split([copy.shape[1] for copy in b16])
     others = None, [None] * len(b16), [None] * ctx.biases, None, None, None, [None] * len(frozen)
@@ -265,7 +254,7 @@ def try_lora(device, dtype):
     def fused(x, a, b):
         drop(x.detach().to(dtype), seed, 0.5)
         copies, frozen = (a.detach().to(dtype), [b.detach().to(dtype)]), [weight.to(dtype)]
-        return torch.ops.lora.linear(x.to(dtype), [a], [b], *copies, [], seed, 0.0, 1.0, frozen)[0]
+        return torch.ops.lora.linear(x.to(dtype), [a], [b], *copies, [], seed, 0.0, 1.0, frozen)[0][0]
 
     def results(function):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]

@@ -59,15 +59,14 @@ class LoraGroup:
         self.biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
         self.frozen = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
         self.seed, self.dropout, self.scaling = seed, dropout_of(layers[0]), layers[0].scaling["default"]
-        self.outputs = [len(weight) for weight in self.b]
         self.waiting = None  # the tensor that was read, and the outputs that the other layers will ask for
         for number, layer in enumerate(layers):
             layer.fast_group, layer.fast_number = self, number
             layer.forward = MethodType(lora_forward, layer)
 
     def compute(self, x):
-        """The outputs of all layers, a tuple."""
-        out, _ = torch.ops.lora.linear(
+        """The outputs of all layers."""
+        outputs, _ = torch.ops.lora.linear(
             x.to(self.fast_a.dtype),
             self.a,
             self.b,
@@ -79,7 +78,7 @@ class LoraGroup:
             self.scaling,
             self.frozen,
         )
-        return out.split(self.outputs, -1)
+        return outputs
 
 
 def lora_forward(layer, x, *args, **kwargs):

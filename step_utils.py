@@ -8,6 +8,7 @@ import contextlib
 import gc
 import math
 import weakref
+from collections import namedtuple
 from types import MethodType
 
 import torch
@@ -118,6 +119,7 @@ class Recordings:
 
     def __init__(self, device):
         self.graphs = {}
+        gc.collect()  # an earlier model's pool must not go while this one's is in use
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
         self.hidden = self.grad_hidden = None
 
@@ -265,3 +267,15 @@ class StepRunner:
         self.release_gradients()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+StepFlags = namedtuple("StepFlags", "step rows loss flags wait")  # flags: how many processes met a fault, and a signal
+
+
+def start_copy_to_host(tensor):
+    """A copy on its way to the host, and what to call before it is read."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), lambda: None
+    copy, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return copy, event.synchronize

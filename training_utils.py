@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections import UserList, namedtuple
+from collections import UserList
 from pathlib import Path
 
 import torch
@@ -22,22 +22,11 @@ from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
 from plan_utils import choose_compilation, count_passes, longest_pass, longest_rows, row_lengths, typical_rows
 from run_utils import UserError, format_duration, say
-from step_utils import StepRunner, compiling
+from step_utils import StepFlags, StepRunner, compiling, start_copy_to_host
 from token_utils import count_tokens, count_trained_tokens, pack_rows
 
+
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
-StepFlags = namedtuple("StepFlags", "step rows loss flags wait")  # flags: how many processes met a fault, and a signal
-
-
-def start_copy_to_host(tensor):
-    """A copy on its way to the host, and what to call before it is read."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu(), lambda: None
-    copy, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-    event.record()
-    return copy, event.synchronize
-
-
 class LoraTrainer(ResumableTrainer):
     """A Trainer whose optimizer step sees one batch of rows and cuts it into passes of at most max_pass_tokens tokens.
 
