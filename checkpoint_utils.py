@@ -22,6 +22,7 @@ from fault_utils import (
     from_first_process,
     run_bytes,
     saving,
+    set_aside_previous_run,
     together,
 )
 from identity_utils import differences, version_differences
@@ -33,7 +34,6 @@ from run_utils import (
     display_path,
     read_json,
     say,
-    set_aside_previous_run,
     sync_file,
     sync_folder,
     write_json,

@@ -24,6 +24,7 @@ from run_utils import (
     quiet_libraries,
     run_script,
     say,
+    settle,
     write_json,
 )
 
@@ -53,6 +54,7 @@ def evaluate(adapter_path, given, run_dir, target):
     check_writable(target, "--output_dir")
     conversations = load_validation_rows(settings, run_dir, cache_dir)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
+    settle()
     rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
     say(f"Measuring base and tuned model on {len(rows)} rows")
     pass_utils.choose_kernels(model)

@@ -137,6 +137,23 @@ def read_owner(text):
         return None
 
 
+def set_aside_previous_run(output_dir, names):
+    """Move what an earlier run left in output_dir under these names to output_dir/previous/<time>; nothing is lost.
+
+    Returns the folder that they were moved to, or None where there was nothing to move.
+    """
+    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    if not found:
+        return None
+    target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")
+    while target.exists():
+        target = target.with_name(target.name + "-2")
+    target.mkdir(parents=True)
+    for path in found:
+        shutil.move(path, target / path.name)
+    return target
+
+
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 class SignalHandlers:
     """Context manager that handles signals, named as in the module signal, by handle(number, frame).

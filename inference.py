@@ -21,6 +21,7 @@ from run_utils import (
     resolve_path,
     run_script,
     say,
+    settle,
 )
 
 DEMO_PROMPTS = (
@@ -50,6 +51,7 @@ def main(argv):
 
     adapter_path, _ = find_adapter(options, given)
     model, tokenizer, settings = load(adapter_path, given, options.base_only)
+    settle()
     torch.manual_seed(settings.seed)
     if options.instruction is not None:
         print_reply(model, tokenizer, [{"role": "user", "content": options.instruction}], settings)

@@ -3,12 +3,12 @@
 import argparse
 import difflib
 import errno
+import gc
 import json
 import os
 import re
 import shutil
 import sys
-import time
 import traceback
 from collections import namedtuple
 from contextlib import contextmanager
@@ -108,12 +108,20 @@ def say(message, from_any=False):
         print(message, file=sys.stderr, flush=True)
 
 
+def settle():
+    """Collect garbage from here on, but not among what was imported."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def run_script(main, argv):
     """Run an entry script's main(argv) and return its exit code.
 
     A UserError ends in one line and code 2 (--debug shows its traceback), Ctrl-C in 130, another signal in 128 and its
     number; our own bugs in a traceback.
     """
+    gc.disable()  # until settle(): imports make a million objects that stay, and looking through them takes a second
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
@@ -349,23 +357,6 @@ def staged_folder(target):
     sync_folder(staged)
     os.replace(staged, target)
     sync_folder(target.parent)
-
-
-def set_aside_previous_run(output_dir, names):
-    """Move what an earlier run left in output_dir under these names to output_dir/previous/<time>; nothing is lost.
-
-    Returns the folder that they were moved to, or None where there was nothing to move.
-    """
-    found = [output_dir / name for name in names if (output_dir / name).exists()]
-    if not found:
-        return None
-    target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")
-    while target.exists():
-        target = target.with_name(target.name + "-2")
-    target.mkdir(parents=True)
-    for path in found:
-        shutil.move(path, target / path.name)
-    return target
 
 
 def check_writable(folder, flag):

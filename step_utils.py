@@ -94,7 +94,8 @@ class PassGraph:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):  # compiles and loads what this length needs
             hidden = forward()
-            torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
+            with torch.autograd.set_multithreading_enabled(False):  # another thread would not allocate in the pool
+                torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
         self.hidden, self.grad_hidden = recordings.buffers(hidden.detach())
         del hidden
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

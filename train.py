@@ -32,7 +32,7 @@ from run_utils import (
     resolve_path,
     run_script,
     say,
-    set_aside_previous_run,
+    settle,
     write_json,
 )
 
@@ -66,6 +66,7 @@ def train(settings, dry_run=False, fresh=False):
     import plan_utils
     import training_utils
 
+    settle()
     output_dir, models_dir = resolve_path(settings.output_dir), resolve_path(settings.models_dir)
     lock = fault_utils.RunLock(output_dir, held_by_us=os.environ.get("RANK", "0") == "0")
     if not dry_run:
@@ -238,10 +239,11 @@ def build_callbacks(settings, tokenizer, validation_set, checkpoints):
 def prepare_output(settings, validation_set, report, resumption):
     """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
     import data_utils
+    import fault_utils
 
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
-        moved_to = set_aside_previous_run(output_dir, RUN_FOLDERS)
+        moved_to = fault_utils.set_aside_previous_run(output_dir, RUN_FOLDERS)
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)

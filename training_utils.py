@@ -128,12 +128,11 @@ class LoraTrainer(ResumableTrainer):
             expected = gradient()
         if not torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # nan is none
             say("Compiled layers have other gradients than plain ones here; they are not used, which is slower")
-            self.runner.release()
             self.runner.compiled = self.runner.recording = False
-        self.runner.release_cache()
+        self.runner.release()  # the longest pass is to be recorded first, whose memory then serves the others
 
     def _rehearse(self, model):
-        """Run the longest pass that the data can ask for, twice and without a trace, and say what it takes."""
+        """Run the longest pass that the data can ask for, without a trace, and say what it takes."""
         rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         if devices:
@@ -141,16 +140,16 @@ class LoraTrainer(ResumableTrainer):
         with torch.random.fork_rng(devices):
             if self.runner.compiled and self.accelerator.num_processes == 1:
                 self._compare_with_plain_passes(model)
-            while True:  # the first time compiles and finds out what fits
-                ceiling = self.max_pass_tokens
+            first = self.runner.compiled or self.args.device.type != "cpu"  # it compiles, or loads kernels
+            while True:
+                ceiling, started = self.max_pass_tokens, time.perf_counter()
                 group = longest_pass(rows, ceiling)
                 with compiling():
-                    self._forward_backward(model, group, 1e-3)
-                if self.max_pass_tokens == ceiling:
+                    self._forward_backward(model, group, 1e-3).item()
+                seconds = time.perf_counter() - started
+                if self.max_pass_tokens == ceiling and not first:
                     break
-            started = time.perf_counter()
-            self._forward_backward(model, group, 1e-3).item()
-            seconds = time.perf_counter() - started
+                first = self.max_pass_tokens != ceiling
         self.runner.release_gradients()
         tokens = count_tokens(group)
         steps = self.state.max_steps - self.state.global_step

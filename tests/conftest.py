@@ -1,5 +1,6 @@
 """Fixtures that several test files share: the bundled tokenizer, tiny models, and a way to run the scripts."""
 
+import gc
 import json
 import os
 import signal
@@ -43,6 +44,14 @@ def signals_as_in_a_terminal():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_collected():
+    """A script run in this process would leave it to the next test."""
+    yield
+    gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture

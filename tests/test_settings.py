@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import config
+import fault_utils
 import run_utils
 from conftest import refusal
 from run_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, PROJECT_DIR, RANGES, Settings, UserError
@@ -451,7 +452,7 @@ def test_an_earlier_run_is_moved_whole_and_the_rest_stays(tmp_path):
     (tmp_path / "adapter" / "weights").write_text("old")
     (tmp_path / "rows.jsonl").write_text("rows")
     (tmp_path / "notes.txt").write_text("mine")
-    target = run_utils.set_aside_previous_run(tmp_path, ("adapter", "rows.jsonl", "absent"))
+    target = fault_utils.set_aside_previous_run(tmp_path, ("adapter", "rows.jsonl", "absent"))
     assert target.parent == tmp_path / "previous"
     assert (target / "adapter" / "weights").read_text() == "old"
     assert (target / "rows.jsonl").read_text() == "rows"
@@ -459,16 +460,16 @@ def test_an_earlier_run_is_moved_whole_and_the_rest_stays(tmp_path):
 
 
 def test_setting_aside_nothing_makes_no_folder(tmp_path):
-    assert run_utils.set_aside_previous_run(tmp_path, ("adapter",)) is None
+    assert fault_utils.set_aside_previous_run(tmp_path, ("adapter",)) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_set_aside_within_one_second_never_overwrite_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_utils.time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr(fault_utils.time, "strftime", lambda _: "20260101-000000")
     targets = []
     for number in range(4):
         (tmp_path / "adapter").write_text(str(number))
-        targets.append(run_utils.set_aside_previous_run(tmp_path, ("adapter",)))
+        targets.append(fault_utils.set_aside_previous_run(tmp_path, ("adapter",)))
     assert [(target / "adapter").read_text() for target in targets] == ["0", "1", "2", "3"]
 
 
@@ -591,3 +592,28 @@ def test_an_empty_value_is_not_taken_for_a_missing_one(name):
 
 def test_control_characters_of_a_users_file_do_not_reach_the_terminal():
     assert str(run_utils.UserError("columns found: \x1b[31mred\nx")) == "columns found: [31mred x"
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "inference"])
+def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, tmp_path):
+    """Asked of each script where it begins its work: when the model is there, the imports are over."""
+    code = (
+        "import gc, sys, run_utils\n"
+        f"import {script} as script\n"
+        f"settle, script.settle = script.settle, lambda: (print('before', gc.isenabled()), settle(),"
+        " print('after', gc.isenabled(), gc.get_freeze_count() > 100_000), sys.exit(7))\n"
+        "sys.exit(run_utils.run_script(script.main, sys.argv[1:]))\n"
+    )
+    (tmp_path / "probe.py").write_text(code)
+    flags = {"train": ["--dry_run"], "evaluate": [], "inference": ["--base_only", "Hi"]}[script]
+    adapter = tmp_path / "out/lora-adapter"
+    if script == "evaluate":
+        assert run("train.py", "--max_steps", 1, "--warmup_ratio", 0, *output_flags(tmp_path)).returncode == 0
+        assert adapter.is_dir()
+    done = run(tmp_path / "probe.py", *flags, *output_flags(tmp_path), PYTHONPATH=str(PROJECT_DIR))
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.splitlines() == ["before False", "after True True"]
+
+
+def output_flags(folder):
+    return ["--device", "cpu", "--output_dir", folder / "out", "--logs_dir", folder / "logs"]
