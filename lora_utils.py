@@ -6,7 +6,7 @@ from types import MethodType
 import torch
 from peft.tuners.lora import LoraLayer
 
-from kernel_utils import frozen_tensors
+from kernel_utils import frozen_tensors, matrices
 from pass_utils import probe_losses, probe_rows
 
 
@@ -15,10 +15,11 @@ class FastLora:
 
     The optimizer keeps the adapter in float32; the layers multiply with copies in the model's own number format, which
     refresh() renews after each optimizer step. draw_dropout() decides the masks of the next pass, from the CPU's random
-    numbers, so that the recomputation of a checkpointed layer meets the same.
+    numbers, so that the recomputation of a checkpointed layer meets the same. dequantized: whether frozen 4-bit weights
+    are dequantized once, which takes two bytes more for each, instead of in every pass.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, dequantized=False):
         lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         layers = [layer for layer in lora_layers if is_plain(layer)]
         self.covers_all = len(layers) == len(lora_layers)
@@ -32,6 +33,15 @@ class FastLora:
         self.copies_of_a = [copy for group in self.groups for copy in group.copies_of_a]
         self.scalings = [group.scaling for group in self.groups for _ in group.copies_of_a]
         self.refresh()
+        self.dequantized = False
+        if dequantized:
+            self.set_dequantized(True)
+
+    def set_dequantized(self, dequantized):
+        """Keep the frozen weights in the number format that they are multiplied in, or only as they are stored."""
+        self.dequantized = dequantized
+        for group in self.groups:
+            group.set_dequantized(dequantized)
 
     @torch.no_grad()
     def refresh(self):
@@ -57,12 +67,18 @@ class LoraGroup:
         self.copies_of_a = list(self.fast_a.split([len(weight) for weight in self.a]))
         self.copies_of_b = [weight.detach().to(dtype, copy=True) for weight in self.b]
         self.biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
-        self.frozen = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
+        self.stored = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
+        self.frozen = self.stored
         self.seed, self.dropout, self.scaling = seed, dropout_of(layers[0]), layers[0].scaling["default"]
         self.waiting = None  # the tensor that was read, and the outputs that the other layers will ask for
         for number, layer in enumerate(layers):
             layer.fast_group, layer.fast_number = self, number
             layer.forward = MethodType(lora_forward, layer)
+
+    def set_dequantized(self, dequantized):
+        self.frozen = (
+            list(matrices(self.stored, self.copies_of_b, self.fast_a.shape[1])) if dequantized else self.stored
+        )
 
     def compute(self, x):
         """The outputs of all layers."""

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hub_utils import hub_errors
@@ -48,6 +49,14 @@ def weight_bytes(model, settings, dtype):
             seen.add(id(parameter))
             total += parameter.numel() * (NF4_BYTES if quantized and name == "weight" else dtype.itemsize)
     return total
+
+
+def dequantized_bytes(model, dtype):
+    """Memory of the 4-bit weights of LoRA's layers once more, dequantized."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    head = transformers_model(model).get_output_embeddings()
+    return sum(weight.numel() for weight in weights if weight is not head.weight) * dtype.itemsize
 
 
 def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):

@@ -1,6 +1,7 @@
 """The plan: what a run will do and what it needs, said before any weight is loaded."""
 
 import math
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from fault_utils import run_bytes
 from kernel_utils import triton
-from memory_utils import GIB, expected_peak
+from memory_utils import GIB, dequantized_bytes, expected_peak
 from run_utils import UserError, say
 from step_utils import can_compile
 from token_utils import pack_rows
@@ -68,14 +69,18 @@ def print_plan(settings, device, dtype, rows, validation_rows, parameters, proce
         say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
 
 
+# whether activations are recomputed, and whether frozen 4-bit weights stay dequantized
+MemoryPlan = namedtuple("MemoryPlan", "checkpointing dequantized", defaults=(False, False))
+
+
 def plan_memory(shapes, settings, device, dtype, rows, processes=1):
-    """Say how much GPU memory training should take; returns whether activations are to be recomputed.
+    """Say how much GPU memory training should take; returns the MemoryPlan.
 
     shapes: the model without weights. GRADIENT_CHECKPOINTING = "auto" recomputes where a tenth of the free memory
-    would not be left over.
+    would not be left over. Without it frozen 4-bit weights stay dequantized where that leaves a tenth.
     """
     if device.type != "cuda":
-        return settings.gradient_checkpointing is True
+        return MemoryPlan(settings.gradient_checkpointing is True)
     count = settings.batch_size * settings.gradient_accumulation_steps
     step = int(np.sort(row_lengths(rows))[-count:].sum())
     ceiling = settings.batch_size * settings.max_seq_length
@@ -88,13 +93,18 @@ def plan_memory(shapes, settings, device, dtype, rows, processes=1):
         checkpointing = plain > 0.9 * free
         reason = f", as {plain / GIB:.1f} GiB would {'not ' * checkpointing}fit without it"
     peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, compiled)
+    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and triton else 0
+    dequantized = 0 < more <= 0.9 * free - peak and not checkpointing
+    if dequantized:
+        peak += more
+        reason += f"; {more / GIB:.1f} GiB are for weights that are dequantized once, which is faster"
     say(
         f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {free / GIB:.1f} of"
         f" {total / GIB:.1f} GiB are free; gradient checkpointing {'on' if checkpointing else 'off'}{reason}"
     )
     if peak > free:
         say("That may not fit: lower --batch_size or --max_seq_length; passes that do not fit are made smaller")
-    return checkpointing
+    return MemoryPlan(checkpointing, dequantized)
 
 
 def count_passes(rows, settings, max_pass_tokens, processes=1):

@@ -144,10 +144,19 @@ class Recordings:
 class StepRunner:
     """Computes the passes of a step: forward, loss and backward, the gradients adding up in the parameters' .grad."""
 
-    def __init__(self, model, checkpointing=False, compiled=False, graphs=False, rows_a_pass=1, longest=1):
+    def __init__(
+        self,
+        model,
+        checkpointing=False,
+        compiled=False,
+        graphs=False,
+        rows_a_pass=1,
+        longest=1,
+        dequantized=False,
+    ):
         self.base = transformers_model(model)
         kernels = kernels_of(self.base)
-        self.lora = FastLora(model) if kernels.fused_lora else None
+        self.lora = FastLora(model, dequantized) if kernels.fused_lora else None
         self.checkpointing, self.compiled = checkpointing, compiled
         # else PyTorch's random state decides, which a checkpointed layer must then find again
         self.seeded_dropout = bool(self.lora and self.lora.covers_all) and not own_dropout(self.base)
@@ -250,6 +259,14 @@ class StepRunner:
             self.compiled = False
         self.recording = False
         self.release()
+        return True
+
+    def give_up_dequantized(self):
+        """Keep frozen weights in 4 bits only; False if that is so already. What is recorded must be released first."""
+        if not (self.lora and self.lora.dequantized):
+            return False
+        self.lora.set_dequantized(False)
+        self.release_cache()
         return True
 
     def release_gradients(self):

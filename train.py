@@ -86,7 +86,7 @@ def train(settings, dry_run=False, fresh=False):
     plan_utils.print_plan(
         settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
     )
-    checkpointing = plan_utils.plan_memory(shapes, settings, device, dtype, train_rows, arguments.world_size)
+    memory = plan_utils.plan_memory(shapes, settings, device, dtype, train_rows, arguments.world_size)
     plan_utils.check_compiler(settings, device)
     if dry_run:
         write_report(settings, report, dry_run=True)
@@ -103,7 +103,7 @@ def train(settings, dry_run=False, fresh=False):
         callbacks = build_callbacks(settings, tokenizer, validation_set, checkpoints)
         fault_utils.from_first_process(prepare_output, settings, validation_set, report, checkpoints.resumption)
         trainer = training_utils.build_trainer(
-            model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints, checkpointing
+            model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints, memory
         )
         run(trainer, settings, validation_rows, started)
 

@@ -9,18 +9,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from peft.optimizers import create_loraplus_optimizer
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    ProgressCallback,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
+import plan_utils
 from checkpoint_utils import ResumableTrainer
 from memory_utils import measured_peak
 from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
-from plan_utils import choose_compilation, count_passes, longest_pass, longest_rows, row_lengths, typical_rows
 from run_utils import UserError, format_duration, say
 from step_utils import StepFlags, StepRunner, compiling, start_copy_to_host
 from token_utils import count_tokens, count_trained_tokens, pack_rows
@@ -80,6 +75,9 @@ class LoraTrainer(ResumableTrainer):
                     raise
                 continue
             self.runner.release()  # here, where the exception no longer holds on to the tensors of its frames
+            if self.runner.give_up_dequantized():
+                say("Out of memory; from here on frozen weights are dequantized in each pass: slower, the same result")
+                continue
             say(
                 f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
                 " more passes and gives the same result"
@@ -99,7 +97,7 @@ class LoraTrainer(ResumableTrainer):
 
     def _largest_pass(self, rows, error):
         """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
-        group = longest_pass(rows, self.max_pass_tokens)
+        group = plan_utils.longest_pass(rows, self.max_pass_tokens)
         largest = count_tokens(group)
         if self.accelerator.num_processes > 1:
             raise UserError(
@@ -119,7 +117,7 @@ class LoraTrainer(ResumableTrainer):
 
         def gradient():
             torch.manual_seed(0)  # the same dropout
-            self._forward_backward(model, typical_rows(self.train_dataset, 2), 1.0)
+            self._forward_backward(model, plan_utils.typical_rows(self.train_dataset, 2), 1.0)
             # compared on the host, since two more copies of the gradients would add to the peak of the memory
             return torch.cat([parameter.grad.cpu().flatten() for parameter in self.runner.parameters])
 
@@ -133,7 +131,7 @@ class LoraTrainer(ResumableTrainer):
 
     def _rehearse(self, model):
         """Run the longest pass that the data can ask for, without a trace, and say what it takes."""
-        rows = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
+        rows = plan_utils.longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         if devices:
             torch.cuda.empty_cache()  # what loading left
@@ -143,7 +141,7 @@ class LoraTrainer(ResumableTrainer):
             first = self.runner.compiled or self.args.device.type != "cpu"  # it compiles, or loads kernels
             while True:
                 ceiling, started = self.max_pass_tokens, time.perf_counter()
-                group = longest_pass(rows, ceiling)
+                group = plan_utils.longest_pass(rows, ceiling)
                 with compiling():
                     self._forward_backward(model, group, 1e-3).item()
                 seconds = time.perf_counter() - started
@@ -155,7 +153,7 @@ class LoraTrainer(ResumableTrainer):
         steps = self.state.max_steps - self.state.global_step
         rows_a_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
         steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)  # the last is often a short one
-        tokens_an_epoch = int(row_lengths(self.train_dataset).sum()) / self.accelerator.num_processes
+        tokens_an_epoch = int(plan_utils.row_lengths(self.train_dataset).sum()) / self.accelerator.num_processes
         per_step = tokens_an_epoch / steps_an_epoch / tokens * seconds
         peak = measured_peak(self.args.device)
         say(
@@ -341,22 +339,25 @@ def choose_optimizer(settings, device):
 
 
 def build_trainer(
-    model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints=None, checkpointing=False
+    model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints=None, memory=None
 ):
-    """A LoraTrainer with the fastest passes that the model, the machine and the length of the run are fit for."""
+    """A LoraTrainer with the fastest passes that the model, the machine and the length of the run are fit for.
+
+    memory: plan_utils.plan_memory's MemoryPlan.
+    """
     if settings.early_stopping_patience and validation_rows:
         callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping_patience)]
     choose_kernels(model)
     max_pass_tokens = choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
-    passes = count_passes(train_rows, settings, max_pass_tokens, arguments.world_size)
-    compiled = choose_compilation(model, settings, arguments.device, passes)
+    passes = plan_utils.count_passes(train_rows, settings, max_pass_tokens, arguments.world_size)
+    compiled = plan_utils.choose_compilation(model, settings, arguments.device, passes)
     runner = StepRunner(
         model,
-        checkpointing=checkpointing,
+        **(memory or plan_utils.MemoryPlan())._asdict(),
         compiled=compiled,
         graphs=compiled and arguments.world_size == 1,
         rows_a_pass=arguments.per_device_train_batch_size,
-        longest=int(row_lengths(train_rows).max()),
+        longest=int(plan_utils.row_lengths(train_rows).max()),
     )
     trainer = LoraTrainer(
         model=model,

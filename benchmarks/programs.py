@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 import memory_utils
 import model_utils
+import plan_utils
 import training_utils
 from run_utils import resolve_path
 
@@ -25,18 +26,18 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 # ---- Ours and the plain Trainer --------------------------------------------------------------------------------------
 def build_ours(settings, rows, tokenizer, folder):
     """As train.py does it, from the 16-bit weights, but for validation and checkpoints."""
+    device = model_utils.resolve_device(settings.device)
+    dtype = model_utils.choose_dtype(device, settings.use_fp16)
+    shapes = memory_utils.empty_model(settings.base_model_name, settings)
+    memory = plan_utils.plan_memory(shapes, settings, device, dtype, rows)
     model = model_utils.load_settings_base(settings)
     model_utils.share_token_ids(model, tokenizer)
     model = model_utils.attach_lora(model, settings)
-    dtype = model_utils.choose_dtype(model.device, settings.use_fp16)
     arguments = training_utils.build_training_arguments(
-        settings, resolve_path(settings.output_dir), model.device, dtype, has_validation=False
+        settings, resolve_path(settings.output_dir), device, dtype, has_validation=False
     )
     arguments.save_strategy = SaveStrategy.NO
-    checkpointing = settings.gradient_checkpointing
-    return training_utils.build_trainer(
-        model, tokenizer, rows, [], settings, arguments, [], checkpointing=checkpointing
-    )
+    return training_utils.build_trainer(model, tokenizer, rows, [], settings, arguments, [], memory=memory)
 
 
 def build_reference(settings, rows, tokenizer, folder):

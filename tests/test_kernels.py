@@ -115,6 +115,21 @@ def test_layers_that_read_the_same_tensor_are_computed_together_and_others_alone
     assert group.waiting is None
 
 
+def test_weights_that_stay_dequantized_give_the_same_bits():
+    model, rows = tiny_model(four_bit=True), some_rows()
+    lora = FastLora(model)
+    expected = plain_gradients(model, rows)
+    lora.set_dequantized(True)
+    assert {len(group.frozen) for group in lora.groups} == {1, 2, 3}
+    found = plain_gradients(model, rows)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    runner = StepRunner(model)
+    runner.lora = lora
+    assert runner.give_up_dequantized()
+    assert all(group.frozen is group.stored for group in lora.groups)
+    assert not runner.give_up_dequantized()
+
+
 def test_a_base_with_dropout_of_its_own_is_recomputed_with_the_same_masks():
     shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

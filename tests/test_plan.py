@@ -60,23 +60,41 @@ def test_auto_recomputes_activations_only_where_they_would_not_fit(
 ):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     rows, settings = rows_of(*[512] * 40), SETTINGS._replace(gradient_checkpointing="auto")
-    assert plan_memory(seven_billion, settings, CUDA, torch.bfloat16, rows) is checkpointing
+    assert plan_memory(seven_billion, settings, CUDA, torch.bfloat16, rows).checkpointing is checkpointing
     message = capsys.readouterr().err
     assert f"passes of up to 2,048 tokens; {free}.0 of 80.0 GiB are free" in message
     assert f"gradient checkpointing {'on' if checkpointing else 'off'}, as" in message
     assert f"GiB would {'not ' * checkpointing}fit without it" in message
 
 
+@pytest.mark.parametrize(
+    ("free", "changes", "dequantized"),
+    [
+        (40, {}, True),
+        (28, {}, False),
+        (40, {"gradient_checkpointing": True}, False),
+        (40, {"use_4bit_quantization": False}, False),
+    ],
+)
+def test_weights_stay_dequantized_where_there_is_room(seven_billion, free, changes, dequantized, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    monkeypatch.setattr(plan_utils, "triton", object())
+    settings = SETTINGS._replace(**{"gradient_checkpointing": False} | changes)
+    plan = plan_memory(seven_billion, settings, CUDA, torch.bfloat16, rows_of(*[512] * 40))
+    assert plan.dequantized is dequantized
+    assert ("; 13.0 GiB are for weights that are dequantized once" in capsys.readouterr().err) is dequantized
+
+
 def test_memory_that_will_not_do_is_said_before_the_model_is_loaded(seven_billion, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 6 * GIB))
-    assert plan_memory(seven_billion, SETTINGS, CUDA, torch.bfloat16, rows_of(*[512] * 40)) is True
+    assert plan_memory(seven_billion, SETTINGS, CUDA, torch.bfloat16, rows_of(*[512] * 40)) == (True, False)
     assert "That may not fit: lower --batch_size or --max_seq_length" in capsys.readouterr().err
 
 
 def test_on_a_cpu_only_true_recomputes(capsys):
     for setting, expected in ((True, True), (False, False), ("auto", False)):
         settings = SETTINGS._replace(gradient_checkpointing=setting)
-        assert plan_memory(None, settings, CPU, torch.float32, rows_of(5)) is expected
+        assert plan_memory(None, settings, CPU, torch.float32, rows_of(5)) == (expected, False)
     assert capsys.readouterr().err == ""
 
 

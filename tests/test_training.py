@@ -553,3 +553,28 @@ def test_the_optimizer_in_8_bits_trains_on_a_cpu_with_a_line_and_no_warning(data
     small_run(dataset, tmp_path, optimizer="paged_adamw_8bit")
     assert capsys.readouterr().err.count("On a CPU paged_adamw_8bit keeps its state in 8 bits") == 1
     assert not [warning for warning in recwarn if "aged" in str(warning.message)]
+
+
+def test_memory_that_runs_out_gives_up_dequantized_weights_first(tmp_path, monkeypatch, capsys):
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    trainer = make_trainer(model, rows, tmp_path, 1000)
+    trainer.rehearsed = True
+    given_up, original = [], training_utils.StepRunner.run
+
+    def run(self, *arguments):
+        if not given_up:
+            raise torch.OutOfMemoryError("fake")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(training_utils.StepRunner, "run", run)
+    monkeypatch.setattr(trainer.runner, "give_up_dequantized", lambda: not given_up and not given_up.append(1))
+    trainer.training_step(model, rows)
+    messages = capsys.readouterr().err
+    assert (
+        "Out of memory; from here on frozen weights are dequantized in each pass: slower, the same result" in messages
+    )
+    assert "at most" not in messages
+    assert trainer.max_pass_tokens == 1000
+    for parameter, gradient in gradients(model).items():
+        assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm(), parameter
