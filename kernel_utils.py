@@ -320,18 +320,19 @@ def cross_entropy_(logits, targets, gradient):
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross entropy in nats, (tokens,), of hidden states (tokens, width) against targets through the output layer.
 
-    The logits exist for CHUNK tokens at a time, in the forward pass only, which also computes the gradient of the
-    hidden states. Exact for any weighting of the tokens. The output layer is frozen.
+    At most LOGITS logits exist at a time, in the forward pass only, which also computes the gradient of the hidden
+    states. Exact for any weighting of the tokens. The output layer is frozen.
     """
 
-    CHUNK = 512
+    LOGITS = 2**25  # 64 MiB in half precision
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), LinearCrossEntropy.CHUNK):
-            part = slice(start, start + LinearCrossEntropy.CHUNK)
+        count = max(1, LinearCrossEntropy.LOGITS // len(weight))
+        for start in range(0, len(targets), count):
+            part = slice(start, start + count)
             logits = hidden[part] @ weight.T
             losses[part] = cross_entropy_(logits, targets[part], gradient is not None)
             if gradient is not None:

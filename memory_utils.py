@@ -87,7 +87,7 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     saved = tokens * (layers * unit * hidden + kept if checkpointing else layers * kept)
     working = tokens * unit * (3 * inner + 3 * hidden)
     largest = max((shape.numel() for shape in shapes), default=hidden * inner) * unit
-    logits = min(tokens, LinearCrossEntropy.CHUNK) * config.vocab_size * unit
+    logits = min(tokens * config.vocab_size, LinearCrossEntropy.LOGITS) * unit
     return (fixed + saved + max(working + largest, logits)) * ALLOCATOR
 
 

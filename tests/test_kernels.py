@@ -247,7 +247,7 @@ def test_kernels_that_compute_something_else_are_left_out_with_a_line(monkeypatc
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [1, 7, 8, 50])
 def test_the_fused_loss_is_the_cross_entropy_of_the_output_layer(tokens, monkeypatch):
-    monkeypatch.setattr(LinearCrossEntropy, "CHUNK", 8)
+    monkeypatch.setattr(LinearCrossEntropy, "LOGITS", 800)  # of 100 words: eight tokens
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 16, requires_grad=True), torch.randn(100, 16)
     targets, share = torch.randint(100, (tokens,)), torch.rand(tokens)

@@ -27,7 +27,9 @@ def seven_billion():
 
 
 # ---- Expected memory -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("tokens", "checkpointing", "measured"), [(8187, False, 42.57), (2048, True, 6.21)])
+@pytest.mark.parametrize(
+    ("tokens", "checkpointing", "measured"), [(8187, False, 44.49), (8192, False, 44.70), (2048, True, 6.48)]
+)
 def test_the_expected_memory_is_within_a_tenth_of_what_an_h200_measured(seven_billion, tokens, checkpointing, measured):
     peak = expected_peak(seven_billion, SETTINGS, torch.bfloat16, tokens, checkpointing, compiled=True)
     assert peak / GIB == pytest.approx(measured, rel=0.1)  # benchmarks/README.md, 2026-11-25
