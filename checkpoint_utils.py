@@ -285,7 +285,10 @@ class EvaluationStopped(Exception):
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that saves and resumes by Checkpoints, and that a signal ends after its step or in an evaluation."""
+    """A Trainer that saves and resumes by Checkpoints, and that a signal ends after its step or in an evaluation.
+
+    Several processes learn of each other's signals with the flags of a step, so that it may take two steps more.
+    """
 
     def __init__(self, *args, checkpoints=None, **kwargs):
         super().__init__(*args, **kwargs)

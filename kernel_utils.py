@@ -336,7 +336,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = hidden[part] @ weight.T
             losses[part] = cross_entropy_(logits, targets[part], gradient is not None)
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[part])
+                gradient[part] = logits @ weight  # autocast computes some models' hidden states in float32
         ctx.save_for_backward(gradient)
         return losses
 

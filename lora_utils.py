@@ -1,5 +1,6 @@
 """LoRA layers that compute with the fused operation of kernel_utils while they train."""
 
+from collections import Counter
 from itertools import groupby
 from types import MethodType
 
@@ -7,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from kernel_utils import frozen_tensors, matrices
-from pass_utils import probe_losses, probe_rows
+from pass_utils import decoder_layers, probe_losses, probe_rows
 
 
 class FastLora:
@@ -49,6 +50,11 @@ class FastLora:
             torch._foreach_copy_(self.copies, self.weights)
             torch._foreach_mul_(self.copies_of_a, self.scalings)
 
+    def forget(self):
+        """Let go of what a pass that broke off left for layers that it did not reach."""
+        for group in self.groups:
+            group.waiting = None
+
     def draw_dropout(self):
         seeds = torch.randint(2**31, self.seeds.shape, pin_memory=self.seeds.is_cuda)
         self.seeds.copy_(seeds, non_blocking=True)
@@ -76,9 +82,8 @@ class LoraGroup:
             layer.forward = MethodType(lora_forward, layer)
 
     def set_dequantized(self, dequantized):
-        self.frozen = (
-            list(matrices(self.stored, self.copies_of_b, self.fast_a.shape[1])) if dequantized else self.stored
-        )
+        weights = matrices(self.stored, self.copies_of_b, self.fast_a.shape[1])
+        self.frozen = list(weights) if dequantized else self.stored
 
     def compute(self, x):
         """The outputs of all layers."""
@@ -141,13 +146,15 @@ def share_inputs(model, layers):
     finally:
         for hook in hooks:
             hook.remove()
-    called = [layer for layer, _ in calls]
-    calls = [(layer, x) for layer, x in calls if called.count(layer) == 1]
+    count = Counter(layer for layer, _ in calls)
+    # a decoder layer may be computed again by itself, so that no group reaches into another
+    owners = {module: number for number, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
 
     def kind(call):
         layer, x = call
-        base = layer.base_layer
-        return id(x), len(frozen_tensors(base)), base.bias is None, layer.scaling["default"], dropout_of(layer)
+        base, scaling = layer.base_layer, layer.scaling["default"]
+        return id(x), owners.get(layer), len(frozen_tensors(base)), base.bias is None, scaling, dropout_of(layer)
 
-    groups = [[layer for layer, _ in group] for _, group in groupby(calls, kind)]
-    return groups + [[layer] for layer in layers if called.count(layer) != 1]
+    once = [(layer, x) for layer, x in calls if count[layer] == 1]
+    groups = [[layer for layer, _ in group] for _, group in groupby(once, kind)]
+    return groups + [[layer] for layer in layers if count[layer] != 1]

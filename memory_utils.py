@@ -7,11 +7,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hub_utils import hub_errors
-from kernel_utils import LinearCrossEntropy
+from kernel_utils import LinearCrossEntropy, triton
 from model_utils import attach_lora
-from pass_utils import transformers_model
+from pass_utils import decoder_layers, transformers_model
 from run_utils import UserError
-from step_utils import decoder_layers
 
 GIB = 2**30
 ALLOCATOR = 1.06  # reserved by PyTorch over what tensors take, as measured on an H200
@@ -87,7 +86,7 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     saved = tokens * (layers * unit * hidden + kept if checkpointing else layers * kept)
     working = tokens * unit * (3 * inner + 3 * hidden)
     largest = max((shape.numel() for shape in shapes), default=hidden * inner) * unit
-    logits = min(tokens * config.vocab_size, LinearCrossEntropy.LOGITS) * unit
+    logits = min(tokens * config.vocab_size, LinearCrossEntropy.LOGITS) * (unit if triton else 4 + 4 + unit)
     return (fixed + saved + max(working + largest, logits)) * ALLOCATOR
 
 

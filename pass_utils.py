@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from generation_utils import autocast
 from kernel_utils import VARLEN, LinearCrossEntropy, lora_works
@@ -25,6 +26,10 @@ def transformers_model(model):
     """The transformers model inside the wrappers of distributed training and peft."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model):
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextlib.contextmanager
@@ -121,6 +126,15 @@ def probe_losses(model, rows):
         model.train(training)
 
 
+def probe_backward(model, rows):
+    """Run a backward pass through the rows' losses where the model is trained, without a trace."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained:
+        with torch.enable_grad(), autocast(model):
+            loss = pass_losses(model, rows)[0].sum()
+        torch.autograd.grad(loss, trained, allow_unused=True)
+
+
 def same_losses(model, found, expected):
     """Whether losses agree; in half precision the order of summation alone moves one by some tenths at times."""
     return (found - expected).abs().mean().item() <= (1e-3 if model.dtype == torch.float32 else 0.15)
@@ -148,6 +162,8 @@ def choose_kernels(model):
         try:
             if possible and not same_losses(model, probe_losses(model, rows), expected):
                 setattr(kernels, name, False)
+            elif possible:
+                probe_backward(model, rows)
         except Exception:  # noqa: BLE001  whatever a kernel does not serve: head sizes, soft caps, sinks
             setattr(kernels, name, False)
     attention = "varlen flash attention" if kernels.varlen else "SDPA with a block mask"

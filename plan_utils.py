@@ -93,7 +93,8 @@ def plan_memory(shapes, settings, device, dtype, rows, processes=1):
         checkpointing = plain > 0.9 * free
         reason = f", as {plain / GIB:.1f} GiB would {'not ' * checkpointing}fit without it"
     peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, compiled)
-    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and triton else 0
+    fused = settings.use_4bit_quantization and triton and not settings.use_dora
+    more = dequantized_bytes(shapes, dtype) if fused else 0
     dequantized = 0 < more <= 0.9 * free - peak and not checkpointing
     if dequantized:
         peak += more

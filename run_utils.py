@@ -109,7 +109,7 @@ def say(message, from_any=False):
 
 
 def settle():
-    """Collect garbage from here on, but not among what was imported."""
+    """Collect garbage from here on, but not among what is there by now, which stays: the libraries above all."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

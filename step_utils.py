@@ -13,12 +13,12 @@ from types import MethodType
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernel_utils import LinearCrossEntropy
 from lora_utils import FastLora
 from pass_utils import (
     chosen_attention,
+    decoder_layers,
     kernels_of,
     own_dropout,
     pass_losses,
@@ -33,10 +33,6 @@ GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
 
 
 # ---- Decoder layers --------------------------------------------------------------------------------------------------
-def decoder_layers(model):
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
 def can_compile(model):
     """Whether a model on a CUDA GPU has what compilation and graph replay are made for."""
     return kernels_of(transformers_model(model)).fused_lora and bool(decoder_layers(model))
@@ -145,14 +141,7 @@ class StepRunner:
     """Computes the passes of a step: forward, loss and backward, the gradients adding up in the parameters' .grad."""
 
     def __init__(
-        self,
-        model,
-        checkpointing=False,
-        compiled=False,
-        graphs=False,
-        rows_a_pass=1,
-        longest=1,
-        dequantized=False,
+        self, model, checkpointing=False, dequantized=False, compiled=False, graphs=False, rows_a_pass=1, longest=1
     ):
         self.base = transformers_model(model)
         kernels = kernels_of(self.base)
@@ -179,6 +168,7 @@ class StepRunner:
     def begin(self):
         """Start a step: no gradients yet, and the adapter as the optimizer left it."""
         if self.lora:
+            self.lora.forget()
             self.lora.refresh()
         self.release_gradients()
         if self.recording:
@@ -275,6 +265,8 @@ class StepRunner:
 
     def release(self):
         """Give back what recorded passes and gradients hold, after the memory ran out."""
+        if self.lora:
+            self.lora.forget()
         gc.collect()  # a recording that broke off lives on in the frames of its exception
         if self.recordings is not None:
             self.recordings.release()

@@ -38,7 +38,7 @@ class LoraTrainer(ResumableTrainer):
         self.model.train()  # the whole of it: a loaded base comes in eval mode
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
-        self.unchecked = None  # StepFlags of the newest step
+        self.unchecked = None  # StepFlags of the newest step, until they are read
         self.max_pass_tokens = max_pass_tokens
         self.tokens_trained = 0  # real tokens of this process and seconds of training, both since the last log
         self.seconds_trained = 0.0
@@ -197,7 +197,7 @@ class LoraTrainer(ResumableTrainer):
         return scaler is not None and scaler.get_scale() > 1
 
     def _check_step(self):
-        """Refuse the newest step whose flags have not been read yet, if its loss or gradient was not finite."""
+        """Read the newest step's flags: refuse a loss or gradient that was not finite; note who got a signal."""
         if self.unchecked is None:
             return
         step, rows, loss, flags, wait = self.unchecked
@@ -230,11 +230,11 @@ class LoraTrainer(ResumableTrainer):
         self.clock = now
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self._count_time()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._check_step()
+            self._check_step()  # which waits for the GPU
+        self._count_time()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.clock = time.perf_counter()  # what it took to evaluate and save is no training time
 

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -176,7 +177,7 @@ def reference_losses(path, result):
     lines = map(json.loads, path.read_text().splitlines())
     references = [line for line in lines if line["program"] == "reference" and "losses" in line]
     same = ("configuration", "device", "workload")
-    found = [line["losses"] for line in references if all(line[name] == result.get(name) for name in same)]
+    found = [line["losses"] for line in references if all(line.get(name) == result.get(name) for name in same)]
     return found[-1] if found and result["program"] != "reference" else None
 
 
@@ -194,8 +195,9 @@ def describe(result, expected):
 
 
 def distance(losses, expected):
-    """The largest relative distance of the losses that both logged at the same step."""
-    return max(abs(losses[step] / expected[step] - 1) for step in losses if step in expected)
+    """The largest relative distance of the losses that both logged at the same step; infinite if one is nan."""
+    distances = [abs(losses[step] / expected[step] - 1) for step in losses if step in expected]
+    return max(math.inf if math.isnan(found) else found for found in distances)
 
 
 def file_size(path):
@@ -217,8 +219,7 @@ def measure(options):
     from run_utils import quiet_libraries
 
     quiet_libraries()
-    text = (options.work_dir / "prepared.json").read_text()
-    prepared = json.loads(text)
+    prepared = json.loads((options.work_dir / "prepared.json").read_text())
     configuration = CONFIGURATIONS[options.configuration]
     settings = build_settings(configuration, prepared["base"], options)
     rows, needed = prepared[configuration.rows], options.steps * ROWS_A_STEP
@@ -241,13 +242,18 @@ def measure(options):
         "batch_size": settings.batch_size if ours else trainer.args.per_device_train_batch_size,
         "tokens_per_second": round(tokens / sum(seconds), 1),
         "median_step_seconds": round(statistics.median(seconds), 4),
-        "workload": hashlib.sha256(text.encode()).hexdigest()[:12],  # the rows' fingerprint
+        "workload": fingerprint(prepared[configuration.rows]),
         "timed_steps": len(seconds),
         "timed_tokens": tokens,
         **stopwatch.peak_memory(),
         "losses": losses,
     }
     append(options.out, line | machine(options.device))
+
+
+def fingerprint(rows):
+    """A short hash of rows' tokens and labels."""
+    return hashlib.sha256(json.dumps([[row["input_ids"], row["labels"]] for row in rows]).encode()).hexdigest()[:12]
 
 
 def build_settings(configuration, base, options):

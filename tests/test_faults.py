@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_names_its_step_its_row_and_the_last_checkpoin
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-2"]
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_the_optimizer_sees_it(dataset, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_adapter_as_it_was(dataset, tmp_path, monkeypatch):
     weights = []
 
     def fault(trainer, inputs):
@@ -253,6 +253,17 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_optimizer_sees_it
     assert "the gradient of step 3 is not finite" in message
     assert f"rows of the training data: {', '.join(map(str, weights[2]))};" in message
     assert torch.equal(weights[0], weights[1])
+
+
+def test_a_signal_in_a_step_that_is_not_finite_saves_nothing_of_it(dataset, tmp_path, monkeypatch):
+    def fault(trainer, inputs):
+        trainer.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: out * math.nan)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    poison(monkeypatch, 2, fault)
+    message = refusal(lambda: small_run(dataset, tmp_path, logging_steps=100, eval_steps=2))
+    assert "the loss of step 3 is not finite" in message
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-2"]
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_too(dataset, tmp_path, monkeypatch):

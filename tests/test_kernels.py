@@ -1,6 +1,8 @@
 """The step's own kernels compute what bitsandbytes, peft and PyTorch do; here in their plain form, on a CPU."""
 
+import contextlib
 import copy
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -13,7 +15,7 @@ from conftest import TINY_BASE
 from kernel_utils import LinearCrossEntropy, dequantize, frozen_tensors
 from lora_utils import FastLora
 from model_utils import attach_lora, build_quantization_config, load_base_model
-from pass_utils import PassKernels, chosen_attention, pass_losses, transformers_model
+from pass_utils import PassKernels, chosen_attention, pass_losses, probe_backward, transformers_model
 from run_utils import DEFAULTS, Settings
 from step_utils import StepRunner
 
@@ -112,6 +114,9 @@ def test_layers_that_read_the_same_tensor_are_computed_together_and_others_alone
     assert group.waiting is None
     q(x)
     torch.testing.assert_close(v(2 * x), 2 * together[1])  # another tensor than the first of the group read
+    assert group.waiting is None
+    q(x)
+    lora.forget()  # a pass broke off
     assert group.waiting is None
 
 
@@ -245,6 +250,60 @@ def test_kernels_that_compute_something_else_are_left_out_with_a_line(monkeypatc
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
+def test_memory_that_runs_out_inside_a_group_of_layers_leaves_nothing_alive():
+    model = tiny_model()
+    base = transformers_model(model)
+    base.pass_kernels = PassKernels()
+    base.pass_kernels.fused_lora = True
+    runner, layers, read = StepRunner(model), base.get_decoder().layers, []
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("fake")
+
+    layers[-1].mlp.act_fn.register_forward_hook(fail)  # between gate and up
+    layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: read.append(weakref.ref(inputs[0])))
+    runner.begin()
+    with contextlib.suppress(torch.OutOfMemoryError):
+        runner.run(model, some_rows(), 1.0, torch.Tensor.backward)
+    assert any(group.waiting for group in runner.lora.groups)
+    runner.release()
+    assert read[0]() is None
+
+
+def test_the_fused_loss_takes_float32_hidden_states_from_autocast():
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(33, 16).bfloat16()
+    targets = torch.randint(33, (7,))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = LinearCrossEntropy.apply(hidden, weight, targets)
+    expected = F.cross_entropy(hidden @ weight.float().T, targets, reduction="none")
+    (wanted,) = torch.autograd.grad(expected.sum(), hidden, retain_graph=True)
+    (found,) = torch.autograd.grad(losses.sum(), hidden)
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.05)
+
+
+def test_a_kernel_is_tried_backwards_too_without_a_trace():
+    model, rows = tiny_model(), some_rows()
+    probe_backward(model, rows)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    norm = transformers_model(model).get_decoder().norm
+    norm.register_forward_hook(lambda module, inputs, out: FailsBackwards.apply(out))
+    with pytest.raises(RuntimeError, match="not backwards"):
+        probe_backward(model, rows)
+    model.requires_grad_(False)
+    probe_backward(model, rows)  # nothing is trained, nothing is tried
+
+
+class FailsBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states):
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("not backwards")
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 8, 50])
 def test_the_fused_loss_is_the_cross_entropy_of_the_output_layer(tokens, monkeypatch):
     monkeypatch.setattr(LinearCrossEntropy, "LOGITS", 800)  # of 100 words: eight tokens

@@ -76,6 +76,7 @@ def test_auto_recomputes_activations_only_where_they_would_not_fit(
         (28, {}, False),
         (40, {"gradient_checkpointing": True}, False),
         (40, {"use_4bit_quantization": False}, False),
+        (40, {"use_dora": True}, False),
     ],
 )
 def test_weights_stay_dequantized_where_there_is_room(seven_billion, free, changes, dequantized, monkeypatch, capsys):

@@ -596,7 +596,7 @@ def test_control_characters_of_a_users_file_do_not_reach_the_terminal():
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "inference"])
 def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, tmp_path):
-    """Asked of each script where it begins its work: when the model is there, the imports are over."""
+    """Asked of each script where it calls settle: after its imports, or, as they come with the model, after that."""
     code = (
         "import gc, sys, run_utils\n"
         f"import {script} as script\n"
