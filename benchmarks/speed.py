@@ -3,6 +3,7 @@
     python benchmarks/speed.py prepare --rows FILE      # once: a model of Mistral-7B's shape, its 4-bit copy, the rows
     python benchmarks/speed.py run --out results.jsonl  # every program in every configuration, a process each
     python benchmarks/speed.py run --only ours,trl --configs natural --steps 10 --warmup 4
+    python benchmarks/speed.py run --together           # the same in less time, with memory for all the models at once
     python benchmarks/speed.py plot results.jsonl chart.svg
     python benchmarks/speed.py prepare --device cpu     # the same on models/tiny-base, in float32 and without 4-bit
 
@@ -12,6 +13,7 @@ padded Trainer ("reference"), so that no speed is bought with a wrong loss.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -85,8 +88,13 @@ def build_parser():
     run.add_argument("--only", default=",".join(PROGRAMS), help="programs, separated by commas")
     run.add_argument("--configs", default="", help="names or their beginnings, separated by commas")
     run.add_argument("--timeout", type=int, default=600, help="seconds for one configuration")
+    run.add_argument(
+        "--recording", type=int, default=60, help="more steps of warm-up where ours records each new length"
+    )
+    run.add_argument("--together", action="store_true", help="all load at once, then train one after the other")
     measure.add_argument("program", choices=PROGRAMS)
     measure.add_argument("configuration", choices=CONFIGURATIONS)
+    measure.add_argument("--turn", type=Path, help="a lock to wait for before training")
     for command in (run, measure):
         command.add_argument("--steps", type=int, default=20, help="optimizer steps, with those of the warm-up")
         command.add_argument("--warmup", type=int, default=10, help="steps that are not timed")
@@ -98,7 +106,10 @@ def build_parser():
 
 # ---- All configurations ----------------------------------------------------------------------------------------------
 def run(options):
-    """Measure every chosen program in every chosen configuration; what fails is a line with its reason."""
+    """Measure every chosen program in every chosen configuration; what fails is a line with its reason.
+
+    Returns 1 if a loss is not the reference's, else 0.
+    """
     if not (options.work_dir / "prepared.json").exists():
         raise SystemExit(f"{options.work_dir} holds no prepared model; run: speed.py prepare --device {options.device}")
     programs, beginnings = options.only.split(","), tuple(options.configs.split(","))
@@ -107,14 +118,14 @@ def run(options):
         raise SystemExit(f"nothing to run: {unknown}; programs: {PROGRAMS}, configurations: {tuple(CONFIGURATIONS)}")
     if not 0 < options.warmup < options.steps:
         raise SystemExit(f"--warmup is {options.warmup}, expected 1 to {options.steps - 1}, one less than --steps")
+    programs.sort(key=lambda program: program != "reference")  # the others are compared with it
+    jobs = [(program, name) for name in chosen for program in programs if suits(program, CONFIGURATIONS[name])]
     wrong = 0
-    for name in chosen:
-        for program in sorted(programs, key=lambda program: program != "reference"):  # the others are compared with it
-            if suits(program, CONFIGURATIONS[name]):
-                result = run_one(program, name, options)
-                expected = reference_losses(options.out, result)
-                wrong += bool(expected) and distance(result["losses"], expected) > LOSS_TOLERANCE
-                print(f"{name:22} {program:10} {describe(result, expected)}", flush=True)
+    for (program, name), result in zip(jobs, results_of(jobs, options), strict=True):
+        append(options.out, result)
+        expected = reference_losses(options.out, result)
+        wrong += bool(expected) and distance(result["losses"], expected) > LOSS_TOLERANCE
+        print(f"{name:22} {program:10} {describe(result, expected)}", flush=True)
     return int(wrong > 0)
 
 
@@ -125,29 +136,49 @@ def suits(program, configuration):
     return program != "reference" or not configuration.dropout
 
 
-def run_one(program, name, options):
-    """Measure in a process of its own, which appends its line to the results; returns the line."""
-    command = [sys.executable, str(Path(__file__).resolve()), "measure", program, name, "--device", options.device]
-    for option in ("work_dir", "steps", "warmup", "out"):
-        command += [f"--{option}", str(getattr(options, option))]
-    log, size = options.work_dir / f"{program}-{name}.log", file_size(options.out)
-    failed = missing(program, options.device)
+def results_of(jobs, options):
+    """The result of each job, one after the other or, of jobs that load together, once all have ended."""
+    if not options.together:
+        yield from (run_one(program, name, options) for program, name in jobs)
+        return
+    import fcntl
+
+    turn = options.work_dir / "turn"
+    for old in options.work_dir.glob("turn*"):
+        old.unlink()
+    with open(turn, "w") as lock, ThreadPoolExecutor(len(jobs)) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pending = [pool.submit(run_one, program, name, options, turn) for program, name in jobs]
+        while len(list(options.work_dir.glob("turn.*"))) + sum(job.done() for job in pending) < len(jobs):
+            time.sleep(0.2)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        yield from (job.result() for job in pending)
+
+
+def run_one(program, name, options, turn=None):
+    """Measure in a process of its own; returns its line, or one with the reason why there is none."""
+    records = program == "ours" and options.device == "cuda" and CONFIGURATIONS[name].rows == "natural"
+    more = options.recording if records else 0
+    out, log = (options.work_dir / f"{program}-{name}{suffix}" for suffix in (".jsonl", ".log"))
+    out.unlink(missing_ok=True)
+    flags = {"device": options.device, "work_dir": options.work_dir, "out": out}
+    flags |= {"steps": options.steps + more, "warmup": options.warmup + more}
+    flags |= {"turn": turn} if turn else {}
+    command = [sys.executable, str(Path(__file__).resolve()), "measure", program, name]
+    command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    failed, timeout = missing(program, options.device), options.timeout * (10 if turn else 1)
     if not failed:
         with open(log, "w") as file:
             streams = {"stdout": file, "stderr": file}
             try:  # in the work folder, since some programs write caches where they run
-                subprocess.run(
-                    command, **streams, cwd=options.work_dir, env=environment(), timeout=options.timeout, check=True
-                )
+                subprocess.run(command, **streams, cwd=options.work_dir, env=environment(), timeout=timeout, check=True)
             except subprocess.TimeoutExpired:
-                failed = f"more than {options.timeout} s"
+                failed = f"more than {timeout} s"
             except subprocess.CalledProcessError:
                 failed = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-    if failed and size == file_size(options.out):  # a program that fails while it exits has its figures
-        append(options.out, {"program": program, "configuration": name, "failed": failed})
-    with open(options.out) as file:
-        file.seek(size)
-        return json.loads(file.readline())
+    if out.exists():  # also of a program that fails while it exits
+        return json.loads(out.read_text())
+    return {"program": program, "configuration": name, "failed": failed}
 
 
 def missing(program, device):
@@ -200,10 +231,6 @@ def distance(losses, expected):
     return max(math.inf if math.isnan(found) else found for found in distances)
 
 
-def file_size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
 def append(path, line):
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -227,7 +254,8 @@ def measure(options):
     tokenizer = load_tokenizer(prepared["base"])
     trainer = programs.BUILDERS[options.program](settings, rows, tokenizer, prepared["copy"])
     stopwatch = programs.Stopwatch(trainer)
-    trainer.train()
+    with having_turn(options.turn):
+        trainer.train()
     lengths = [len(row["input_ids"]) for row in rows]
     assert stopwatch.lengths == lengths, f"saw {len(stopwatch.lengths)} rows, not these {needed} in their order"
     losses = {str(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -249,6 +277,20 @@ def measure(options):
         "losses": losses,
     }
     append(options.out, line | machine(options.device))
+
+
+@contextlib.contextmanager
+def having_turn(path):
+    """Say that everything is loaded, and wait until no other process is training."""
+    if path is None:
+        yield
+        return
+    import fcntl
+
+    with open(path, "w") as lock:
+        path.with_suffix(f".{os.getpid()}").touch()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fingerprint(rows):
