@@ -88,9 +88,7 @@ def build_parser():
     run.add_argument("--only", default=",".join(PROGRAMS), help="programs, separated by commas")
     run.add_argument("--configs", default="", help="names or their beginnings, separated by commas")
     run.add_argument("--timeout", type=int, default=600, help="seconds for one configuration")
-    run.add_argument(
-        "--recording", type=int, default=60, help="more steps of warm-up where ours records each new length"
-    )
+    run.add_argument("--recording", type=int, default=60, help="more warm-up where ours records new lengths")
     run.add_argument("--together", action="store_true", help="all load at once, then train one after the other")
     measure.add_argument("program", choices=PROGRAMS)
     measure.add_argument("configuration", choices=CONFIGURATIONS)
@@ -159,7 +157,9 @@ def run_one(program, name, options, turn=None):
     """Measure in a process of its own; returns its line, or one with the reason why there is none."""
     records = program == "ours" and options.device == "cuda" and CONFIGURATIONS[name].rows == "natural"
     more = options.recording if records else 0
-    out, log = (options.work_dir / f"{program}-{name}{suffix}" for suffix in (".jsonl", ".log"))
+    folder = options.work_dir / f"{program}-{name}"  # where it runs, since some programs write caches there
+    folder.mkdir(exist_ok=True)
+    out, log = folder / "result.json", folder / "log.txt"
     out.unlink(missing_ok=True)
     flags = {"device": options.device, "work_dir": options.work_dir, "out": out}
     flags |= {"steps": options.steps + more, "warmup": options.warmup + more}
@@ -170,8 +170,8 @@ def run_one(program, name, options, turn=None):
     if not failed:
         with open(log, "w") as file:
             streams = {"stdout": file, "stderr": file}
-            try:  # in the work folder, since some programs write caches where they run
-                subprocess.run(command, **streams, cwd=options.work_dir, env=environment(), timeout=timeout, check=True)
+            try:
+                subprocess.run(command, **streams, cwd=folder, env=environment(), timeout=timeout, check=True)
             except subprocess.TimeoutExpired:
                 failed = f"more than {timeout} s"
             except subprocess.CalledProcessError:
