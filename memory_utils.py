@@ -52,10 +52,10 @@ def weight_bytes(model, settings, dtype):
 
 def dequantized_bytes(model, dtype):
     """Memory of the 4-bit weights of LoRA's layers once more, dequantized."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    bases = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
     head = transformers_model(model).get_output_embeddings()
-    return sum(weight.numel() for weight in weights if weight is not head.weight) * dtype.itemsize
+    linear = [base.weight for base in bases if isinstance(base, torch.nn.Linear) and base.weight is not head.weight]
+    return sum(weight.numel() for weight in linear) * dtype.itemsize
 
 
 def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
 
 import plan_utils
-from memory_utils import GIB, count_parameters, expected_peak, weight_bytes
+from memory_utils import GIB, count_parameters, dequantized_bytes, expected_peak, weight_bytes
 from model_utils import attach_lora
 from plan_utils import choose_compilation, compiling_pays, count_passes, longest_rows, plan_memory, typical_rows
 from run_utils import DEFAULTS, Settings
@@ -40,6 +40,16 @@ def test_the_weights_in_four_bits_take_what_was_measured(seven_billion):
     whole = weight_bytes(seven_billion, SETTINGS._replace(use_4bit_quantization=False), torch.bfloat16)
     total, trainable = count_parameters(seven_billion)
     assert whole == 2 * (total - trainable)
+
+
+def test_only_linear_layers_may_stay_dequantized():
+    shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(MixtralConfig(**shape, **heads))
+        experts = attach_lora(base, SETTINGS._replace(lora_dropout=0.0))
+    attention = 2 * (64 * 64 + 32 * 64)  # query, output; key, value
+    assert dequantized_bytes(experts, torch.bfloat16) == 2 * 2 * attention
 
 
 def test_what_saves_memory_is_expected_to(seven_billion):
