@@ -16,11 +16,10 @@ class FastLora:
 
     The optimizer keeps the adapter in float32; the layers multiply with copies in the model's own number format, which
     refresh() renews after each optimizer step. draw_dropout() decides the masks of the next pass, from the CPU's random
-    numbers, so that the recomputation of a checkpointed layer meets the same. dequantized: whether frozen 4-bit weights
-    are dequantized once, which takes two bytes more for each, instead of in every pass.
+    numbers, so that the recomputation of a checkpointed layer meets the same.
     """
 
-    def __init__(self, model, dequantized=False):
+    def __init__(self, model):
         lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         layers = [layer for layer in lora_layers if is_plain(layer)]
         self.covers_all = len(layers) == len(lora_layers)
@@ -34,13 +33,9 @@ class FastLora:
         self.copies_of_a = [copy for group in self.groups for copy in group.copies_of_a]
         self.scalings = [group.scaling for group in self.groups for _ in group.copies_of_a]
         self.refresh()
-        self.dequantized = False
-        if dequantized:
-            self.set_dequantized(True)
 
     def set_dequantized(self, dequantized):
-        """Keep the frozen weights in the number format that they are multiplied in, or only as they are stored."""
-        self.dequantized = dequantized
+        """Keep frozen 4-bit weights dequantized, two bytes more for each, or dequantize them in every pass."""
         for group in self.groups:
             group.set_dequantized(dequantized)
 

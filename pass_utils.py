@@ -127,12 +127,14 @@ def probe_losses(model, rows):
 
 
 def probe_backward(model, rows):
-    """Run a backward pass through the rows' losses where the model is trained, without a trace."""
+    """Whether the gradients of the rows' mean loss are finite, without a trace; so are those of a model not trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if trained:
-        with torch.enable_grad(), autocast(model):
-            loss = pass_losses(model, rows)[0].sum()
-        torch.autograd.grad(loss, trained, allow_unused=True)
+    if not trained:
+        return True
+    with torch.enable_grad(), autocast(model):
+        loss = pass_losses(model, rows)[0].mean()
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return all(bool(gradient.isfinite().all()) for gradient in found if gradient is not None)
 
 
 def same_losses(model, found, expected):
@@ -160,10 +162,8 @@ def choose_kernels(model):
     ):
         setattr(kernels, name, possible)
         try:
-            if possible and not same_losses(model, probe_losses(model, rows), expected):
-                setattr(kernels, name, False)
-            elif possible:
-                probe_backward(model, rows)
+            same = possible and same_losses(model, probe_losses(model, rows), expected)
+            setattr(kernels, name, same and probe_backward(model, rows))
         except Exception:  # noqa: BLE001  whatever a kernel does not serve: head sizes, soft caps, sinks
             setattr(kernels, name, False)
     attention = "varlen flash attention" if kernels.varlen else "SDPA with a block mask"

@@ -93,8 +93,9 @@ def plan_memory(shapes, settings, device, dtype, rows, processes=1):
         checkpointing = plain > 0.9 * free
         reason = f", as {plain / GIB:.1f} GiB would {'not ' * checkpointing}fit without it"
     peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, compiled)
-    fused = settings.use_4bit_quantization and triton and not settings.use_dora
-    more = dequantized_bytes(shapes, dtype) if fused else 0
+    fused = triton and dtype != torch.float32 and not settings.use_dora
+    one = processes == 1  # several cannot give them up when memory runs out
+    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused and one else 0
     dequantized = 0 < more <= 0.9 * free - peak and not checkpointing
     if dequantized:
         peak += more

@@ -145,8 +145,9 @@ class StepRunner:
     ):
         self.base = transformers_model(model)
         kernels = kernels_of(self.base)
-        self.lora = FastLora(model, dequantized) if kernels.fused_lora else None
+        self.lora = FastLora(model) if kernels.fused_lora else None
         self.checkpointing, self.compiled = checkpointing, compiled
+        self.dequantized, self.to_dequantize = False, dequantized and self.lora is not None
         # else PyTorch's random state decides, which a checkpointed layer must then find again
         self.seeded_dropout = bool(self.lora and self.lora.covers_all) and not own_dropout(self.base)
         layers = decoder_layers(self.base) if checkpointing or compiled else []
@@ -170,6 +171,9 @@ class StepRunner:
         if self.lora:
             self.lora.forget()
             self.lora.refresh()
+        if self.to_dequantize:  # here, where memory that runs out is dealt with
+            self.dequantized, self.to_dequantize = True, False
+            self.lora.set_dequantized(True)
         self.release_gradients()
         if self.recording:
             self.flat.zero_()
@@ -252,12 +256,10 @@ class StepRunner:
         return True
 
     def give_up_dequantized(self):
-        """Keep frozen weights in 4 bits only; False if that is so already. What is recorded must be released first."""
-        if not (self.lora and self.lora.dequantized):
-            return False
+        """Dequantize frozen weights in each pass, as what is recorded from here on does."""
+        self.dequantized = False
         self.lora.set_dequantized(False)
-        self.release_cache()
-        return True
+        self.release()
 
     def release_gradients(self):
         for parameter in self.parameters:

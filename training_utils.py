@@ -68,16 +68,18 @@ class LoraTrainer(ResumableTrainer):
             try:
                 return self._run_passes(model, rows, scale)
             except torch.OutOfMemoryError as error:
-                largest = self._largest_pass(rows, error)
+                largest = None if self.runner.dequantized else self._largest_pass(rows, error)
             except Exception as error:
                 # with several processes one that tries again would wait for the others for ever
                 if self.accelerator.num_processes > 1 or not self.runner.simplify(error):
                     raise
                 continue
-            self.runner.release()  # here, where the exception no longer holds on to the tensors of its frames
-            if self.runner.give_up_dequantized():
+            # here, where the exception no longer holds on to the tensors of its frames
+            if largest is None:
+                self.runner.give_up_dequantized()
                 say("Out of memory; from here on frozen weights are dequantized in each pass: slower, the same result")
                 continue
+            self.runner.release()
             say(
                 f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
                 " more passes and gives the same result"
@@ -140,14 +142,15 @@ class LoraTrainer(ResumableTrainer):
                 self._compare_with_plain_passes(model)
             first = self.runner.compiled or self.args.device.type != "cpu"  # it compiles, or loads kernels
             while True:
-                ceiling, started = self.max_pass_tokens, time.perf_counter()
-                group = plan_utils.longest_pass(rows, ceiling)
+                before, started = (self.max_pass_tokens, self.runner.dequantized), time.perf_counter()
+                group = plan_utils.longest_pass(rows, self.max_pass_tokens)
                 with compiling():
                     self._forward_backward(model, group, 1e-3).item()
                 seconds = time.perf_counter() - started
-                if self.max_pass_tokens == ceiling and not first:
+                again = before != (self.max_pass_tokens, self.runner.dequantized)
+                if not (first or again):
                     break
-                first = self.max_pass_tokens != ceiling
+                first = again
         self.runner.release_gradients()
         tokens = count_tokens(group)
         steps = self.state.max_steps - self.state.global_step

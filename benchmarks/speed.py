@@ -9,11 +9,10 @@
 
 Every program gets the same token ids and labels, 16 rows to every optimizer step, in the same order, with the same
 seed. Tokens/s count real tokens only, never padding. All losses are recorded, and compared with those of a plain
-padded Trainer ("reference"), so that no speed is bought with a wrong loss.
+padded Trainer ("reference"), so that no speed is bought with a wrong loss. One run at a time in a work folder.
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -87,7 +86,7 @@ def build_parser():
     prepare.add_argument("--rows", default="data/demo.json", help="JSON of instruction, input, output")
     run.add_argument("--only", default=",".join(PROGRAMS), help="programs, separated by commas")
     run.add_argument("--configs", default="", help="names or their beginnings, separated by commas")
-    run.add_argument("--timeout", type=int, default=600, help="seconds for one configuration")
+    run.add_argument("--timeout", type=int, default=600, help="seconds for one configuration; ten times that together")
     run.add_argument("--recording", type=int, default=60, help="more warm-up where ours records new lengths")
     run.add_argument("--together", action="store_true", help="all load at once, then train one after the other")
     measure.add_argument("program", choices=PROGRAMS)
@@ -118,6 +117,8 @@ def run(options):
         raise SystemExit(f"--warmup is {options.warmup}, expected 1 to {options.steps - 1}, one less than --steps")
     programs.sort(key=lambda program: program != "reference")  # the others are compared with it
     jobs = [(program, name) for name in chosen for program in programs if suits(program, CONFIGURATIONS[name])]
+    if not jobs:
+        raise SystemExit(f"nothing to run: {programs} have no configuration like {options.configs!r}")
     wrong = 0
     for (program, name), result in zip(jobs, results_of(jobs, options), strict=True):
         append(options.out, result)
@@ -135,7 +136,7 @@ def suits(program, configuration):
 
 
 def results_of(jobs, options):
-    """The result of each job, one after the other or, of jobs that load together, once all have ended."""
+    """The result of each job, in their order; with --together from the moment on that all are loaded."""
     if not options.together:
         yield from (run_one(program, name, options) for program, name in jobs)
         return
@@ -146,11 +147,18 @@ def results_of(jobs, options):
         old.unlink()
     with open(turn, "w") as lock, ThreadPoolExecutor(len(jobs)) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        pending = [pool.submit(run_one, program, name, options, turn) for program, name in jobs]
-        while len(list(options.work_dir.glob("turn.*"))) + sum(job.done() for job in pending) < len(jobs):
-            time.sleep(0.2)
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        yield from (job.result() for job in pending)
+        pending = [(pool.submit(run_one, *job, options, turn), marker(turn, *job)) for job in jobs]
+        try:
+            while not all(result.done() or loaded.exists() for result, loaded in pending):
+                time.sleep(0.2)
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        yield from (result.result() for result, _ in pending)
+
+
+def marker(turn, program, name):
+    """The file by which a process says that it has loaded everything."""
+    return turn.with_suffix(f".{program}-{name}")
 
 
 def run_one(program, name, options, turn=None):
@@ -228,7 +236,7 @@ def describe(result, expected):
 def distance(losses, expected):
     """The largest relative distance of the losses that both logged at the same step; infinite if one is nan."""
     distances = [abs(losses[step] / expected[step] - 1) for step in losses if step in expected]
-    return max(math.inf if math.isnan(found) else found for found in distances)
+    return max((math.inf if math.isnan(found) else found for found in distances), default=math.inf)
 
 
 def append(path, line):
@@ -254,8 +262,9 @@ def measure(options):
     tokenizer = load_tokenizer(prepared["base"])
     trainer = programs.BUILDERS[options.program](settings, rows, tokenizer, prepared["copy"])
     stopwatch = programs.Stopwatch(trainer)
-    with having_turn(options.turn):
-        trainer.train()
+    if options.turn:
+        wait_for_turn(options)
+    trainer.train()
     lengths = [len(row["input_ids"]) for row in rows]
     assert stopwatch.lengths == lengths, f"saw {len(stopwatch.lengths)} rows, not these {needed} in their order"
     losses = {str(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -274,23 +283,19 @@ def measure(options):
         "timed_steps": len(seconds),
         "timed_tokens": tokens,
         **stopwatch.peak_memory(),
+        **({"dequantized": trainer.runner.dequantized} if ours else {}),
         "losses": losses,
     }
     append(options.out, line | machine(options.device))
 
 
-@contextlib.contextmanager
-def having_turn(path):
-    """Say that everything is loaded, and wait until no other process is training."""
-    if path is None:
-        yield
-        return
+def wait_for_turn(options):
+    """Say that everything is loaded, and wait until the process that trained before has ended with all its memory."""
     import fcntl
 
-    with open(path, "w") as lock:
-        path.with_suffix(f".{os.getpid()}").touch()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    lock = os.open(options.turn, os.O_RDWR)  # stays open as long as this process lives
+    marker(options.turn, options.program, options.configuration).touch()
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def fingerprint(rows):

@@ -21,13 +21,14 @@ from transformers import (
     Qwen3Config,
 )
 
+import lora_utils
 import progress_utils
 import train
 import training_utils
 from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
 from memory_utils import expected_peak
 from model_utils import attach_lora
-from pass_utils import choose_pass_tokens, mean_loss, pass_losses, score_rows
+from pass_utils import PassKernels, choose_pass_tokens, mean_loss, pass_losses, score_rows, transformers_model
 from plan_utils import check_compiler, count_steps
 from run_utils import DEFAULTS, Settings, UserError
 from step_utils import StepRunner
@@ -249,6 +250,24 @@ def test_the_speed_counts_training_time_only(tmp_path, monkeypatch):
     trainer.train()
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     assert speeds == [16, 16]  # 4 rows of 8 tokens in 2 s, at the first step and over the other three
+
+
+def test_the_speed_counts_the_time_that_the_host_waits_for_the_gpu(tmp_path, monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(training_utils.time, "perf_counter", lambda: clock["now"])
+
+    def start_copy(flags):
+        return flags, lambda: clock.update(now=clock["now"] + 2)
+
+    monkeypatch.setattr(training_utils, "start_copy_to_host", start_copy)
+    settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1, num_epochs=2, logging_steps=4)
+    trainer = make_trainer(make_model(), make_rows((8,) * 8), tmp_path, 1000, settings)
+    trainer.args.set_save("no")
+    trainer.args.set_evaluate("steps", steps=1, batch_size=4, delay=0)
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.train()
+    speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
+    assert speeds == [16, 16]
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 3), (16, 3), (17, 6), (33, 9)])
@@ -555,21 +574,22 @@ def test_the_optimizer_in_8_bits_trains_on_a_cpu_with_a_line_and_no_warning(data
     assert not [warning for warning in recwarn if "aged" in str(warning.message)]
 
 
-def test_memory_that_runs_out_gives_up_dequantized_weights_first(tmp_path, monkeypatch, capsys):
-    model, rows = make_model(), make_rows()
+@pytest.mark.parametrize("count", [1, 4])
+def test_memory_that_runs_out_gives_up_dequantized_weights_first(count, tmp_path, monkeypatch, capsys):
+    model, rows = make_model(), make_rows()[:count]
     expected = reference_gradients(model, rows)
     trainer = make_trainer(model, rows, tmp_path, 1000)
     trainer.rehearsed = True
-    given_up, original = [], training_utils.StepRunner.run
+    transformers_model(model).pass_kernels = PassKernels()
+    transformers_model(model).pass_kernels.fused_lora = True
+    trainer.runner = StepRunner(model, dequantized=True)
 
-    def run(self, *arguments):
-        if not given_up:
-            raise torch.OutOfMemoryError("fake")
-        return original(self, *arguments)
+    def run_out(*_):
+        raise torch.OutOfMemoryError("fake")
 
-    monkeypatch.setattr(training_utils.StepRunner, "run", run)
-    monkeypatch.setattr(trainer.runner, "give_up_dequantized", lambda: not given_up and not given_up.append(1))
+    monkeypatch.setattr(lora_utils.LoraGroup, "set_dequantized", lambda group, on: run_out() if on else None)
     trainer.training_step(model, rows)
+    assert not trainer.runner.dequantized
     messages = capsys.readouterr().err
     assert (
         "Out of memory; from here on frozen weights are dequantized in each pass: slower, the same result" in messages
