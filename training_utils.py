@@ -63,7 +63,10 @@ class LoraTrainer(ResumableTrainer):
         return step_loss
 
     def _forward_backward(self, model, rows, scale):
-        """All passes of a step; returns the sum of scale times each loss. Out of memory halves the passes' ceiling."""
+        """All passes of a step; returns the sum of scale times each loss.
+
+        Out of memory gives up dequantized weights, then halves the passes' ceiling.
+        """
         while True:
             try:
                 return self._run_passes(model, rows, scale)
