@@ -77,8 +77,10 @@ class LoraGroup:
             layer.forward = MethodType(lora_forward, layer)
 
     def set_dequantized(self, dequantized):
-        weights = matrices(self.stored, self.copies_of_b, self.fast_a.shape[1])
-        self.frozen = list(weights) if dequantized else self.stored
+        if not dequantized:
+            self.frozen = self.stored
+        elif self.frozen is self.stored:
+            self.frozen = list(matrices(self.stored, self.copies_of_b, self.fast_a.shape[1]))
 
     def compute(self, x):
         """The outputs of all layers."""

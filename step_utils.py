@@ -147,7 +147,7 @@ class StepRunner:
         kernels = kernels_of(self.base)
         self.lora = FastLora(model) if kernels.fused_lora else None
         self.checkpointing, self.compiled = checkpointing, compiled
-        self.dequantized, self.to_dequantize = False, dequantized and self.lora is not None
+        self.dequantized = dequantized and self.lora is not None
         # else PyTorch's random state decides, which a checkpointed layer must then find again
         self.seeded_dropout = bool(self.lora and self.lora.covers_all) and not own_dropout(self.base)
         layers = decoder_layers(self.base) if checkpointing or compiled else []
@@ -171,8 +171,7 @@ class StepRunner:
         if self.lora:
             self.lora.forget()
             self.lora.refresh()
-        if self.to_dequantize:  # here, where memory that runs out is dealt with
-            self.dequantized, self.to_dequantize = True, False
+        if self.dequantized:  # at the first step, where memory that runs out is dealt with
             self.lora.set_dequantized(True)
         self.release_gradients()
         if self.recording:
