@@ -9,6 +9,7 @@ import inspect
 from itertools import accumulate, pairwise
 
 import torch
+from torch.library import custom_op
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -135,7 +136,7 @@ def drop(x, seed, p, out=None):
 
 
 # ---- LoRA over frozen linear layers ----------------------------------------------------------------------------------
-@torch.library.custom_op("lora::linear", mutates_args=())
+@custom_op("lora::linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
     a: list[torch.Tensor],
@@ -156,12 +157,12 @@ def _linear(
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # dropout's masks go by memory
     down = (drop(rows, seed, dropout) if dropout else rows) @ a16.T
     outs = []
-    for number, (copy, matrix) in enumerate(zip(b16, matrices(frozen, b16, x.shape[-1]), strict=True)):
+    for copy, rank, matrix in zip(b16, ranks(b16), matrices(frozen, b16, x.shape[-1]), strict=True):
         # the small product first: to add it to the large one would read and write all again
-        out = down[:, ranks(b16)[number]] @ copy.T
-        out.addmm_(rows, matrix.T)
-        outs.append((out + biases[number] if biases else out).view(*x.shape[:-1], -1))
-    return outs, down
+        outs.append((down[:, rank] @ copy.T).addmm_(rows, matrix.T))
+    if biases:
+        outs = [out.add_(bias) for out, bias in zip(outs, biases, strict=True)]
+    return [out.view(*x.shape[:-1], -1) for out in outs], down
 
 
 @_linear.register_fake
@@ -170,7 +171,7 @@ def _(x, a, b, a16, b16, *others):
     return outs, x.new_empty(x.numel() // x.shape[-1], a16.shape[0])
 
 
-@torch.library.custom_op("lora::linear_backward", mutates_args=())
+@custom_op("lora::linear_backward", mutates_args=())
 def _linear_backward(
     grads: list[torch.Tensor],
     x: torch.Tensor,

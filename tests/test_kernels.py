@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, Starcoder2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Starcoder2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import kernel_utils
@@ -122,6 +122,22 @@ def test_layers_that_read_the_same_tensor_are_computed_together_and_others_alone
     q(x)
     lora.forget()  # a pass broke off
     assert group.waiting is None
+
+
+def test_the_fused_layers_add_their_biases():
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    base = AutoModelForCausalLM.from_config(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2))
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model, rows = attach_lora(base, SETTINGS).train(), some_rows(vocabulary=300)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    expected = plain_gradients(model, rows)
+    lora = FastLora(model)
+    assert [len(group.biases) for group in lora.groups] == [3, 0, 0, 0] * 2
+    assert_same(plain_gradients(model, rows), expected, 3e-5)
 
 
 def test_layers_of_two_decoder_layers_are_computed_apart(monkeypatch):
