@@ -26,6 +26,7 @@ from run_utils import (
     check_writable,
     display_path,
     format_duration,
+    grow_gpu_memory,
     make_settings,
     parse_command_line,
     quiet_libraries,
@@ -47,6 +48,7 @@ def main(argv):
     parser.add_argument("--fresh", action="store_true", help="set an interrupted run aside instead of going on with it")
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
+    grow_gpu_memory()
     settings = make_settings(given)
     check_writable(resolve_path(settings.output_dir), "--output_dir")
     check_writable(resolve_path(settings.logs_dir), "--logs_dir")

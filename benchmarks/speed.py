@@ -247,13 +247,16 @@ def append(path, line):
 # ---- One configuration -----------------------------------------------------------------------------------------------
 def measure(options):
     """Train with one program in one configuration and append its figures to the results."""
+    from run_utils import grow_gpu_memory, quiet_libraries
+
+    quiet_libraries()
+    if options.program == "ours":
+        grow_gpu_memory()  # as train.py does
     if options.program == "unsloth":
         import unsloth  # noqa: F401  patches the libraries that are imported after it
     import programs
     from model_utils import load_tokenizer
-    from run_utils import quiet_libraries
 
-    quiet_libraries()
     prepared = json.loads((options.work_dir / "prepared.json").read_text())
     configuration = CONFIGURATIONS[options.configuration]
     settings = build_settings(configuration, prepared["base"], options)
