@@ -1,5 +1,6 @@
 """Replies: in batches for evaluation, streamed for chat. Shared by train.py, evaluate.py and inference.py."""
 
+from contextlib import contextmanager
 from threading import Thread
 
 import torch
@@ -31,6 +32,21 @@ def autocast(model):
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
+@contextmanager
+def generating(model):
+    """How replies are computed: without gradients, in half precision, and without cuDNN's attention.
+
+    That would prepare itself anew, for tens of milliseconds, at each length that a growing reply has.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with torch.no_grad(), autocast(model):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def trim_history(prompt_ids, limit, bos_id):
     """Keep a prompt's BOS and its newest tokens, `limit` in all, as training does."""
     if len(prompt_ids) <= limit:
@@ -55,7 +71,6 @@ def left_pad(prompts, pad_id, device):
     }
 
 
-@torch.no_grad()
 def generate_replies(model, tokenizer, conversations, generation_config, batch_size=8, max_prompt_tokens=2**20):
     """Answer conversations (lists of messages that end with the user's turn) in batches; returns the replies' texts.
 
@@ -68,7 +83,7 @@ def generate_replies(model, tokenizer, conversations, generation_config, batch_s
     replies = []
     for start in range(0, len(prompts), batch_size):
         batch = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, model.device)
-        with autocast(model):
+        with generating(model):
             output = model.generate(**batch, generation_config=generation_config)
         replies += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [reply.strip() for reply in replies]
@@ -85,7 +100,7 @@ def stream_reply(model, tokenizer, messages, generation_config):
 
     def generate():
         try:
-            with torch.no_grad(), autocast(model):
+            with generating(model):
                 model.generate(
                     **batch, generation_config=generation_config, streamer=streamer, stopping_criteria=[stop]
                 )

@@ -289,6 +289,9 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, sl
     query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
     if unknown := [name for name in ("softcap", "s_aux", "dropout") if kwargs.get(name)]:
         raise NotImplementedError(f"varlen attention without {unknown}")
+    if torch.is_autocast_enabled(query.device.type):  # which treats PyTorch's own attention so: DoRA gives float32
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     starts, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
     out = varlen_attn(

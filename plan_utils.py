@@ -143,6 +143,7 @@ def choose_compilation(model, settings, device, passes):
     pays = compiling_pays(settings, device, passes)
     if settings.torch_compile == "auto" and device.type == "cuda":
         if not can_compile(model):
+            say("The layers are not compiled: that pays with the fused kernels, which take plain LoRA layers only")
             return False
         if pays:
             say(f"Compiling the layers takes half a minute or so, which {passes:,} passes repay")

@@ -12,10 +12,11 @@ from collections import namedtuple
 from types import MethodType
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 
 from kernel_utils import LinearCrossEntropy
-from lora_utils import FastLora
+from lora_utils import FastLora, is_plain
 from pass_utils import (
     chosen_attention,
     decoder_layers,
@@ -34,8 +35,9 @@ GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
 
 # ---- Decoder layers --------------------------------------------------------------------------------------------------
 def can_compile(model):
-    """Whether a model on a CUDA GPU has what compilation and graph replay are made for."""
-    return kernels_of(transformers_model(model)).fused_lora and bool(decoder_layers(model))
+    """Whether a model on a CUDA GPU has what compilation and graph replay are made for: plain LoRA layers above all."""
+    plain = all(is_plain(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
+    return kernels_of(transformers_model(model)).fused_lora and plain and bool(decoder_layers(model))
 
 
 def wrap_layer(layer, runner):

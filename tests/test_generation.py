@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers import AutoModelForCausalLM
 
 import inference
@@ -65,6 +66,24 @@ def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monke
     stream.close()
     assert len(calls) < 100
     assert not [thread for thread in threading.enumerate() if thread.name.endswith("(generate)")]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_replies_do_without_cudnns_attention_which_is_allowed_again_afterwards(model, tokenizer, monkeypatch, streamed):
+    seen, generate = [], model.generate
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda **options: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or generate(**options),
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    message, greedy = [{"role": "user", "content": "Hello"}], GenerationConfig(max_new_tokens=2, do_sample=False)
+    if streamed:
+        list(stream_reply(model, tokenizer, message, greedy))
+    else:
+        generate_replies(model, tokenizer, [message], greedy)
+    assert seen == [False]
+    assert before is torch.backends.cuda.cudnn_sdp_enabled() is True
 
 
 def test_an_error_while_generating_reaches_the_caller(model, tokenizer, monkeypatch):

@@ -88,9 +88,9 @@ def test_rows_laid_end_to_end_do_not_read_each_other_on_the_gpu():
 
 
 # ---- The step's kernels ----------------------------------------------------------------------------------------------
-def trained_model(dtype=torch.bfloat16, quantize=True, base=None, dropout=0.0):
+def trained_model(dtype=torch.bfloat16, quantize=True, base=None, dropout=0.0, dora=False):
     """The bundled base with an adapter whose B is not zero, in training mode."""
-    settings = Settings(**DEFAULTS)._replace(base_model_name=TINY_BASE, lora_dropout=dropout)
+    settings = Settings(**DEFAULTS)._replace(base_model_name=TINY_BASE, lora_dropout=dropout, use_dora=dora)
     quantization = build_quantization_config(settings, dtype) if quantize else None
     base = base or load_base_model(TINY_BASE, CUDA, dtype, quantization)
     model = attach_lora(base, settings).to(CUDA).train()
@@ -169,6 +169,23 @@ def test_the_fast_step_has_the_gradients_of_peft_and_transformers():
     assert distance(step_gradients(plain, model, [rows]), expected) < 0.08
     other = step_gradients(plain, model, [rows[:3]])
     assert distance(other, expected) > 0.2  # the check can tell
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dora_takes_varlen_attention_and_the_fused_loss(checkpointing):
+    model, rows = trained_model(dora=True), some_rows()
+
+    def gradients(groups):
+        with torch.autocast("cuda", torch.bfloat16):
+            return step_gradients(StepRunner(model, checkpointing=checkpointing), model, groups)
+
+    expected = gradients([[row] for row in rows])
+    choose_kernels(model)
+    kernels = transformers_model(model).pass_kernels
+    assert kernels.varlen
+    assert kernels.fused_loss
+    assert distance(gradients([rows]), expected) < 0.08
+    assert distance(gradients([rows[:3]]), expected) > 0.2  # the check can tell
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

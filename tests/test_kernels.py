@@ -21,7 +21,7 @@ from lora_utils import FastLora
 from model_utils import attach_lora, build_quantization_config, load_base_model
 from pass_utils import PassKernels, chosen_attention, pass_losses, probe_backward, transformers_model
 from run_utils import DEFAULTS, Settings
-from step_utils import StepRunner
+from step_utils import StepRunner, can_compile
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, base_model_name=TINY_BASE)
@@ -239,6 +239,15 @@ def test_disabled_and_merged_adapters_and_dora_take_pefts_own_way():
     assert not len(lora.seeds)
 
 
+def test_only_models_whose_lora_layers_are_all_plain_are_compiled_unasked():
+    for changes, expected in (({}, True), ({"use_dora": True}, False)):
+        model = tiny_model(**changes)
+        assert not can_compile(model)
+        transformers_model(model).pass_kernels = PassKernels()
+        transformers_model(model).pass_kernels.fused_lora = True
+        assert can_compile(model) is expected
+
+
 def test_dropout_zeroes_its_share_and_keeps_the_mean():
     x = torch.ones(200, 500)
     dropped = kernel_utils.drop(x, torch.tensor([3]), 0.25)
@@ -394,6 +403,16 @@ def test_attention_is_the_models_own_again_after_a_pass():
     with chosen_attention(base):
         assert base.config._attn_implementation == kernel_utils.VARLEN != usual
     assert base.config._attn_implementation == usual
+
+
+def test_varlen_attention_takes_what_autocast_would_take_for_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernel_utils, "varlen_attn", lambda q, k, v, *_, **__: seen.extend((q, k, v)) or q)
+    states, starts = torch.zeros(1, 2, 3, 8), {"cu_seq_lens_q": None, "max_length_q": 3}
+    kernel_utils.varlen_attention(None, states, states, states, None, **starts)
+    with torch.autocast("cpu", torch.bfloat16):
+        kernel_utils.varlen_attention(None, states, states, states, None, **starts)
+    assert [tensor.dtype for tensor in seen] == [torch.float32] * 3 + [torch.bfloat16] * 3
 
 
 @pytest.mark.parametrize("option", ["softcap", "s_aux", "dropout"])

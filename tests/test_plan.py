@@ -140,6 +140,7 @@ def test_compiling_pays_in_long_runs_on_cuda_or_when_asked_for(monkeypatch, caps
     assert "5,000 passes repay" in capsys.readouterr().err
     monkeypatch.setattr(plan_utils, "can_compile", lambda model: False)
     assert not choose_compilation(None, SETTINGS, CUDA, 5000)
+    assert "which take plain LoRA layers only" in capsys.readouterr().err
     monkeypatch.setattr(plan_utils, "triton", None)
     assert not compiling_pays(SETTINGS, CUDA, enough)
 
