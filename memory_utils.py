@@ -58,12 +58,21 @@ def dequantized_bytes(model, dtype):
     return sum(weight.numel() for weight in linear) * dtype.itemsize
 
 
+def dora_shapes(model):
+    """Of all linear layers with an adapter: their outputs, their weights' elements, and the most inputs of one."""
+    bases = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
+    shapes = [base.weight.shape for base in bases if isinstance(base, torch.nn.Linear)]
+    outputs, weights = sum(shape[0] for shape in shapes), sum(shape.numel() for shape in shapes)
+    return outputs, weights, max((shape[1] for shape in shapes), default=0)
+
+
 def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
     Counted: the weights; the adapter in float32 with gradients, AdamW's two moments (a byte each in 8 bits) and the
     copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing its input
-    and one layer whole; the largest weight dequantized; a chunk of logits. The allocator rounds up and leaves gaps.
+    and one layer whole; the largest weight dequantized; a chunk of logits. peft's DoRA computes in float32, keeps more,
+    with dropout each weight dequantized, and multiplies with unit matrices. The allocator rounds up and leaves gaps.
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
@@ -83,8 +92,14 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
         fixed += trainable * 4
     else:  # the norms' copies in float32
         kept += 2 * (4 + unit) * hidden
-    saved = tokens * (layers * unit * hidden + kept if checkpointing else layers * kept)
+    inputs, constant = unit * hidden, 0
     working = tokens * unit * (3 * inner + 3 * hidden)
+    if settings.use_dora:
+        outputs, weights, widest = dora_shapes(model)
+        inputs, kept = 4 * hidden, kept + 8 * outputs / layers
+        constant = unit * weights / layers if settings.lora_dropout else 0
+        working += (4 + unit) * widest**2
+    saved = tokens * (layers * inputs + kept) + constant if checkpointing else layers * (tokens * kept + constant)
     largest = max((shape.numel() for shape in shapes), default=hidden * inner) * unit
     logits = min(tokens * config.vocab_size, LinearCrossEntropy.LOGITS) * (unit if triton else 4 + 4 + unit)
     return (fixed + saved + max(working + largest, logits)) * ALLOCATOR

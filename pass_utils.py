@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from generation_utils import autocast
@@ -126,14 +128,33 @@ def probe_losses(model, rows):
         model.train(training)
 
 
+@contextlib.contextmanager
+def recomputing(base):
+    """Decoder layers are computed again in the backward pass: a DoRA layer keeps its weight dequantized until then."""
+    layers = decoder_layers(base)
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
 def probe_backward(model, rows):
     """Whether the gradients of the rows' mean loss are finite, without a trace; so are those of a model not trained."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    base, trained = (
+        transformers_model(model),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+    )
     if not trained:
         return True
-    with torch.enable_grad(), autocast(model):
+    with torch.enable_grad(), autocast(model), chosen_attention(base), recomputing(base):
         loss = pass_losses(model, rows)[0].mean()
-    found = torch.autograd.grad(loss, trained, allow_unused=True)
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
     return all(bool(gradient.isfinite().all()) for gradient in found if gradient is not None)
 
 

@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import torch
-from transformers import GenerationConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import inference
 from conftest import TINY_BASE

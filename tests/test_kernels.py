@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import weakref
+from collections import Counter
 
 import bitsandbytes as bnb
 import pytest
@@ -19,7 +20,14 @@ from conftest import TINY_BASE
 from kernel_utils import LinearCrossEntropy, dequantize, frozen_tensors
 from lora_utils import FastLora
 from model_utils import attach_lora, build_quantization_config, load_base_model
-from pass_utils import PassKernels, chosen_attention, pass_losses, probe_backward, transformers_model
+from pass_utils import (
+    PassKernels,
+    chosen_attention,
+    decoder_layers,
+    pass_losses,
+    probe_backward,
+    transformers_model,
+)
 from run_utils import DEFAULTS, Settings
 from step_utils import StepRunner, can_compile
 
@@ -328,9 +336,16 @@ def test_memory_that_runs_out_inside_a_group_of_layers_leaves_nothing_alive():
 
 
 def test_a_kernel_is_tried_backwards_too_without_a_trace():
-    model, rows = tiny_model(), some_rows()
+    model, rows = tiny_model(use_dora=True), some_rows()
+    calls, layers = Counter(), decoder_layers(model)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: calls.update([layer]))
+        layer.self_attn.register_forward_pre_hook(lambda module, inputs: calls.update([module]))
     assert probe_backward(model, rows)
     assert all(parameter.grad is None for parameter in model.parameters())
+    # each layer is computed again, since DoRA's would all keep a whole weight otherwise
+    assert [(calls[layer], calls[layer.self_attn]) for layer in layers] == [(1, 2)] * len(layers)
+    assert not any("forward" in vars(layer) for layer in layers)
     norm = transformers_model(model).get_decoder().norm
     norm.register_forward_hook(lambda module, inputs, out: NanBackwards.apply(out))
     assert not probe_backward(model, rows)
