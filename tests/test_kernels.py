@@ -430,6 +430,20 @@ def test_varlen_attention_takes_what_autocast_would_take_for_it(monkeypatch):
     assert [tensor.dtype for tensor in seen] == [torch.float32] * 3 + [torch.bfloat16] * 3
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_varlen_attention_calls_the_installed_torch_as_it_wants_to_be_called(window, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it does not know the device meta
+    query = torch.empty(1, 8, 40, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    key, value = (torch.empty_like(query[:, :2], requires_grad=True) for _ in range(2))
+    starts = torch.empty(4, dtype=torch.int32, device="meta")
+    out, _ = kernel_utils.varlen_attention(
+        None, query, key, value, None, sliding_window=window, cu_seq_lens_q=starts, max_length_q=20
+    )
+    out.sum().backward()
+    assert out.shape == (1, 40, 8, 64)
+    assert [states.grad.shape for states in (query, key, value)] == [query.shape, key.shape, value.shape]
+
+
 @pytest.mark.parametrize("option", ["softcap", "s_aux", "dropout"])
 def test_varlen_attention_refuses_what_it_would_leave_out(option):
     states = torch.zeros(1, 2, 3, 8)
