@@ -12,13 +12,7 @@ import os
 from pathlib import Path
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -180,7 +174,15 @@ def attach_lora(model, settings):
     """
     set_seed(settings.seed)
     check_target_modules(model, settings.lora_target_modules)
-    peft_model = get_peft_model(model, build_lora_config(settings))
+    try:
+        peft_model = get_peft_model(model, build_lora_config(settings))
+    except ValueError as error:
+        if "ParamWrapper" not in str(error):
+            raise
+        raise UserError(
+            "an adapter of this model's experts takes neither dropout nor DoRA; add --lora_dropout 0 --use_dora false,"
+            " or name other layers: --lora_target_modules q_proj,v_proj"
+        ) from error
     # as the user gave it, not as it was resolved: a path inside the project stays valid when the project moves
     peft_model.peft_config["default"].base_model_name_or_path = settings.base_model_name
     return peft_model

@@ -20,6 +20,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig
 
 import checkpoint_utils
 import evaluate
@@ -476,6 +477,14 @@ def an_unknown_setting(place):
 @fault("--lora_target_modules q_prj: the model has no linear layer q_prj; it has", "q_proj")
 def a_layer_that_the_model_has_not(place):
     return {"lora_target_modules": "q_prj"}
+
+
+@fault("an adapter of this model's experts takes neither dropout nor DoRA; add --lora_dropout 0 --use_dora false, or")
+def dropout_for_a_mixture_of_experts(place):
+    shutil.copytree(TINY_BASE, place.folder / "experts")
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    MixtralConfig(**shape, num_key_value_heads=2).save_pretrained(place.folder / "experts")
+    return {"base_model_name": place.folder / "experts"}
 
 
 @fault("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here", code=143)
