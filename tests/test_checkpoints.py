@@ -77,7 +77,7 @@ def test_a_run_killed_in_every_third_step_ends_like_an_undisturbed_one(dataset, 
         interrupted(dataset, tmp_path / "killed", monkeypatch, step, **changes)
     capsys.readouterr()
     found = small_run(dataset, tmp_path / "killed", **changes)
-    assert "from" in capsys.readouterr().err
+    assert "Going on" in capsys.readouterr().err
     assert adapter_bytes(found) == adapter_bytes(expected)
     assert losses(found) == losses(expected)
 

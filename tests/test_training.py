@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_checkpoints_fall_on_evaluations():
 
 def test_the_speed_counts_training_time_only(tmp_path, monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr(training_utils.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(training_utils, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
     rows = make_rows((8,) * 8)
     settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=1, num_epochs=2, logging_steps=4)
     trainer = make_trainer(make_model(), rows, tmp_path, 1000, settings)
@@ -254,7 +255,7 @@ def test_the_speed_counts_training_time_only(tmp_path, monkeypatch):
 
 def test_the_speed_counts_the_time_that_the_host_waits_for_the_gpu(tmp_path, monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr(training_utils.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(training_utils, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
 
     def start_copy(flags):
         return flags, lambda: clock.update(now=clock["now"] + 2)
@@ -543,7 +544,7 @@ def test_the_rehearsal_counts_the_short_last_step_of_an_epoch(tmp_path, capsys, 
     trainer = make_trainer(model, rows, tmp_path, 1000, settings)
     trainer.state.max_steps = 8  # four epochs of a step of 80 tokens and one of 20
     clock = iter(range(0, 1000, 80))  # a pass of 80 tokens takes 80 seconds
-    monkeypatch.setattr(training_utils.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(training_utils, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     trainer.training_step(model, rows[:4])
     assert "the 8 steps will take about 6 min 40 s" in capsys.readouterr().err
 
