@@ -346,11 +346,25 @@ def test_a_kernel_is_tried_backwards_too_without_a_trace():
     # each layer is computed again, since DoRA's would all keep a whole weight otherwise
     assert [(calls[layer], calls[layer.self_attn]) for layer in layers] == [(1, 2)] * len(layers)
     assert not any("forward" in vars(layer) for layer in layers)
+    layers[0].forward = own = layers[0].forward
     norm = transformers_model(model).get_decoder().norm
     norm.register_forward_hook(lambda module, inputs, out: NanBackwards.apply(out))
     assert not probe_backward(model, rows)
+    assert vars(layers[0])["forward"] is own
     model.requires_grad_(False)
     assert probe_backward(model, rows)  # nothing is trained, nothing is tried
+
+
+def test_a_kernel_is_tried_backwards_with_the_attention_that_was_chosen(monkeypatch):
+    monkeypatch.setattr(kernel_utils, "varlen_attn", lambda query, *_, **__: query)  # the true one needs a GPU
+    model, seen = tiny_model(), []
+    base = transformers_model(model)
+    base.pass_kernels = PassKernels()
+    base.pass_kernels.varlen = True
+    for layer in decoder_layers(model):
+        layer.self_attn.register_forward_pre_hook(lambda *_: seen.append(base.config._attn_implementation))
+    assert probe_backward(model, some_rows())
+    assert seen == [kernel_utils.VARLEN] * 2 * len(decoder_layers(model))  # forward, and again in the backward pass
 
 
 class NanBackwards(torch.autograd.Function):
@@ -436,11 +450,18 @@ def test_varlen_attention_calls_the_installed_torch_as_it_wants_to_be_called(win
     query = torch.empty(1, 8, 40, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
     key, value = (torch.empty_like(query[:, :2], requires_grad=True) for _ in range(2))
     starts = torch.empty(4, dtype=torch.int32, device="meta")
+    windows, original = [], kernel_utils.varlen_attn
+    monkeypatch.setattr(
+        kernel_utils,
+        "varlen_attn",
+        lambda *args, **options: windows.append(options["window_size"]) or original(*args, **options),
+    )
     out, _ = kernel_utils.varlen_attention(
         None, query, key, value, None, sliding_window=window, cu_seq_lens_q=starts, max_length_q=20
     )
     out.sum().backward()
     assert out.shape == (1, 40, 8, 64)
+    assert windows == [(-1, 0) if window is None else (15, 0)]  # a token sees itself and 15 before it
     assert [states.grad.shape for states in (query, key, value)] == [query.shape, key.shape, value.shape]
 
 
