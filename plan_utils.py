@@ -86,6 +86,7 @@ def plan_memory(shapes, settings, device, dtype, rows, processes=1):
     ceiling = settings.batch_size * settings.max_seq_length
     tokens = min(max(ceiling, int(row_lengths(rows).max())), step)
     compiled = compiling_pays(settings, device, count_passes(rows, settings, ceiling, processes))
+    compiled = compiled and (settings.torch_compile is True or not settings.use_dora)  # as choose_compilation does
     free, total = torch.cuda.mem_get_info(device)
     checkpointing, reason = settings.gradient_checkpointing, ""
     if checkpointing == "auto":
@@ -143,7 +144,7 @@ def choose_compilation(model, settings, device, passes):
     pays = compiling_pays(settings, device, passes)
     if settings.torch_compile == "auto" and device.type == "cuda":
         if not can_compile(model):
-            say("The layers are not compiled: that pays with the fused kernels, which take plain LoRA layers only")
+            say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
             return False
         if pays:
             say(f"Compiling the layers takes half a minute or so, which {passes:,} passes repay")

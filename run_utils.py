@@ -380,16 +380,6 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated")
 
 
-def grow_gpu_memory():
-    """Have PyTorch, unless imported by now, grow its blocks of GPU memory in place, which leaves fewer gaps.
-
-    Not under WSL nor on Arm boards, whose drivers refuse it. What the user has set stays.
-    """
-    system = os.uname() if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ else None
-    if system and system.machine == "x86_64" and "microsoft" not in system.release.lower():
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
 def format_duration(seconds):
     """90 -> '1 min 30 s'."""
     minutes, seconds = divmod(round(seconds), 60)

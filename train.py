@@ -26,7 +26,6 @@ from run_utils import (
     check_writable,
     display_path,
     format_duration,
-    grow_gpu_memory,
     make_settings,
     parse_command_line,
     quiet_libraries,
@@ -48,7 +47,6 @@ def main(argv):
     parser.add_argument("--fresh", action="store_true", help="set an interrupted run aside instead of going on with it")
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
-    grow_gpu_memory()
     settings = make_settings(given)
     check_writable(resolve_path(settings.output_dir), "--output_dir")
     check_writable(resolve_path(settings.logs_dir), "--logs_dir")
@@ -74,6 +72,7 @@ def train(settings, dry_run=False, fresh=False):
     if not dry_run:
         lock.check()
     device = model_utils.resolve_device(settings.device)
+    memory_utils.grow_gpu_memory(device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
     base = hub_utils.locate_model(settings.base_model_name, models_dir)
     tokenizer = model_utils.load_tokenizer(base, models_dir)

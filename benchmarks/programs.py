@@ -27,6 +27,7 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def build_ours(settings, rows, tokenizer, folder):
     """As train.py does it, from the 16-bit weights, but for validation and checkpoints."""
     device = model_utils.resolve_device(settings.device)
+    memory_utils.grow_gpu_memory(device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
     shapes = memory_utils.empty_model(settings.base_model_name, settings)
     memory = plan_utils.plan_memory(shapes, settings, device, dtype, rows)

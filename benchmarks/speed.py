@@ -247,11 +247,9 @@ def append(path, line):
 # ---- One configuration -----------------------------------------------------------------------------------------------
 def measure(options):
     """Train with one program in one configuration and append its figures to the results."""
-    from run_utils import grow_gpu_memory, quiet_libraries
+    from run_utils import quiet_libraries
 
     quiet_libraries()
-    if options.program == "ours":
-        grow_gpu_memory()  # as train.py does
     if options.program == "unsloth":
         import unsloth  # noqa: F401  patches the libraries that are imported after it
     import programs

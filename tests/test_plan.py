@@ -1,12 +1,15 @@
 """The plan: memory expected before a model is loaded, and what is decided by it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
+import memory_utils
 import plan_utils
-from memory_utils import GIB, count_parameters, dequantized_bytes, expected_peak, weight_bytes
+from memory_utils import GIB, count_parameters, dequantized_bytes, expected_peak, grow_gpu_memory, weight_bytes
 from model_utils import attach_lora
 from plan_utils import choose_compilation, compiling_pays, count_passes, longest_rows, plan_memory, typical_rows
 from run_utils import DEFAULTS, Settings
@@ -54,8 +57,17 @@ def test_so_is_that_of_a_larger_model_of_dora_and_of_layers_that_are_not_compile
     settings = SETTINGS._replace(use_dora=True)
     with torch.device("meta"):
         dora = attach_lora(AutoModelForCausalLM.from_config(MistralConfig(vocab_size=32000)), settings)
-    peak = expected_peak(dora, settings, torch.bfloat16, 2048, False, compiled=False)
-    assert peak / GIB == pytest.approx(51.04, rel=0.1)
+
+    def dora_peak(tokens, checkpointing, dropout=0.05):
+        changed = settings._replace(lora_dropout=dropout)
+        return expected_peak(dora, changed, torch.bfloat16, tokens, checkpointing, compiled=False)
+
+    assert dora_peak(2048, False) / GIB == pytest.approx(51.04, rel=0.1)
+    assert dora_peak(2048, False, 0.0) < dora_peak(2048, False) - 18 * GIB  # the weights, and less of each output
+    plain = expected_peak(seven_billion, SETTINGS, torch.bfloat16, 2048, True, compiled=False)
+    hidden, widest = 4096, 14336
+    more = 2 * 2048 * hidden * 32 + 6 * widest**2  # the layers' inputs in float32, unit matrices
+    assert dora_peak(2048, True, 0.0) > plain + more
 
 
 def test_the_weights_in_four_bits_take_what_was_measured(seven_billion):
@@ -86,6 +98,49 @@ def test_what_saves_memory_is_expected_to(seven_billion):
     assert peak() < peak(compiled=False)
     assert peak(tokens=2048) < peak()
     assert peak(use_4bit_quantization=False) > peak() + 9 * GIB
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "release", "variable", "grows"),
+    [
+        ("Linux", "x86_64", "6.8.0-generic", None, True),
+        ("Linux", "x86_64", "5.15.90.1-microsoft-standard-WSL2", None, False),
+        ("Linux", "aarch64", "5.15.148-tegra", None, False),
+        ("Windows", "AMD64", "11", None, False),
+        ("Linux", "x86_64", "6.8.0-generic", "PYTORCH_ALLOC_CONF", False),
+        ("Linux", "x86_64", "6.8.0-generic", "PYTORCH_CUDA_ALLOC_CONF", False),
+    ],
+)
+def test_gpu_memory_grows_in_place_where_drivers_allow_it(system, machine, release, variable, grows, monkeypatch):
+    told = allocator(monkeypatch, SimpleNamespace(system=system, machine=machine, release=release))
+    if variable:
+        monkeypatch.setenv(variable, "backend:native")
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: told.append(device))
+    grow_gpu_memory(CPU)
+    assert told == []
+    grow_gpu_memory(CUDA)
+    assert told == (["expandable_segments:True", CUDA] if grows else [])
+
+
+def test_a_driver_that_refuses_growing_blocks_gets_fixed_ones(monkeypatch):
+    told = allocator(monkeypatch, SimpleNamespace(system="Linux", machine="x86_64", release="6.8.0-generic"))
+
+    def refuse(*sizes, device):
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    grow_gpu_memory(CUDA)
+    assert told == ["expandable_segments:True", "expandable_segments:False"]
+
+
+def allocator(monkeypatch, system):
+    """What PyTorch's allocator of GPU memory is told on such a system, as a list to look into."""
+    told = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr(memory_utils.platform, "uname", lambda: system)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    return told
 
 
 # ---- Gradient checkpointing ------------------------------------------------------------------------------------------
@@ -123,6 +178,20 @@ def test_weights_stay_dequantized_where_there_is_room(seven_billion, free, chang
     plan = plan_memory(seven_billion, settings, CUDA, dtype, rows_of(*[512] * 40), processes)
     assert plan.dequantized is dequantized
     assert ("; 13.0 GiB are for weights that are dequantized once" in capsys.readouterr().err) is dequantized
+
+
+@pytest.mark.parametrize(("changes", "compiled"), [({}, True), ({"use_dora": True}, False)])
+def test_the_plan_expects_layers_to_be_compiled_only_where_they_will_be(
+    seven_billion, changes, compiled, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr(plan_utils, "triton", object())
+    seen = []
+    monkeypatch.setattr(plan_utils, "expected_peak", lambda *arguments: seen.append(arguments[-1]) or GIB)
+    rows = rows_of(*[512] * 4000)
+    plan_memory(seven_billion, SETTINGS._replace(**changes), CUDA, torch.bfloat16, rows)
+    plan_memory(seven_billion, SETTINGS._replace(torch_compile=True, **changes), CUDA, torch.bfloat16, rows)
+    assert seen == [compiled, True]
 
 
 def test_memory_that_will_not_do_is_said_before_the_model_is_loaded(seven_billion, monkeypatch, capsys):
@@ -163,7 +232,7 @@ def test_compiling_pays_in_long_runs_on_cuda_or_when_asked_for(monkeypatch, caps
     assert "5,000 passes repay" in capsys.readouterr().err
     monkeypatch.setattr(plan_utils, "can_compile", lambda model: False)
     assert not choose_compilation(None, SETTINGS, CUDA, 5000)
-    assert "which take plain LoRA layers only" in capsys.readouterr().err
+    assert "which do not serve this model or GPU" in capsys.readouterr().err
     monkeypatch.setattr(plan_utils, "triton", None)
     assert not compiling_pays(SETTINGS, CUDA, enough)
 

@@ -4,10 +4,7 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -574,38 +571,6 @@ def test_help_exits_with_zero_and_prints_every_group(capsys):
 )
 def test_durations_are_short_to_read(seconds, text):
     assert run_utils.format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("machine", "release", "given", "expected"),
-    [
-        ("x86_64", "6.8.0-generic", {}, "expandable_segments:True"),
-        ("x86_64", "5.15.90.1-microsoft-standard-WSL2", {}, None),
-        ("aarch64", "5.15.148-tegra", {}, None),
-        ("x86_64", "6.8.0-generic", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
-        ("x86_64", "6.8.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
-    ],
-)
-def test_gpu_memory_grows_in_place_where_drivers_allow_it(machine, release, given, expected, monkeypatch):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that it is as before afterwards
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(run_utils.sys, "platform", "linux")
-    monkeypatch.setattr(run_utils.os, "uname", lambda: SimpleNamespace(machine=machine, release=release), raising=False)
-    run_utils.grow_gpu_memory()
-    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
-
-
-def test_training_asks_for_growing_memory_before_pytorch_is_there(tmp_path):
-    code = (
-        "import sys, run_utils, train\n"
-        "run_utils.grow_gpu_memory = train.grow_gpu_memory = lambda: sys.exit(3 + ('torch' in sys.modules))\n"
-        "train.main(['--output_dir', sys.argv[1], '--logs_dir', sys.argv[1]])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT_DIR, check=False)
-    assert done.returncode == 3
 
 
 def test_a_deleted_setting_and_an_unknown_demo_setting_are_named(gpu, monkeypatch):
