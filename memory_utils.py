@@ -74,8 +74,8 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     Counted: the weights; the adapter in float32 with gradients, AdamW's two moments (a byte each in 8 bits) and the
     copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing its input
     and one layer whole; the largest weight dequantized; a chunk of logits. peft's DoRA computes in float32, keeps more
-    of each output, with dropout most and each weight dequantized, and multiplies with unit matrices. The allocator
-    rounds up and leaves gaps.
+    of each output, with dropout each weight dequantized too, and multiplies with unit matrices. The allocator rounds up
+    and leaves gaps.
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
@@ -99,7 +99,7 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     working = tokens * unit * (3 * inner + 3 * hidden)
     if settings.use_dora:
         outputs, weights, widest = dora_shapes(model)
-        inputs, kept = 4 * hidden, kept + (8 if settings.lora_dropout else 5) * outputs / layers
+        inputs, kept = 4 * hidden, kept + 8 * outputs / layers
         constant = unit * weights / layers if settings.lora_dropout else 0
         working += (4 + unit) * widest**2
     saved = tokens * (layers * inputs + kept) + constant if checkpointing else layers * (tokens * kept + constant)

@@ -58,16 +58,15 @@ def test_so_is_that_of_a_larger_model_of_dora_and_of_layers_that_are_not_compile
     with torch.device("meta"):
         dora = attach_lora(AutoModelForCausalLM.from_config(MistralConfig(vocab_size=32000)), settings)
 
-    def dora_peak(tokens, checkpointing, dropout=0.05):
+    for checkpointing, dropout, measured in (
+        (False, 0.05, 51.04),
+        (False, 0.0, 39.38),
+        (True, 0.05, 8.72),
+        (True, 0.0, 8.29),
+    ):
         changed = settings._replace(lora_dropout=dropout)
-        return expected_peak(dora, changed, torch.bfloat16, tokens, checkpointing, compiled=False)
-
-    assert dora_peak(2048, False) / GIB == pytest.approx(51.04, rel=0.1)
-    assert dora_peak(2048, False, 0.0) < dora_peak(2048, False) - 18 * GIB  # the weights, and less of each output
-    plain = expected_peak(seven_billion, SETTINGS, torch.bfloat16, 2048, True, compiled=False)
-    hidden, widest = 4096, 14336
-    more = 2 * 2048 * hidden * 32 + 6 * widest**2  # the layers' inputs in float32, unit matrices
-    assert dora_peak(2048, True, 0.0) > plain + more
+        peak = expected_peak(dora, changed, torch.bfloat16, 2048, checkpointing, compiled=False)
+        assert peak / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_the_weights_in_four_bits_take_what_was_measured(seven_billion):
