@@ -95,8 +95,7 @@ def plan_memory(shapes, settings, device, dtype, rows, processes=1):
         reason = f", as {plain / GIB:.1f} GiB would {'not ' * checkpointing}fit without it"
     peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, compiled)
     fused = triton and dtype != torch.float32 and not settings.use_dora
-    one = processes == 1  # several cannot give them up when memory runs out
-    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused and one else 0
+    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
     dequantized = 0 < more <= 0.9 * free - peak and not checkpointing
     if dequantized:
         peak += more

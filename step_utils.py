@@ -163,10 +163,8 @@ class StepRunner:
         self.recording, self.recordings = graphs, None
         self.rows_a_pass, self.longest = rows_a_pass, max(longest, GRAPH_TOKENS)  # what fills a pass up is a row too
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if graphs:
-            self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.base.device)
-            parts = self.flat.split([p.numel() for p in self.parameters])
-            self.gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+        self.averaging = False  # whether several processes average their gradients
+        self.flat = self.gradients = None
 
     def begin(self):
         """Start a step: no gradients yet, and the adapter as the optimizer left it."""
@@ -176,14 +174,27 @@ class StepRunner:
         if self.dequantized:  # at the first step, where memory that runs out is dealt with
             self.lora.set_dequantized(True)
         self.release_gradients()
-        if self.recording:
-            self.flat.zero_()
-            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-                parameter.grad = gradient
+        if self.joined:
+            self._join_gradients()
+
+    @property
+    def joined(self):
+        """Whether all gradients are parts of one tensor: recorded passes add to it, several processes average it."""
+        return self.recording or self.averaging
+
+    def _join_gradients(self):
+        if self.flat is None:
+            sizes = [parameter.numel() for parameter in self.parameters]
+            self.flat = torch.empty(sum(sizes), device=self.base.device)
+            parts = zip(self.flat.split(sizes), self.parameters, strict=True)
+            self.gradients = [part.view_as(parameter) for part, parameter in parts]
+        self.flat.zero_()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
 
     def clip(self, max_norm):
         """Scale the gradients down to max_norm if they are longer together; returns their norm before that."""
-        if not self.recording:
+        if not self.joined:
             return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
         norm = torch.linalg.vector_norm(self.flat)
         self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))

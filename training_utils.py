@@ -1,13 +1,12 @@
 """The Trainer subclass with its exact, padding-free passes, its arguments and its making."""
 
-import contextlib
 import math
 import time
 from collections import UserList
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
@@ -36,6 +35,7 @@ class LoraTrainer(ResumableTrainer):
         self.runner = runner or StepRunner(self.model)
         self.model.zero_grad = lambda **_: self.runner.release_gradients()  # Module's walks through all modules
         self.model.train()  # the whole of it: a loaded base comes in eval mode
+        self.runner.averaging = self.accelerator.num_processes > 1
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
         self.unchecked = None  # StepFlags of the newest step, until they are read
@@ -55,74 +55,70 @@ class LoraTrainer(ResumableTrainer):
             trained = self.accelerator.reduce(torch.tensor(trained, device=self.args.device), "sum")
         if not self.rehearsed:
             self.rehearsed = True
-            self._rehearse(model)
-        # DDP averages the gradients of the processes, hence the factor
-        step_loss = self._forward_backward(model, inputs, processes / trained)
+            self._rehearse()
+        # the gradients of the processes are averaged, hence the factor
+        step_loss = self._forward_backward(inputs, processes / trained)
+        if self.runner.averaging:
+            self.runner.flat.copy_(self.accelerator.reduce(self.runner.flat, "mean"))
         self.tokens_trained += count_tokens(inputs)
         self.loss_of_step = step_loss
         return step_loss
 
-    def _forward_backward(self, model, rows, scale):
+    def _forward_backward(self, rows, scale):
         """All passes of a step; returns the sum of scale times each loss.
 
-        Out of memory gives up dequantized weights, then halves the passes' ceiling.
+        Out of memory gives up dequantized weights, then halves the passes' ceiling. No process waits for another here:
+        the model is used without DDP's wrapper, and training_step averages the gradients.
         """
         while True:
             try:
-                return self._run_passes(model, rows, scale)
+                return self._run_passes(rows, scale)
             except torch.OutOfMemoryError as error:
                 largest = None if self.runner.dequantized else self._largest_pass(rows, error)
             except Exception as error:
-                # with several processes one that tries again would wait for the others for ever
-                if self.accelerator.num_processes > 1 or not self.runner.simplify(error):
+                if not self.runner.simplify(error):
                     raise
                 continue
             # here, where the exception no longer holds on to the tensors of its frames
             if largest is None:
                 self.runner.give_up_dequantized()
-                say("Out of memory; from here on frozen weights are dequantized in each pass: slower, the same result")
+                kept = "frozen weights are dequantized in each pass: slower, the same result"
+                say(f"Out of memory; from here on {kept}", from_any=True)
                 continue
             self.runner.release()
             say(
                 f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
-                " more passes and gives the same result"
+                " more passes and gives the same result",
+                from_any=True,
             )
             self.max_pass_tokens = largest // 2
 
-    def _run_passes(self, model, rows, scale):
+    def _run_passes(self, rows, scale):
         self.runner.begin()
         step_loss = torch.zeros((), device=self.args.device)
-        passes = pack_rows([len(row["input_ids"]) for row in rows], self.max_pass_tokens)
-        for number, indices in enumerate(passes, start=1):
-            sync = contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(model)
-            with sync:
-                group = [rows[index] for index in indices]
-                step_loss += self.runner.run(model, group, scale, self.accelerator.backward)
+        for indices in pack_rows([len(row["input_ids"]) for row in rows], self.max_pass_tokens):
+            group = [rows[index] for index in indices]
+            step_loss += self.runner.run(self.model, group, scale, self.accelerator.backward)
         return step_loss
 
     def _largest_pass(self, rows, error):
         """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
         group = plan_utils.longest_pass(rows, self.max_pass_tokens)
         largest = count_tokens(group)
-        if self.accelerator.num_processes > 1:
-            raise UserError(
-                f"process {self.accelerator.process_index} is out of memory with a pass of {largest:,} tokens; halve"
-                " --batch_size and double --gradient_accumulation_steps, or lower --max_seq_length",
-                alone=True,
-            ) from error
         if len(group) == 1:
             raise UserError(
                 f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
-                " --gradient_checkpointing or --use_4bit_quantization"
+                " --gradient_checkpointing or --use_4bit_quantization",
+                alone=True,
             ) from error
         return largest
 
-    def _compare_with_plain_passes(self, model):
+    def _compare_with_plain_passes(self):
         """Do without compiled layers and recorded passes unless a typical pass has the gradients of a plain one."""
 
         def gradient():
             torch.manual_seed(0)  # the same dropout
-            self._forward_backward(model, plan_utils.typical_rows(self.train_dataset, 2), 1.0)
+            self._forward_backward(plan_utils.typical_rows(self.train_dataset, 2), 1.0)
             # compared on the host, since two more copies of the gradients would add to the peak of the memory
             return torch.cat([parameter.grad.cpu().flatten() for parameter in self.runner.parameters])
 
@@ -134,21 +130,21 @@ class LoraTrainer(ResumableTrainer):
             self.runner.compiled = self.runner.recording = False
         self.runner.release()  # the longest pass is to be recorded first, whose memory then serves the others
 
-    def _rehearse(self, model):
+    def _rehearse(self):
         """Run the longest pass that the data can ask for, without a trace, and say what it takes."""
         rows = plan_utils.longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         if devices:
             torch.cuda.empty_cache()  # what loading left
         with torch.random.fork_rng(devices):
-            if self.runner.compiled and self.accelerator.num_processes == 1:
-                self._compare_with_plain_passes(model)
+            if self.runner.compiled:
+                self._compare_with_plain_passes()
             first = self.runner.compiled or self.args.device.type != "cpu"  # it compiles, or loads kernels
             while True:
                 before, started = (self.max_pass_tokens, self.runner.dequantized), time.perf_counter()
                 group = plan_utils.longest_pass(rows, self.max_pass_tokens)
                 with compiling():
-                    self._forward_backward(model, group, 1e-3).item()
+                    self._forward_backward(group, 1e-3).item()
                 seconds = time.perf_counter() - started
                 again = before != (self.max_pass_tokens, self.runner.dequantized)
                 if not (first or again):
@@ -169,9 +165,7 @@ class LoraTrainer(ResumableTrainer):
         self.clock = time.perf_counter()
 
     def _clip_grad_norm(self, model):
-        """Accelerate's clipping walks through all modules several times a step, which only sharded models need."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
+        """Accelerate's clipping walks through all modules several times a step."""
         self.accelerator.unscale_gradients()
         return self.runner.clip(self.args.max_grad_norm)
 
@@ -249,8 +243,9 @@ class LoraTrainer(ResumableTrainer):
         rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
         processes, lengths = self.accelerator.num_processes, [len(row["input_ids"]) for row in rows]
         mine = rows[self.accelerator.process_index :: processes]
-        passes = [len(pack_rows(lengths[rank::processes], self.max_pass_tokens)) for rank in range(processes)]
-        scores = score_rows(self.model, mine, self.max_pass_tokens, self.stop_if_requested)
+        max_tokens = min(gather_object([self.max_pass_tokens]))  # memory may have run out in one alone
+        passes = [len(pack_rows(lengths[rank::processes], max_tokens)) for rank in range(processes)]
+        scores = score_rows(self.model, mine, max_tokens, self.stop_if_requested)
         for _ in range(max(passes) - passes[self.accelerator.process_index]):
             self.stop_if_requested()  # as often in each process, since all ask together
         # float64 counts tokens exactly, and a process without rows must send the type that the others send
@@ -293,6 +288,12 @@ class LoraTrainer(ResumableTrainer):
 
 def build_training_arguments(settings, output_dir, device, dtype, has_validation):
     """Trainer's arguments; evaluation and checkpoints fall on the same steps, so that the best one can be kept."""
+    sharding = [name for name in ("FSDP", "DeepSpeed") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")]
+    if sharding:
+        raise UserError(
+            f"accelerate launch asks for {sharding[0]}, which shards a model over GPUs; here each GPU holds the model:"
+            " run accelerate launch --multi_gpu train.py"
+        )
     strategy = "steps" if has_validation else "no"
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -323,7 +324,6 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         seed=settings.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False,  # every LoRA weight takes part in every pass
         report_to=[],
     )
     if arguments.n_gpu > 1:
@@ -361,7 +361,7 @@ def build_trainer(
         model,
         **(memory or plan_utils.MemoryPlan())._asdict(),
         compiled=compiled,
-        graphs=compiled and arguments.world_size == 1,
+        graphs=compiled,
         rows_a_pass=arguments.per_device_train_batch_size,
         longest=int(plan_utils.row_lengths(train_rows).max()),
     )

@@ -499,6 +499,16 @@ def two_gpus_without_a_launcher(place):
     return {"dry_run": None}
 
 
+@fault("accelerate launch asks for FSDP", "here each GPU holds the model: run accelerate launch --multi_gpu train.py")
+def a_launcher_that_shards_by_fsdp(place):
+    place.patch.setenv("ACCELERATE_USE_FSDP", "true")
+
+
+@fault("accelerate launch asks for DeepSpeed", "run accelerate launch --multi_gpu train.py")
+def a_launcher_that_shards_by_deepspeed(place):
+    place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+
+
 # ---- The test --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def hub():

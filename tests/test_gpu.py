@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import bitsandbytes as bnb
 import pytest
@@ -243,6 +245,26 @@ def test_varlen_attention_keeps_to_the_sliding_window():
     assert distance(step_gradients(StepRunner(model), model, [rows]), expected) > 0.2  # the check can tell
 
 
+def test_blocks_of_memory_grow_in_place():
+    code = (
+        "import torch\n"
+        "from memory_utils import grow_gpu_memory\n"
+        "grow_gpu_memory(torch.device('cuda', 0))\n"
+        "block = torch.empty(2**20, device='cuda')\n"
+        "print([segment['is_expandable'] for segment in torch.cuda.memory_snapshot()])\n"
+        "torch._C._accelerator_setAllocatorSettings('expandable_segments:False')\n"
+        "block = torch.empty(2**26, device='cuda')\n"
+        "print(sorted({segment['is_expandable'] for segment in torch.cuda.memory_snapshot()}))\n"
+    )
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=usual, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, both = map(json.loads, done.stdout.lower().splitlines())
+    assert grown
+    assert all(grown)
+    assert both == [False, True]  # what grow_gpu_memory does where a driver refuses is possible at that time
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(recorded, tmp_path, capsys):
     settings = Settings(**DEFAULTS)._replace(batch_size=32, gradient_accumulation_steps=1)
@@ -293,3 +315,34 @@ def test_a_compiled_run_evaluates_answers_stops_and_goes_on(dataset, tmp_path, m
     assert "Going on with the interrupted run" in said
     assert "slower" not in said
     assert last_loss("stopped") == pytest.approx(last_loss("whole"), rel=0.01)
+
+
+# ---- Older GPUs, several GPUs ----------------------------------------------------------------------------------------
+def last_losses(folder):
+    record = json.loads((folder / "lora-adapter/run.json").read_text())
+    return record["last_loss"], record["validation_loss"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_half_precision_without_bfloat16_learns_as_much(compiled, dataset, tmp_path, monkeypatch, capsys):
+    options = {"device": "cuda", "use_4bit_quantization": True, "torch_compile": compiled, "num_epochs": 2}
+    expected = last_losses(small_run(dataset, tmp_path / "bfloat16", **options))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    found = last_losses(small_run(dataset, tmp_path / "float16", **options))
+    assert "4-bit NF4, float16 on CUDA" in capsys.readouterr().err
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs on this machine")
+@pytest.mark.parametrize("flags", [(), ("--gradient_checkpointing", "false"), ("--torch_compile", "true")])
+def test_two_gpus_train_like_one_with_the_same_rows_to_a_step(flags, run, dataset, tmp_path):
+    losses = {}
+    flags = (*flags, "--base_model_name", TINY_BASE, "--custom_dataset_path", dataset, "--lora_dropout", 0)
+    flags += ("--max_steps", 4, "--eval_steps", 2, "--max_new_tokens", 4, "--gradient_accumulation_steps", 2)
+    for name, launcher, batch in (("two", ("--nproc_per_node", "2"), 1), ("one", (), 2)):
+        folders = ("--output_dir", tmp_path / name, "--logs_dir", tmp_path / "logs")
+        done = run("train.py", *flags, "--batch_size", batch, *folders, torchrun=launcher, CUDA_VISIBLE_DEVICES="0,1")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Done in") == 1
+        losses[name] = last_losses(tmp_path / name)
+    assert losses["two"] == pytest.approx(losses["one"], rel=0.01)

@@ -160,7 +160,6 @@ def test_auto_recomputes_activations_only_where_they_would_not_fit(
     ("free", "changes", "dequantized"),
     [
         (40, {}, True),
-        (40, {"processes": 2}, False),
         (80, {"dtype": torch.float32}, False),
         (28, {}, False),
         (40, {"gradient_checkpointing": True}, False),
@@ -172,9 +171,9 @@ def test_weights_stay_dequantized_where_there_is_room(seven_billion, free, chang
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     monkeypatch.setattr(plan_utils, "triton", object())
     changes = dict(changes)
-    dtype, processes = changes.pop("dtype", torch.bfloat16), changes.pop("processes", 1)
+    dtype = changes.pop("dtype", torch.bfloat16)
     settings = SETTINGS._replace(**{"gradient_checkpointing": False} | changes)
-    plan = plan_memory(seven_billion, settings, CUDA, dtype, rows_of(*[512] * 40), processes)
+    plan = plan_memory(seven_billion, settings, CUDA, dtype, rows_of(*[512] * 40))
     assert plan.dequantized is dequantized
     assert ("; 13.0 GiB are for weights that are dequantized once" in capsys.readouterr().err) is dequantized
 

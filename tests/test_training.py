@@ -31,7 +31,7 @@ from memory_utils import expected_peak
 from model_utils import attach_lora
 from pass_utils import PassKernels, choose_pass_tokens, mean_loss, pass_losses, score_rows, transformers_model
 from plan_utils import check_compiler, count_steps
-from run_utils import DEFAULTS, Settings, UserError
+from run_utils import DEFAULTS, Settings
 from step_utils import StepRunner
 from training_utils import LoraTrainer, build_training_arguments
 
@@ -488,18 +488,6 @@ def test_a_row_that_does_not_fit_by_itself_ends_in_one_line(tmp_path, monkeypatc
     message = refusal(make_trainer(model, rows, tmp_path, 1000).training_step, model, rows)
     assert "out of memory with a single row of 30 tokens" in message
     assert "--max_seq_length" in message
-
-
-def test_one_process_of_several_names_itself_when_its_memory_runs_out(tmp_path, monkeypatch):
-    model, rows = make_model(), make_rows()
-    out_of_memory_above(monkeypatch, 35)
-    trainer = make_trainer(model, rows, tmp_path, 1000)
-    trainer.rehearsed = True
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    monkeypatch.setattr(type(trainer.accelerator), "process_index", 1)
-    with pytest.raises(UserError, match="process 1 is out of memory with a pass of 64 tokens; halve") as caught:
-        trainer._forward_backward(model, rows, 1.0)
-    assert caught.value.alone
 
 
 def test_memory_that_runs_out_in_the_optimizer_ends_in_one_line(dataset, tmp_path, monkeypatch):
