@@ -35,6 +35,19 @@ def from_first_process(function, *arguments):
 
 
 @contextlib.contextmanager
+def first_process_first():
+    """Run what is inside in the first process, then in the others, which find in the cache what it made."""
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_main_process:
+            state.wait_for_everyone()
+
+
+@contextlib.contextmanager
 def together():
     """Run what is inside in all processes, and end in all of them with the first UserError that any met there."""
     met = None

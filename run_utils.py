@@ -372,6 +372,8 @@ def quiet_libraries():
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset it warns at every fork
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the first process's bar tells of all
     # printed where its optional CPU kernels are not installed; the built-in path is used and is right
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # of datasets on the Hub whose README has no header

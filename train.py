@@ -79,7 +79,7 @@ def train(settings, dry_run=False, fresh=False):
     arguments = training_utils.build_training_arguments(
         settings, output_dir / CHECKPOINTS, device, dtype, bool(validation_set)
     )
-    with arguments.main_process_first(local=False):  # the others find the tokenized rows in the cache
+    with fault_utils.first_process_first():
         train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
     report = report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows)
     shapes = memory_utils.empty_model(base, settings, models_dir)
