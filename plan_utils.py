@@ -117,6 +117,12 @@ def count_passes(rows, settings, max_pass_tokens, processes=1):
     return count_steps(len(rows), settings, processes) * passes
 
 
+def tokens_a_step(rows, rows_a_step, processes):
+    """Tokens of a process's step on average over an epoch, whose last step is often a short one."""
+    steps = math.ceil(len(rows) / (rows_a_step * processes))
+    return int(row_lengths(rows).sum()) / processes / steps
+
+
 def compiling_pays(settings, device, passes):
     """Whether a run is to compile its layers: as TORCH_COMPILE says, by "auto" on CUDA if so many passes repay it."""
     if settings.torch_compile != "auto":

@@ -378,6 +378,8 @@ def quiet_libraries():
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # of datasets on the Hub whose README has no header
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
+    # the Trainer's, beside several GPUs
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     # transformers 5.23 renames it to activation checkpointing; peft and older releases know the old name only
     warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated")
 

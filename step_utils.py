@@ -27,7 +27,7 @@ from pass_utils import (
     to_device,
     transformers_model,
 )
-from run_utils import UserError, say
+from run_utils import UserError, printable, say
 from token_utils import build_pass
 
 GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
@@ -97,10 +97,11 @@ class PassGraph:
         self.hidden, self.grad_hidden = recordings.buffers(hidden.detach())
         del hidden
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool.id, stream=stream):
+        how = {"pool": pool.id, "stream": stream, "capture_error_mode": "thread_local"}  # NCCL has a thread of its own
+        with torch.cuda.graph(self.forward, **how):
             hidden = forward()
             self.hidden.copy_(hidden.detach())
-        with torch.cuda.graph(self.backward, pool=pool.id, stream=stream):
+        with torch.cuda.graph(self.backward, **how):
             torch._foreach_add_(gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
 
     def fill(self, batch):
@@ -260,7 +261,8 @@ class StepRunner:
         what = "recorded" if self.recording else "compiled" if self.compiled else None
         if what is None:
             return False
-        say(f"This model's passes cannot be {what} ({type(error).__name__}), which is slower and computes the same")
+        reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
+        say(f"This model's passes cannot be {what} ({reason}), which is slower and computes the same")
         if what == "compiled":
             self.compiled = False
         self.recording = False

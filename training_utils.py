@@ -3,10 +3,11 @@
 import math
 import time
 from collections import UserList
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
@@ -36,12 +37,13 @@ class LoraTrainer(ResumableTrainer):
         self.model.zero_grad = lambda **_: self.runner.release_gradients()  # Module's walks through all modules
         self.model.train()  # the whole of it: a loaded base comes in eval mode
         self.runner.averaging = self.accelerator.num_processes > 1
+        # no DDP, which would average in each pass; what it keeps of the first stream breaks a recording
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
         self.unchecked = None  # StepFlags of the newest step, until they are read
         self.max_pass_tokens = max_pass_tokens
-        self.tokens_trained = 0  # real tokens of this process and seconds of training, both since the last log
-        self.seconds_trained = 0.0
+        self.tokens_trained, self.seconds_trained = 0, 0.0  # real tokens of this process and time, since the last log
         self.clock = time.perf_counter()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -55,6 +57,7 @@ class LoraTrainer(ResumableTrainer):
             trained = self.accelerator.reduce(torch.tensor(trained, device=self.args.device), "sum")
         if not self.rehearsed:
             self.rehearsed = True
+            broadcast([parameter.detach() for parameter in self.runner.parameters])  # all begin with the first's
             self._rehearse()
         # the gradients of the processes are averaged, hence the factor
         step_loss = self._forward_backward(inputs, processes / trained)
@@ -67,10 +70,12 @@ class LoraTrainer(ResumableTrainer):
     def _forward_backward(self, rows, scale):
         """All passes of a step; returns the sum of scale times each loss.
 
-        Out of memory gives up dequantized weights, then halves the passes' ceiling. No process waits for another here:
-        the model is used without DDP's wrapper, and training_step averages the gradients.
+        Out of memory gives up dequantized weights, then halves the passes' ceiling. Each try has the same dropout. No
+        process waits for another here: training_step averages the gradients.
         """
+        seed = torch.get_rng_state()
         while True:
+            torch.set_rng_state(seed)
             try:
                 return self._run_passes(rows, scale)
             except torch.OutOfMemoryError as error:
@@ -97,8 +102,7 @@ class LoraTrainer(ResumableTrainer):
         self.runner.begin()
         step_loss = torch.zeros((), device=self.args.device)
         for indices in pack_rows([len(row["input_ids"]) for row in rows], self.max_pass_tokens):
-            group = [rows[index] for index in indices]
-            step_loss += self.runner.run(self.model, group, scale, self.accelerator.backward)
+            step_loss += self.runner.run(self.model, [rows[i] for i in indices], scale, self.accelerator.backward)
         return step_loss
 
     def _largest_pass(self, rows, error):
@@ -153,10 +157,8 @@ class LoraTrainer(ResumableTrainer):
         self.runner.release_gradients()
         tokens = count_tokens(group)
         steps = self.state.max_steps - self.state.global_step
-        rows_a_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)  # the last is often a short one
-        tokens_an_epoch = int(plan_utils.row_lengths(self.train_dataset).sum()) / self.accelerator.num_processes
-        per_step = tokens_an_epoch / steps_an_epoch / tokens * seconds
+        rows_a_step, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        per_step = plan_utils.tokens_a_step(self.train_dataset, rows_a_step, processes) / tokens * seconds
         peak = measured_peak(self.args.device)
         say(
             f"Rehearsal: the longest pass, {tokens:,} tokens, takes {seconds:.2f} s and {peak:.2f} GiB; the {steps}"
