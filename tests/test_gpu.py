@@ -347,6 +347,7 @@ def test_two_gpus_train_like_one_with_the_same_rows_to_a_step(flags, run, datase
         done = run("train.py", *flags, "--batch_size", batch, *folders, torchrun=launcher, CUDA_VISIBLE_DEVICES="0,1")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Done in") == 1
-        assert "slower" not in done.stderr  # than compiled layers and recorded passes
+        for word in ("slower", "barrier", "destroy_process_group"):  # passes not recorded; notices that ask for nothing
+            assert word not in done.stderr
         losses[name] = last_losses(tmp_path / name)
     assert losses["two"] == pytest.approx(losses["one"], rel=0.01)
