@@ -111,7 +111,7 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
 def grow_gpu_memory(device):
     """Have PyTorch grow its blocks of memory on a CUDA GPU in place, which leaves fewer gaps; nothing is allocated yet.
 
-    Left alone are WSL and Arm boards, where it fails late, drivers of virtual GPUs, which refuse the first block, and
+    Left alone are WSL and Arm machines, where it fails late, drivers of virtual GPUs, which refuse the first block, and
     what the user has set.
     """
     given = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}

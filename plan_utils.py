@@ -11,7 +11,7 @@ from fault_utils import run_bytes
 from kernel_utils import triton
 from memory_utils import GIB, dequantized_bytes, expected_peak
 from run_utils import UserError, say
-from step_utils import can_compile
+from step_utils import can_compile, recorded_tokens
 from token_utils import pack_rows
 
 PASSES_WORTH_COMPILING = 200
@@ -118,9 +118,22 @@ def count_passes(rows, settings, max_pass_tokens, processes=1):
 
 
 def tokens_a_step(rows, rows_a_step, processes):
-    """Tokens of a process's step on average over an epoch, whose last step is often a short one."""
+    """Tokens of a process's step on average over an epoch, whose last step is short, or filled up for processes."""
     steps = math.ceil(len(rows) / (rows_a_step * processes))
-    return int(row_lengths(rows).sum()) / processes / steps
+    rows_an_epoch = len(rows) if processes == 1 else steps * rows_a_step * processes
+    return float(row_lengths(rows).mean()) * rows_an_epoch / processes / steps
+
+
+def count_recordings(rows, rows_a_step, processes, steps, max_pass_tokens):
+    """About how many lengths of pass are met, and recorded, in so many steps; by steps of rows drawn at random.
+
+    Where one process records a length, the others wait.
+    """
+    lengths, generator, met = row_lengths(rows), np.random.default_rng(0), set()
+    for _ in range(min(steps * processes, 1000)):
+        step = generator.choice(lengths, rows_a_step)
+        met |= {recorded_tokens(int(step[group].sum())) for group in pack_rows(step.tolist(), max_pass_tokens)}
+    return len(met)
 
 
 def compiling_pays(settings, device, passes):

@@ -103,9 +103,13 @@ def printable(text):
 
 
 def say(message, from_any=False):
-    """Tell the user something, on stderr and from the first process only; results go to stdout by print()."""
-    if from_any or os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+    """Tell the user something, on stderr and from the first process only; results go to stdout by print().
+
+    from_any: from the others too, which then give their number.
+    """
+    rank = os.environ.get("RANK", "0")
+    if from_any or rank == "0":
+        print(f"process {rank}: " * (rank != "0") + message, file=sys.stderr, flush=True)
 
 
 def settle():
@@ -127,6 +131,7 @@ def run_script(main, argv):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
     try:
         main(argv)
+        leave_process_group()
         return 0
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -140,6 +145,7 @@ def run_script(main, argv):
         say("\nStopped by Ctrl-C.")
         return 130
     except Stopped as stop:
+        leave_process_group()
         say(str(stop))
         return stop.exit_code
     except OSError as error:
@@ -147,6 +153,13 @@ def run_script(main, argv):
             raise
         say(f"error: {os.strerror(error.errno)}: {error.filename or 'output'}; mend that and try again")
         return 2
+
+
+def leave_process_group():
+    """End the connection of several processes, where all come to an end together; NCCL warns of one left open."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 # ---- Settings and command line ---------------------------------------------------------------------------------------

@@ -67,6 +67,11 @@ def compiling():
         raise UserError(f"the layers cannot be compiled: {found}; mend that, or add --torch_compile false") from error
 
 
+def recorded_tokens(count):
+    """The tokens of the recorded pass that serves a pass of so many."""
+    return math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
+
+
 class PassGraph:
     """Forward and backward of the decoder for passes of one length, recorded as CUDA graphs and replayed.
 
@@ -230,7 +235,7 @@ class StepRunner:
 
     def _graph(self, count):
         """The recorded pass for so many tokens, recorded where it is the first of its length."""
-        tokens = math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
+        tokens = recorded_tokens(count)
         if self.recordings is None:
             self.recordings = Recordings(self.base.device)
             weakref.finalize(self, self.recordings.release)  # garbage collection keeps to no order
@@ -262,7 +267,7 @@ class StepRunner:
         if what is None:
             return False
         reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
-        say(f"This model's passes cannot be {what} ({reason}), which is slower and computes the same")
+        say(f"This model's passes cannot be {what} ({reason}), which is slower and computes the same", from_any=True)
         if what == "compiled":
             self.compiled = False
         self.recording = False

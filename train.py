@@ -129,7 +129,6 @@ def run(trainer, settings, validation_rows, started):
                 alone=True,
             ) from error
         finish(trainer, settings, validation_rows, started)
-    trainer.accelerator.end_training()  # several processes take leave of each other
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------

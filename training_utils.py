@@ -70,8 +70,8 @@ class LoraTrainer(ResumableTrainer):
     def _forward_backward(self, rows, scale):
         """All passes of a step; returns the sum of scale times each loss.
 
-        Out of memory gives up dequantized weights, then halves the passes' ceiling. Each try has the same dropout. No
-        process waits for another here: training_step averages the gradients.
+        Out of memory gives up dequantized weights, then halves the passes' ceiling. Each try begins with the same
+        random numbers of the CPU. No process waits for another here: training_step averages the gradients.
         """
         seed = torch.get_rng_state()
         while True:
@@ -122,7 +122,8 @@ class LoraTrainer(ResumableTrainer):
 
         def gradient():
             torch.manual_seed(0)  # the same dropout
-            self._forward_backward(plan_utils.typical_rows(self.train_dataset, 2), 1.0)
+            # a small factor, since that of float16's loss scaling comes on top
+            self._forward_backward(plan_utils.typical_rows(self.train_dataset, 2), 1e-4)
             # compared on the host, since two more copies of the gradients would add to the peak of the memory
             return torch.cat([parameter.grad.cpu().flatten() for parameter in self.runner.parameters])
 
@@ -130,7 +131,8 @@ class LoraTrainer(ResumableTrainer):
         with self.runner.plain_passes():
             expected = gradient()
         if not torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # nan is none
-            say("Compiled layers have other gradients than plain ones here; they are not used, which is slower")
+            why = "Compiled layers have other gradients than plain ones here"
+            say(f"{why}; they are not used, which is slower", from_any=True)
             self.runner.compiled = self.runner.recording = False
         self.runner.release()  # the longest pass is to be recorded first, whose memory then serves the others
 
@@ -143,26 +145,28 @@ class LoraTrainer(ResumableTrainer):
         with torch.random.fork_rng(devices):
             if self.runner.compiled:
                 self._compare_with_plain_passes()
-            first = self.runner.compiled or self.args.device.type != "cpu"  # it compiles, or loads kernels
+            first = self.runner.compiled or self.args.device.type != "cpu"  # it compiles, records, or loads kernels
+            seconds = 0.0
             while True:
                 before, started = (self.max_pass_tokens, self.runner.dequantized), time.perf_counter()
                 group = plan_utils.longest_pass(rows, self.max_pass_tokens)
                 with compiling():
                     self._forward_backward(group, 1e-3).item()
-                seconds = time.perf_counter() - started
+                earlier, seconds = seconds, time.perf_counter() - started
                 again = before != (self.max_pass_tokens, self.runner.dequantized)
                 if not (first or again):
                     break
                 first = again
         self.runner.release_gradients()
-        tokens = count_tokens(group)
+        tokens, peak = count_tokens(group), measured_peak(self.args.device)
         steps = self.state.max_steps - self.state.global_step
-        rows_a_step, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        per_step = plan_utils.tokens_a_step(self.train_dataset, rows_a_step, processes) / tokens * seconds
-        peak = measured_peak(self.args.device)
+        shares = (self.train_dataset, self.args.per_device_train_batch_size, self.accelerator.num_processes)
+        expected = steps * plan_utils.tokens_a_step(*shares) / tokens * seconds
+        if self.runner.recording:
+            expected += plan_utils.count_recordings(*shares, steps, self.max_pass_tokens) * max(0, earlier - seconds)
         say(
             f"Rehearsal: the longest pass, {tokens:,} tokens, takes {seconds:.2f} s and {peak:.2f} GiB; the {steps}"
-            f" steps will take about {format_duration(steps * per_step)}"
+            f" steps will take about {format_duration(expected)}"
         )
         self.clock = time.perf_counter()
 
@@ -211,11 +215,8 @@ class LoraTrainer(ResumableTrainer):
 
     def _refuse(self, what, rows, name="training data"):
         """Raise the UserError of a loss or gradient that is not finite, naming the rows at fault as far as known."""
-        bad = [
-            row["row"]
-            for row, (nll, _) in zip(rows, score_rows(self.model, rows, 0), strict=True)
-            if not math.isfinite(nll)
-        ]
+        scores = score_rows(self.model, rows, 0)
+        bad = [row["row"] for row, (nll, _) in zip(rows, scores, strict=True) if not math.isfinite(nll)]
         numbers = gather_object([(bad, [row["row"] for row in rows])])
         numbers = sorted({number for own, _ in numbers for number in own} or {n for _, every in numbers for n in every})
         shown = ", ".join(map(str, numbers[:20])) + f" and {len(numbers) - 20} more" * (len(numbers) > 20)
@@ -227,9 +228,8 @@ class LoraTrainer(ResumableTrainer):
 
     def _count_time(self):
         """Add the time since the step began, or since the last call, to the time spent in training."""
-        now = time.perf_counter()
-        self.seconds_trained += now - self.clock
-        self.clock = now
+        started, self.clock = self.clock, time.perf_counter()
+        self.seconds_trained += self.clock - started
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:

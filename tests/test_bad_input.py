@@ -117,7 +117,7 @@ def test_help_shows_every_setting_at_once(script, run):
     assert [line for line in lines if not line.startswith("import time:")] == []
     imported = {line.rpartition("|")[2].strip() for line in lines}
     assert "argparse" in imported
-    assert "torch" not in imported  # seconds of work
+    assert not imported & {"torch", "transformers", "datasets", "pandas"}  # seconds of work
     assert [name for name in DEFAULTS if f"--{name} " not in done.stdout] == []
     assert f"(default: {DEFAULTS['base_model_name']!r})" in " ".join(done.stdout.split())
 

@@ -9,10 +9,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Mixtr
 
 import memory_utils
 import plan_utils
+from conftest import refusal, small_run
 from memory_utils import GIB, count_parameters, dequantized_bytes, expected_peak, grow_gpu_memory, weight_bytes
 from model_utils import attach_lora
-from plan_utils import choose_compilation, compiling_pays, count_passes, longest_rows, plan_memory, typical_rows
-from run_utils import DEFAULTS, Settings
+from plan_utils import (
+    choose_compilation,
+    compiling_pays,
+    count_passes,
+    count_recordings,
+    longest_rows,
+    plan_memory,
+    tokens_a_step,
+    typical_rows,
+)
+from run_utils import DEFAULTS, Settings, UserError
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SETTINGS = Settings(**DEFAULTS)
@@ -132,6 +142,14 @@ def test_a_driver_that_refuses_growing_blocks_gets_fixed_ones(monkeypatch):
     assert told == ["expandable_segments:True", "expandable_segments:False"]
 
 
+def test_training_asks_for_growing_blocks(dataset, tmp_path, monkeypatch):
+    def asked(device):
+        raise UserError(f"asked for {device}")
+
+    monkeypatch.setattr(memory_utils, "grow_gpu_memory", asked)
+    assert refusal(small_run, dataset, tmp_path) == "asked for cpu"
+
+
 def allocator(monkeypatch, system):
     """What PyTorch's allocator of GPU memory is told on such a system, as a list to look into."""
     told = []
@@ -213,6 +231,23 @@ def test_passes_are_counted_by_the_tokens_that_they_hold():
     assert count_passes(rows, settings, 400) == 18
     assert count_passes(rows, settings, 0) == 9 * 8
     assert count_passes(rows, settings._replace(max_steps=2), 400) == 4
+
+
+def test_a_step_has_the_tokens_of_its_rows():
+    rows = rows_of(*[100] * 20)
+    assert tokens_a_step(rows, 8, 1) == 2000 / 3  # the third step is short
+    assert tokens_a_step(rows, 4, 2) == 400  # and is filled up where several processes need rows
+    assert tokens_a_step(rows, 20, 1) == 2000
+
+
+def test_each_length_of_pass_is_recorded_once():
+    rows = rows_of(*[100] * 20)
+    assert count_recordings(rows, 4, 1, 50, 400) == 1
+    assert count_recordings(rows, 4, 1, 50, 300) == 2  # passes of 300 and 100 tokens
+    rows = rows_of(100, 128, 129, 300)  # in multiples of 128 tokens: 1, 1, 2 and 3
+    assert count_recordings(rows, 1, 1, 50, 1000) == 3
+    assert count_recordings(rows, 1, 1, 1, 1000) == 1
+    assert count_recordings(rows, 1, 2, 25, 1000) == count_recordings(rows, 1, 1, 50, 1000)
 
 
 def test_compiling_pays_in_long_runs_on_cuda_or_when_asked_for(monkeypatch, capsys):

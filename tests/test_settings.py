@@ -1,12 +1,14 @@
 """config.py, its flags and limits, CPU_DEMO, paths, records on disk, and how a script ends."""
 
 import ast
+import contextlib
 import json
 import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 import fault_utils
@@ -501,6 +503,8 @@ def test_only_the_first_process_speaks_and_on_stderr(monkeypatch, capsys, rank, 
     run_utils.say("hello")
     out, err = capsys.readouterr()
     assert (out, err) == ("", heard)
+    run_utils.say("trouble", from_any=True)
+    assert capsys.readouterr().err == ("trouble\n" if heard else "process 1: trouble\n")
 
 
 def raiser(error):
@@ -508,6 +512,16 @@ def raiser(error):
         raise error
 
     return main
+
+
+@pytest.mark.parametrize(("end", "left"), [(None, True), (run_utils.Stopped(15, "saved"), True), (ValueError(), False)])
+def test_processes_take_leave_of_each_other_where_all_end_together(end, left, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
+    with contextlib.suppress(ValueError):
+        run_utils.run_script(raiser(end) if end else len, [])
+    assert bool(calls) is left
 
 
 def test_a_script_that_ends_well_exits_with_zero_and_gets_its_arguments(capsys):
@@ -528,7 +542,7 @@ def test_of_several_processes_the_first_says_a_mistake_or_the_one_that_meets_it_
     assert run_utils.run_script(raiser(UserError("no such file")), []) == 2
     assert capsys.readouterr().err == ""
     assert run_utils.run_script(raiser(UserError("out of memory", alone=True)), []) == 2
-    assert capsys.readouterr().err == "error: out of memory\n"
+    assert capsys.readouterr().err == "process 1: error: out of memory\n"
 
 
 def test_debug_shows_the_traceback_of_a_users_mistake(capsys):

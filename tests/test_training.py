@@ -457,6 +457,19 @@ def test_compiled_layers_are_used_only_if_they_have_the_gradients_of_plain_ones(
         assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm(), parameter
 
 
+def test_the_comparison_of_compiled_layers_leaves_room_for_float16s_loss_scaling(tmp_path, monkeypatch, capsys):
+    model, rows = make_model(), make_rows()
+    model.get_base_model().half()
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    trainer = make_trainer(model, rows, tmp_path, 1000)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert trainer.accelerator.scaler.get_scale() == 65536
+    trainer.runner = StepRunner(model, compiled=True)
+    trainer._compare_with_plain_passes()
+    assert trainer.runner.compiled
+    assert "Compiled layers" not in capsys.readouterr().err
+
+
 def test_what_cannot_be_recorded_or_compiled_is_computed_without(tmp_path, monkeypatch, capsys):
     model, rows = make_model(), make_rows()
     expected = reference_gradients(model, rows)
@@ -561,6 +574,20 @@ def test_the_rehearsal_counts_the_short_last_step_of_an_epoch(tmp_path, capsys, 
     monkeypatch.setattr(training_utils, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     trainer.training_step(model, rows[:4])
     assert "the 8 steps will take about 6 min 40 s" in capsys.readouterr().err
+
+
+def test_the_rehearsal_counts_the_lengths_of_pass_that_will_be_recorded(tmp_path, capsys, monkeypatch):
+    settings = SETTINGS._replace(batch_size=2, gradient_accumulation_steps=1)
+    model, rows = make_model(), make_rows((20,) * 8)
+    trainer = make_trainer(model, rows, tmp_path, 30, settings)  # each row is a pass, of a single length
+    trainer.state.max_steps = 8
+    trainer.runner.compiled = trainer.runner.recording = True  # in name, since nothing is compiled or recorded here
+    monkeypatch.setattr(StepRunner, "_replay", lambda runner, rows, *_: StepRunner.run(plain, model, rows, *_))
+    plain = StepRunner(model)
+    clock = iter([0, 0, 100, 200, 210, 220])  # the first try takes 100 seconds, the second 10
+    monkeypatch.setattr(training_utils, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    trainer.training_step(model, rows[:2])
+    assert "the 8 steps will take about 4 min 10 s" in capsys.readouterr().err  # 16 passes, and 90 more for recording
 
 
 # ---- What a CPU cannot do --------------------------------------------------------------------------------------------
