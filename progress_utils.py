@@ -107,3 +107,11 @@ class SampleAnswers(TrainerCallback):
             model, self.tokenizer, self.prompts, self.generation_config, max_prompt_tokens=self.max_prompt_tokens
         )
         self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, replies, state.global_step)
+
+
+def format_duration(seconds):
+    """90 -> '1 min 30 s'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0) + [f"{seconds} s"] * (hours == 0)
+    return " ".join(parts)

@@ -395,11 +395,3 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     # transformers 5.23 renames it to activation checkpointing; peft and older releases know the old name only
     warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated")
-
-
-def format_duration(seconds):
-    """90 -> '1 min 30 s'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0) + [f"{seconds} s"] * (hours == 0)
-    return " ".join(parts)

@@ -25,7 +25,6 @@ from run_utils import (
     build_parser,
     check_writable,
     display_path,
-    format_duration,
     make_settings,
     parse_command_line,
     quiet_libraries,
@@ -285,6 +284,7 @@ def finish(trainer, settings, validation_rows, started):
 
 def print_summary(settings, adapter_dir, record):
     import pass_utils
+    import progress_utils
 
     validation, has_validation = "", record["validation_loss"] is not None
     if has_validation:
@@ -294,7 +294,7 @@ def print_summary(settings, adapter_dir, record):
             validation += f" from step {record['best_step']}"
     where = "" if settings.output_dir == DEFAULTS["output_dir"] else f" --output_dir {settings.output_dir}"
     print(
-        f"\nDone in {format_duration(record['seconds'])}: {record['steps']} steps, training loss"
+        f"\nDone in {progress_utils.format_duration(record['seconds'])}: {record['steps']} steps, training loss"
         f" {record['first_loss']:.4f} -> {record['last_loss']:.4f}{validation},"
         f" peak memory {record['peak_memory_gib']:.2f} GiB.\n"
         f"Adapter: {display_path(adapter_dir)}\n"

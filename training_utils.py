@@ -16,7 +16,8 @@ from checkpoint_utils import ResumableTrainer
 from memory_utils import measured_peak
 from model_utils import save_adapter
 from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
-from run_utils import UserError, format_duration, say
+from progress_utils import format_duration
+from run_utils import UserError, say
 from step_utils import StepFlags, StepRunner, compiling, start_copy_to_host
 from token_utils import count_tokens, count_trained_tokens, pack_rows
 
@@ -131,8 +132,7 @@ class LoraTrainer(ResumableTrainer):
         with self.runner.plain_passes():
             expected = gradient()
         if not torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # nan is none
-            why = "Compiled layers have other gradients than plain ones here"
-            say(f"{why}; they are not used, which is slower", from_any=True)
+            say("Compiled layers have other gradients than plain ones; none is used, which is slower", from_any=True)
             self.runner.compiled = self.runner.recording = False
         self.runner.release()  # the longest pass is to be recorded first, whose memory then serves the others
 

@@ -14,6 +14,7 @@ import config
 import fault_utils
 import run_utils
 from conftest import refusal
+from progress_utils import format_duration
 from run_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, PROJECT_DIR, RANGES, Settings, UserError
 
 CONSTANTS = {name: value for name, value in vars(config).items() if name.isupper()}
@@ -584,7 +585,7 @@ def test_help_exits_with_zero_and_prints_every_group(capsys):
     ],
 )
 def test_durations_are_short_to_read(seconds, text):
-    assert run_utils.format_duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_a_deleted_setting_and_an_unknown_demo_setting_are_named(gpu, monkeypatch):
