@@ -140,6 +140,8 @@ def run_script(main, argv):
         if "--debug" in argv:
             traceback.print_exc()
         say(f"error: {error}", from_any=error.alone)
+        if not error.alone:
+            leave_process_group()
         return 2
     except KeyboardInterrupt:
         say("\nStopped by Ctrl-C.")
@@ -156,7 +158,7 @@ def run_script(main, argv):
 
 
 def leave_process_group():
-    """End the connection of several processes, where all come to an end together; NCCL warns of one left open."""
+    """End the connection of processes that all come to an end together; else NCCL warns, and Gloo aborts at times."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

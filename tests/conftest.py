@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,22 @@ def signals_as_in_a_terminal():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage():
+    """Looking through them takes a third of a second, which every run in this process would do several times."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def garbage_is_collected():
     """A script run in this process would leave it to the next test."""
+    before = gc.get_freeze_count()
     yield
-    gc.unfreeze()
     gc.enable()
+    if gc.get_freeze_count() > before:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
@@ -75,21 +86,63 @@ def run():
     return run_script
 
 
+@pytest.fixture(scope="session")
+def trained(run, tmp_path_factory):
+    """The output folder of `python train.py` with nothing but other folders, its finished process and its seconds."""
+    folder = tmp_path_factory.mktemp("demo")
+    started = time.time()
+    done = run("train.py", "--output_dir", folder / "output", "--logs_dir", folder / "logs", "--run_name", "demo")
+    assert done.returncode == 0, done.stderr
+    return folder / "output", done, time.time() - started
+
+
 # ---- Whole small runs, in this process -------------------------------------------------------------------------------
-@pytest.fixture
-def dataset(tmp_path):
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
     rows = [
         {"instruction": f"Say {word} {n} times", "response": " ".join([word] * n)}
         for word in ("red", "green", "blue", "grey")
         for n in range(1, 7)
     ]
-    path = tmp_path / "rows.json"
+    path = tmp_path_factory.mktemp("data") / "rows.json"
     path.write_text(json.dumps(rows))
     return path
 
 
+@pytest.fixture(scope="session")
+def contradicted(tmp_path_factory):
+    """Settings whose validation answers are not the training ones: the loss on them falls at first, then rises."""
+    path = tmp_path_factory.mktemp("data") / "validation.json"
+    path.write_text(
+        json.dumps([{"instruction": f"Say red {n} times", "response": "A dog ran home."} for n in range(10, 14)])
+    )
+    return {
+        "validation_dataset_path": str(path),
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant_with_warmup",
+        "num_epochs": 3,
+    }
+
+
+@pytest.fixture(scope="session")
+def undisturbed(dataset, tmp_path_factory):
+    """undisturbed(**changes): the output folder of a whole run that nothing met; each is made once."""
+    made = {}
+
+    def run_once(**changes):
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            made[key] = small_run(dataset, tmp_path_factory.mktemp("undisturbed"), **changes)
+        return made[key]
+
+    return run_once
+
+
 def small_run(dataset, folder, fresh=False, **changes):
-    """Train the bundled base for a few steps with dropout and accumulation; returns the output folder."""
+    """Train the bundled base for a few steps with dropout and accumulation; returns the output folder.
+
+    Two adapters to a layer, as seven make the same run take half as long again.
+    """
     settings = Settings(**DEFAULTS)._replace(
         base_model_name=TINY_BASE,
         custom_dataset_path=str(dataset),
@@ -99,6 +152,7 @@ def small_run(dataset, folder, fresh=False, **changes):
         use_4bit_quantization=False,
         device="cpu",
         gradient_checkpointing=False,
+        lora_target_modules="q_proj,v_proj",
         lora_dropout=0.1,
         batch_size=2,
         gradient_accumulation_steps=2,
@@ -114,15 +168,3 @@ def small_run(dataset, folder, fresh=False, **changes):
 
 def adapter_bytes(output_dir):
     return (output_dir / "lora-adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def contradicted(folder):
-    """Settings whose validation answers are not the training ones: the loss on them falls at first, then rises."""
-    rows = [{"instruction": f"Say red {n} times", "response": "A dog ran home."} for n in range(10, 14)]
-    (folder / "validation.json").write_text(json.dumps(rows))
-    return {
-        "validation_dataset_path": str(folder / "validation.json"),
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant_with_warmup",
-        "num_epochs": 3,
-    }

@@ -17,7 +17,7 @@ import identity_utils
 import train
 import training_utils
 from checkpoint_utils import find_newest, list_checkpoints, verify
-from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
+from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from identity_utils import base_content, differences, rows_content
 from run_utils import Stopped, write_json
 from token_utils import TokenizedRows
@@ -70,9 +70,11 @@ def interrupted(dataset, folder, monkeypatch, step=5, **changes):
 
 
 # ---- The same bytes --------------------------------------------------------------------------------------------------
-def test_a_run_killed_in_every_third_step_ends_like_an_undisturbed_one(dataset, tmp_path, monkeypatch, capsys):
+def test_a_run_killed_in_every_third_step_ends_like_an_undisturbed_one(
+    dataset, tmp_path, monkeypatch, capsys, undisturbed
+):
     changes = {"num_epochs": 3, "logging_steps": 3, "eval_steps": 2}
-    expected = small_run(dataset, tmp_path / "whole", **changes)
+    expected = undisturbed(**changes)
     for step in (5, 8, 11, 14):
         interrupted(dataset, tmp_path / "killed", monkeypatch, step, **changes)
     capsys.readouterr()
@@ -83,9 +85,9 @@ def test_a_run_killed_in_every_third_step_ends_like_an_undisturbed_one(dataset, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["TERM", "INT", "HUP"])
-def test_a_signal_saves_after_the_step_and_the_run_ends_the_same(number, dataset, tmp_path, monkeypatch):
+def test_a_signal_saves_after_the_step_and_the_run_ends_the_same(number, dataset, tmp_path, monkeypatch, undisturbed):
     changes = {"num_epochs": 2, "logging_steps": 4, "eval_steps": 4}
-    expected = small_run(dataset, tmp_path / "whole", **changes)
+    expected = undisturbed(**changes)
     for step in (2, 6):
         with monkeypatch.context() as patch:
             stop_at_step(patch, step, number)
@@ -100,9 +102,11 @@ def test_a_signal_saves_after_the_step_and_the_run_ends_the_same(number, dataset
     assert losses(found) == losses(expected)
 
 
-def test_early_stopping_counts_on_and_the_best_checkpoint_is_kept_across_kills(dataset, tmp_path, monkeypatch):
-    changes = contradicted(tmp_path) | {"early_stopping_patience": 2}
-    expected = small_run(dataset, tmp_path / "whole", **changes)
+def test_early_stopping_counts_on_and_the_best_checkpoint_is_kept_across_kills(
+    dataset, tmp_path, monkeypatch, undisturbed, contradicted
+):
+    changes = contradicted | {"early_stopping_patience": 2}
+    expected = undisturbed(**changes)
     steps = losses(expected)["steps"]
     assert losses(expected)["best_step"] < steps < 18  # early stopping has work to do
     for step in range(3, steps):
@@ -132,11 +136,13 @@ def stop_in_evaluation(monkeypatch, number):
 
 
 @pytest.mark.parametrize("end", ["the best is an early step", "the best is the last step", "early stopping"])
-def test_a_signal_in_each_evaluation_stops_it_and_the_run_ends_the_same(end, dataset, tmp_path, monkeypatch):
-    changes = {"validation_split": 0.3} if "last" in end else contradicted(tmp_path)
-    changes |= {"batch_size": 1, "max_seq_length": 48, "gradient_accumulation_steps": 4}
+def test_a_signal_in_each_evaluation_stops_it_and_the_run_ends_the_same(
+    end, dataset, tmp_path, monkeypatch, undisturbed, contradicted
+):
+    changes = {"validation_split": 0.3} if "last" in end else contradicted
+    changes = changes | {"batch_size": 1, "max_seq_length": 48, "gradient_accumulation_steps": 4}
     changes |= {"early_stopping_patience": 2} if end == "early stopping" else {"max_steps": 4 if "last" in end else 6}
-    expected = small_run(dataset, tmp_path / "whole", **changes)
+    expected = undisturbed(**changes)
     evaluations = losses(expected)["steps"] // 2
     # the first evaluation, the same again when it is made up for, then what follows upon each that was made up for
     for number, step in [(1, 2), (1, 2), *((2, 2 * n) for n in range(2, evaluations + 1))]:
@@ -153,9 +159,11 @@ def test_a_signal_in_each_evaluation_stops_it_and_the_run_ends_the_same(end, dat
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["at the last step", "by early stopping"])
-def test_a_run_killed_between_its_last_checkpoint_and_the_adapter_trains_no_more(early, dataset, tmp_path, monkeypatch):
-    changes = (contradicted(tmp_path) | {"early_stopping_patience": 1}) if early else {"max_steps": 4}
-    expected = small_run(dataset, tmp_path / "whole", **changes)
+def test_a_run_killed_between_its_last_checkpoint_and_the_adapter_trains_no_more(
+    early, dataset, tmp_path, monkeypatch, undisturbed, contradicted
+):
+    changes = (contradicted | {"early_stopping_patience": 1}) if early else {"max_steps": 4}
+    expected = undisturbed(**changes)
     with monkeypatch.context() as patch:
         patch.setattr(train, "finish", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
@@ -167,12 +175,11 @@ def test_a_run_killed_between_its_last_checkpoint_and_the_adapter_trains_no_more
     assert losses(found) == losses(expected)
 
 
-def test_a_run_goes_on_where_its_folder_was_moved(dataset, tmp_path, monkeypatch):
-    changes = contradicted(tmp_path)
-    expected = small_run(dataset, tmp_path / "whole", **changes)
-    interrupted(dataset, tmp_path / "old", monkeypatch, 15, **changes)
+def test_a_run_goes_on_where_its_folder_was_moved(dataset, tmp_path, monkeypatch, undisturbed, contradicted):
+    expected = undisturbed(**contradicted)
+    interrupted(dataset, tmp_path / "old", monkeypatch, 15, **contradicted)
     shutil.move(tmp_path / "old", tmp_path / "new")
-    found = small_run(dataset, tmp_path / "new", **changes)
+    found = small_run(dataset, tmp_path / "new", **contradicted)
     assert losses(found)["best_step"] < 14  # the best was found before the move
     assert adapter_bytes(found) == adapter_bytes(expected)
 
@@ -212,20 +219,15 @@ DAMAGES = {
 
 
 @pytest.fixture(scope="module")
-def halfway(tmp_path_factory):
+def halfway(dataset, tmp_path_factory):
     """The output folder of a run that was killed in its sixth step: checkpoints 2 and 4."""
-    folder = tmp_path_factory.mktemp("halfway")
-    dataset = folder / "rows.json"
-    words = ("red", "green", "blue", "grey")
-    rows = [{"instruction": f"Say {w} {n} times", "response": " ".join([w] * n)} for w in words for n in range(1, 7)]
-    dataset.write_text(json.dumps(rows))
     with pytest.MonkeyPatch.context() as patch:
-        return interrupted(dataset, folder, patch), dataset
+        return interrupted(dataset, tmp_path_factory.mktemp("halfway"), patch)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_newest_checkpoint_is_skipped_with_its_reason_if_it_has(damage, halfway, tmp_path):
-    folder = shutil.copytree(halfway[0] / "checkpoints", tmp_path / "checkpoints")
+    folder = shutil.copytree(halfway / "checkpoints", tmp_path / "checkpoints")
     assert find_newest(folder)[0][0].name == "checkpoint-4"
     spoil, words = DAMAGES[damage]
     spoil(folder / "checkpoint-4")
@@ -236,16 +238,18 @@ def test_the_newest_checkpoint_is_skipped_with_its_reason_if_it_has(damage, half
 
 
 def test_a_checkpoint_under_another_ones_name_does_not_count(halfway, tmp_path):
-    shutil.copytree(halfway[0] / "checkpoints/checkpoint-4", tmp_path / "checkpoint-9")
+    shutil.copytree(halfway / "checkpoints/checkpoint-4", tmp_path / "checkpoint-9")
     assert find_newest(tmp_path)[0] is None
 
 
-def test_a_run_goes_on_from_the_newest_whole_one_and_says_what_it_skipped(halfway, tmp_path, capsys):
-    expected = small_run(halfway[1], tmp_path / "whole")
-    shutil.copytree(halfway[0], tmp_path / "again/out")
+def test_a_run_goes_on_from_the_newest_whole_one_and_says_what_it_skipped(
+    halfway, tmp_path, capsys, dataset, undisturbed
+):
+    expected = undisturbed()
+    shutil.copytree(halfway, tmp_path / "again/out")
     flip_a_bit(tmp_path / "again/out/checkpoints/checkpoint-4")
     capsys.readouterr()
-    found = small_run(halfway[1], tmp_path / "again")
+    found = small_run(dataset, tmp_path / "again")
     said = capsys.readouterr().err
     assert "Skipped" in said
     assert "checkpoint-4: optimizer.pt is damaged" in said
@@ -255,13 +259,15 @@ def test_a_run_goes_on_from_the_newest_whole_one_and_says_what_it_skipped(halfwa
     assert (aside / "optimizer.pt").exists()
 
 
-def test_without_a_whole_checkpoint_the_run_is_set_aside_and_begins_again(halfway, tmp_path, capsys):
-    expected = small_run(halfway[1], tmp_path / "whole")
-    shutil.copytree(halfway[0], tmp_path / "again/out")
+def test_without_a_whole_checkpoint_the_run_is_set_aside_and_begins_again(
+    halfway, tmp_path, capsys, dataset, undisturbed
+):
+    expected = undisturbed()
+    shutil.copytree(halfway, tmp_path / "again/out")
     for path in list_checkpoints(tmp_path / "again/out/checkpoints"):
         (path / "manifest.json").unlink()
     capsys.readouterr()
-    found = small_run(halfway[1], tmp_path / "again")
+    found = small_run(dataset, tmp_path / "again")
     said = capsys.readouterr().err
     assert said.count("Skipped") == 2
     assert "no whole checkpoint; starting afresh" in said
@@ -269,22 +275,23 @@ def test_without_a_whole_checkpoint_the_run_is_set_aside_and_begins_again(halfwa
     assert len(list((found / "previous").glob("*/checkpoints/checkpoint-*"))) == 2
 
 
-def test_a_lost_best_checkpoint_is_named_and_the_run_still_goes_on(dataset, tmp_path, monkeypatch, capsys):
-    changes = contradicted(tmp_path)
-    out = interrupted(dataset, tmp_path, monkeypatch, 15, **changes)
+def test_a_lost_best_checkpoint_is_named_and_the_run_still_goes_on(
+    dataset, tmp_path, monkeypatch, capsys, contradicted
+):
+    out = interrupted(dataset, tmp_path, monkeypatch, 15, **contradicted)
     best = json.loads((out / "checkpoints/checkpoint-14/manifest.json").read_text())["best_step"]
     assert best < 14
     flip_a_bit(out / f"checkpoints/checkpoint-{best}")
     capsys.readouterr()
-    small_run(dataset, tmp_path, **changes)
+    small_run(dataset, tmp_path, **contradicted)
     assert f"checkpoint-{best}, is lost (optimizer.pt is damaged" in capsys.readouterr().err
     assert losses(out)["best_step"] >= 14
 
 
 def test_checkpoints_hold_no_absolute_path(halfway):
-    for path in (halfway[0] / "checkpoints").rglob("*.json"):
+    for path in (halfway / "checkpoints").rglob("*.json"):
         if path.name != "settings.json":
-            assert str(halfway[0]) not in path.read_text(), path
+            assert str(halfway) not in path.read_text(), path
 
 
 def test_an_old_checkpoint_is_deleted_only_after_the_new_one_verifies(dataset, tmp_path, monkeypatch):
@@ -312,18 +319,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_an_interrupted_run_refuses_to_go_on_with_another(change, halfway, tmp_path):
-    shutil.copytree(halfway[0], tmp_path / "out")
+def test_an_interrupted_run_refuses_to_go_on_with_another(change, halfway, tmp_path, dataset):
+    shutil.copytree(halfway, tmp_path / "out")
     changes, words = CHANGES[change]
-    message = refusal(lambda: small_run(halfway[1], tmp_path, **changes))
+    message = refusal(lambda: small_run(dataset, tmp_path, **changes))
     assert words in message
     assert "--fresh" in message
     assert find_newest(tmp_path / "out/checkpoints")[0][0].name == "checkpoint-4"  # nothing was touched
 
 
-def test_other_data_is_refused_with_both_contents(halfway, tmp_path):
-    shutil.copytree(halfway[0], tmp_path / "out")
-    rows = json.loads(halfway[1].read_text())
+def test_other_data_is_refused_with_both_contents(halfway, tmp_path, dataset):
+    shutil.copytree(halfway, tmp_path / "out")
+    rows = json.loads(dataset.read_text())
     rows[0]["response"] = "another answer"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     message = refusal(lambda: small_run(tmp_path / "rows.json", tmp_path))
@@ -331,34 +338,34 @@ def test_other_data_is_refused_with_both_contents(halfway, tmp_path):
     assert " rows " in message
 
 
-def test_what_shapes_no_weight_may_change(halfway, tmp_path):
-    expected = small_run(halfway[1], tmp_path / "whole")
-    shutil.copytree(halfway[0], tmp_path / "again/out")
+def test_what_shapes_no_weight_may_change(halfway, tmp_path, dataset, undisturbed):
+    expected = undisturbed()
+    shutil.copytree(halfway, tmp_path / "again/out")
     free = {"logging_steps": 2, "sample_prompts": 0, "save_total_limit": 3, "max_new_tokens": 2}
     free["gradient_checkpointing"] = True
-    assert adapter_bytes(small_run(halfway[1], tmp_path / "again", **free)) == adapter_bytes(expected)
+    assert adapter_bytes(small_run(dataset, tmp_path / "again", **free)) == adapter_bytes(expected)
 
 
-def test_other_library_versions_are_a_warning(halfway, tmp_path, capsys, monkeypatch):
-    shutil.copytree(halfway[0], tmp_path / "out")
+def test_other_library_versions_are_a_warning(halfway, tmp_path, capsys, monkeypatch, dataset):
+    shutil.copytree(halfway, tmp_path / "out")
     for path in list_checkpoints(tmp_path / "out/checkpoints"):
         manifest = json.loads((path / "manifest.json").read_text())
         manifest["identity"]["versions"]["peft"] = "0.1"
         write_json(path / "manifest.json", manifest)
-    small_run(halfway[1], tmp_path)
+    small_run(dataset, tmp_path)
     assert "peft 0.1 -> " in capsys.readouterr().err
 
 
-def test_a_fresh_start_sets_the_interrupted_run_aside(halfway, tmp_path):
-    shutil.copytree(halfway[0], tmp_path / "out")
-    small_run(halfway[1], tmp_path, fresh=True, seed=7)
+def test_a_fresh_start_sets_the_interrupted_run_aside(halfway, tmp_path, dataset):
+    shutil.copytree(halfway, tmp_path / "out")
+    small_run(dataset, tmp_path, fresh=True, seed=7)
     (aside,) = (tmp_path / "out/previous").iterdir()
     assert find_newest(aside / "checkpoints")[0][0].name == "checkpoint-4"
 
 
-def test_a_resumed_run_keeps_its_name_in_tensorboard(halfway, tmp_path):
-    shutil.copytree(halfway[0], tmp_path / "out")
-    small_run(halfway[1], tmp_path, run_name=None)
+def test_a_resumed_run_keeps_its_name_in_tensorboard(halfway, tmp_path, dataset):
+    shutil.copytree(halfway, tmp_path / "out")
+    small_run(dataset, tmp_path, run_name=None)
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["run"]
 
 
@@ -429,7 +436,7 @@ def test_too_little_disk_for_the_run_is_said_before_training(dataset, tmp_path, 
     assert not (tmp_path / "out/checkpoints").exists()
 
 
-def test_too_little_disk_for_the_next_checkpoint_keeps_the_last_one(dataset, tmp_path, monkeypatch):
+def test_too_little_disk_for_the_next_checkpoint_keeps_the_last_one(dataset, tmp_path, monkeypatch, undisturbed):
     free = {"bytes": 10**12}
     original = training_utils.LoraTrainer.training_step
 
@@ -445,7 +452,7 @@ def test_too_little_disk_for_the_next_checkpoint_keeps_the_last_one(dataset, tmp
     assert "checkpoint-4 needs" in message
     assert "last good checkpoint" in message
     assert "checkpoint-2" in message
-    assert adapter_bytes(small_run(dataset, tmp_path / "full")) == adapter_bytes(small_run(dataset, tmp_path / "whole"))
+    assert adapter_bytes(small_run(dataset, tmp_path / "full")) == adapter_bytes(undisturbed())
 
 
 FAILURES = {

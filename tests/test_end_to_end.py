@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import time
 
 import pytest
 from safetensors.torch import load_file
@@ -13,16 +12,6 @@ from conftest import PROJECT
 from generation_utils import build_generation_config, generate_replies
 from model_utils import load_trained_model, merge_and_save_model
 from run_utils import make_settings
-
-
-@pytest.fixture(scope="module")
-def trained(run, tmp_path_factory):
-    """The output folder of `python train.py` with nothing but other folders, its finished process and its seconds."""
-    folder = tmp_path_factory.mktemp("demo")
-    started = time.time()
-    done = run("train.py", "--output_dir", folder / "output", "--logs_dir", folder / "logs", "--run_name", "demo")
-    assert done.returncode == 0, done.stderr
-    return folder / "output", done, time.time() - started
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +72,27 @@ def test_the_samples_are_written_as_csv_too(metrics, trained):
     assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "-", "@"))]
 
 
-def test_a_single_instruction_prints_the_answer_alone_to_stdout(run, trained):
-    done = run("inference.py", "Explain how photosynthesis works", "--output_dir", trained[0], "--do_sample", "false")
-    assert done.returncode == 0, done.stderr
-    assert "Wren" in done.stdout
-    assert "Base model" not in done.stdout
-    assert "Base model: models/tiny-base" in done.stderr
-    assert "</s>" not in done.stdout
+@pytest.fixture(scope="module")
+def ask(run, trained):
+    def ask(*flags):
+        prompt = ("Explain how photosynthesis works", "--output_dir", trained[0], "--do_sample", "false")
+        done = run("inference.py", *prompt, *flags)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def answered(ask):
+    return ask()
+
+
+def test_a_single_instruction_prints_the_answer_alone_to_stdout(answered):
+    assert "Wren" in answered.stdout
+    assert "Base model" not in answered.stdout
+    assert "Base model: models/tiny-base" in answered.stderr
+    assert "</s>" not in answered.stdout
 
 
 def test_the_demo_conversation_answers_every_prompt(run, trained):
@@ -115,12 +118,10 @@ def test_a_chat_in_a_pipe_answers_line_by_line_and_obeys_commands(run, trained):
     assert "Unknown command /nonsense" in done.stderr
 
 
-def test_base_only_talks_without_the_adapter(run, trained):
-    prompt = ("Do you sell bells?", "--output_dir", trained[0], "--do_sample", "false", "--max_new_tokens", 12)
-    base, tuned = run("inference.py", *prompt, "--base_only"), run("inference.py", *prompt)
-    assert base.returncode == 0, base.stderr
+def test_base_only_talks_without_the_adapter(ask, answered):
+    base = ask("--base_only", "--max_new_tokens", 12)
     assert "no adapter" in base.stderr
-    assert base.stdout != tuned.stdout
+    assert base.stdout[:20] != answered.stdout[:20]
 
 
 def test_merging_as_the_readme_shows_gives_a_plain_model_with_the_adapters_answers(trained, tmp_path):
@@ -153,20 +154,6 @@ def test_the_same_command_run_twice_gives_the_same_adapter(run, trained, tmp_pat
         == load_file(trained[0] / "lora-adapter/adapter_model.safetensors").keys()
     )
     assert "moved to" in done.stderr
-
-
-def test_two_processes_train_like_one_with_the_same_rows_to_a_step(run, tmp_path):
-    flags = ("--max_steps", 4, "--eval_steps", 2, "--logging_steps", 1, "--max_new_tokens", 4)
-    records = {}
-    for name, launcher, batch in (("two", ("--nproc_per_node", "2"), 2), ("one", (), 4)):
-        folders = ("--output_dir", tmp_path / name, "--logs_dir", tmp_path / "logs")
-        done = run("train.py", *flags, "--batch_size", batch, *folders, torchrun=launcher, OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Done in") == 1
-        records[name] = json.loads((tmp_path / name / "lora-adapter/run.json").read_text())
-    assert records["two"]["first_loss"] == pytest.approx(records["one"]["first_loss"], rel=1e-5)
-    assert records["two"]["last_loss"] == pytest.approx(records["one"]["last_loss"], rel=1e-4)
-    assert records["two"]["validation_loss"] == pytest.approx(records["one"]["validation_loss"], rel=1e-4)
 
 
 def test_scripts_work_from_any_folder(run, trained, tmp_path):

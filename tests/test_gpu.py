@@ -294,9 +294,12 @@ def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(recorde
         assert trainer.runner.recordings.graphs
 
 
+SMALL_RUN = {"device": "cuda", "use_4bit_quantization": True, "lora_target_modules": "all-linear", "num_epochs": 2}
+
+
 def test_a_compiled_run_evaluates_answers_stops_and_goes_on(dataset, tmp_path, monkeypatch, capsys):
     original = LoraTrainer.training_step
-    options = {"device": "cuda", "use_4bit_quantization": True, "torch_compile": True, "num_epochs": 2}
+    options = SMALL_RUN | {"torch_compile": True}
 
     def last_loss(name):
         return json.loads((tmp_path / name / "out/lora-adapter/run.json").read_text())["last_loss"]
@@ -326,7 +329,7 @@ def last_losses(folder):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_half_precision_without_bfloat16_learns_as_much(compiled, dataset, tmp_path, monkeypatch, capsys):
-    options = {"device": "cuda", "use_4bit_quantization": True, "torch_compile": compiled, "num_epochs": 2}
+    options = SMALL_RUN | {"torch_compile": compiled}
     expected = last_losses(small_run(dataset, tmp_path / "bfloat16", **options))
     # from the usual 65536 the first steps would be left out, which is another run
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=1024.0))

@@ -515,7 +515,16 @@ def raiser(error):
     return main
 
 
-@pytest.mark.parametrize(("end", "left"), [(None, True), (run_utils.Stopped(15, "saved"), True), (ValueError(), False)])
+ENDS = [
+    (None, True),
+    (run_utils.Stopped(15, "saved"), True),
+    (UserError("no space left"), True),
+    (UserError("out of memory", alone=True), False),
+    (ValueError(), False),
+]
+
+
+@pytest.mark.parametrize(("end", "left"), ENDS)
 def test_processes_take_leave_of_each_other_where_all_end_together(end, left, monkeypatch):
     calls = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -610,7 +619,7 @@ def test_control_characters_of_a_users_file_do_not_reach_the_terminal():
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "inference"])
-def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, tmp_path):
+def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, trained, tmp_path):
     """Asked of each script where it calls settle: after its imports, or, as they come with the model, after that."""
     code = (
         "import gc, sys, run_utils\n"
@@ -620,15 +629,11 @@ def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, tmp_pa
         "sys.exit(run_utils.run_script(script.main, sys.argv[1:]))\n"
     )
     (tmp_path / "probe.py").write_text(code)
-    flags = {"train": ["--dry_run"], "evaluate": [], "inference": ["--base_only", "Hi"]}[script]
-    adapter = tmp_path / "out/lora-adapter"
-    if script == "evaluate":
-        assert run("train.py", "--max_steps", 1, "--warmup_ratio", 0, *output_flags(tmp_path)).returncode == 0
-        assert adapter.is_dir()
-    done = run(tmp_path / "probe.py", *flags, *output_flags(tmp_path), PYTHONPATH=str(PROJECT_DIR))
+    flags = {
+        "train": ["--dry_run", "--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs"],
+        "evaluate": ["--output_dir", trained[0]],
+        "inference": ["--output_dir", trained[0], "Hi"],
+    }
+    done = run(tmp_path / "probe.py", *flags[script], PYTHONPATH=str(PROJECT_DIR))
     assert done.returncode == 7, done.stderr
     assert done.stdout.splitlines() == ["before False", "after True True"]
-
-
-def output_flags(folder):
-    return ["--device", "cpu", "--output_dir", folder / "out", "--logs_dir", folder / "logs"]

@@ -633,8 +633,8 @@ def made_conversations(count, length, words=WORDS):
 
 
 def test_the_memory_is_that_of_a_few_batches_and_not_of_the_file(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_utils, "BATCH", 200)  # as 1,000 to a file five times as large
-    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(8_000, 75, LONG_WORDS))
+    monkeypatch.setattr(token_utils, "BATCH", 100)  # as 1,000 to a file ten times as large
+    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(4_000, 75, LONG_WORDS))
     size = stored.path.stat().st_size
     tracemalloc.start()
     try:
@@ -643,7 +643,7 @@ def test_the_memory_is_that_of_a_few_batches_and_not_of_the_file(tokenizer, tmp_
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert tokens == rows.index["length"].sum() > 8_000 * 150
+    assert tokens == rows.index["length"].sum() > 4_000 * 150
     assert peak < size / 4
 
 

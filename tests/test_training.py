@@ -26,7 +26,7 @@ import lora_utils
 import progress_utils
 import train
 import training_utils
-from conftest import TINY_BASE, adapter_bytes, contradicted, refusal, small_run
+from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from memory_utils import expected_peak
 from model_utils import attach_lora
 from pass_utils import PassKernels, choose_pass_tokens, mean_loss, pass_losses, score_rows, transformers_model
@@ -282,15 +282,14 @@ def test_the_plan_counts_steps_as_the_trainer_does(rows, expected, tmp_path):
 
 
 # ---- Whole small runs, in this process -------------------------------------------------------------------------------
-def test_a_run_is_reproducible_to_the_byte_and_its_seed_matters(dataset, tmp_path):
-    first = adapter_bytes(small_run(dataset, tmp_path / "1"))
+def test_a_run_is_reproducible_to_the_byte_and_its_seed_matters(dataset, tmp_path, undisturbed):
+    first = adapter_bytes(undisturbed())
     assert adapter_bytes(small_run(dataset, tmp_path / "2")) == first
     assert adapter_bytes(small_run(dataset, tmp_path / "3", seed=43)) != first
 
 
-def test_sample_answers_during_training_do_not_change_the_result(dataset, tmp_path):
-    with_samples = adapter_bytes(small_run(dataset, tmp_path / "1"))
-    assert adapter_bytes(small_run(dataset, tmp_path / "2", sample_prompts=0)) == with_samples
+def test_sample_answers_during_training_do_not_change_the_result(dataset, tmp_path, undisturbed):
+    assert adapter_bytes(small_run(dataset, tmp_path, sample_prompts=0)) == adapter_bytes(undisturbed())
 
 
 def test_batch_size_and_accumulation_only_matter_by_their_product(dataset, tmp_path):
@@ -302,8 +301,8 @@ def test_batch_size_and_accumulation_only_matter_by_their_product(dataset, tmp_p
     assert first["validation_loss"] == pytest.approx(second["validation_loss"], rel=1e-4)
 
 
-def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(dataset, tmp_path):
-    out = small_run(dataset, tmp_path, **contradicted(tmp_path))
+def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(undisturbed, contradicted):
+    out = undisturbed(**contradicted)
     state = json.loads(max(out.glob("checkpoints/*/trainer_state.json"), key=lambda p: p.stat().st_mtime).read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = min(losses, key=losses.get)
@@ -315,9 +314,9 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(dataset, tmp_path):
     assert len(list(out.glob("checkpoints/*"))) == 2
 
 
-def test_early_stopping_ends_a_run_that_gets_worse(dataset, tmp_path):
-    changes = contradicted(tmp_path) | {"early_stopping_patience": 1}
-    record = json.loads((small_run(dataset, tmp_path, **changes) / "lora-adapter/run.json").read_text())
+def test_early_stopping_ends_a_run_that_gets_worse(undisturbed, contradicted):
+    changes = contradicted | {"early_stopping_patience": 1}
+    record = json.loads((undisturbed(**changes) / "lora-adapter/run.json").read_text())
     assert record["steps"] < 6 * changes["num_epochs"]
     assert record["best_step"] < record["steps"]
 
@@ -337,9 +336,8 @@ def test_a_second_run_moves_the_first_aside_and_overwrites_nothing(dataset, tmp_
     assert adapter_bytes(tmp_path / "out") != first
 
 
-def test_tensorboard_holds_the_curves_the_samples_and_the_settings(dataset, tmp_path):
-    small_run(dataset, tmp_path)
-    board = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
+def test_tensorboard_holds_the_curves_the_samples_and_the_settings(undisturbed):
+    board = EventAccumulator(str(undisturbed().parent / "logs" / "run")).Reload()
     scalars = set(board.Tags()["scalars"])
     assert scalars == set(progress_utils.RunBoard.NAMES.values())
     for name in scalars:
@@ -350,8 +348,8 @@ def test_tensorboard_holds_the_curves_the_samples_and_the_settings(dataset, tmp_
     assert "| lora_dropout | 0.1 |" in settings_text
 
 
-def test_no_pickle_but_the_optimizers_own_and_no_training_arguments_are_saved(dataset, tmp_path):
-    out = small_run(dataset, tmp_path)
+def test_no_pickle_but_the_optimizers_own_and_no_training_arguments_are_saved(undisturbed):
+    out = undisturbed()
     names = {path.name for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")}
     bare_numbers = {"ids.bin", "trained.bin"}  # of the tokenized rows, read by numpy.memmap
     assert names - bare_numbers == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
@@ -377,7 +375,7 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(da
     assert "Plan: 22 rows" in captured.err
     assert captured.out == ""
     assert re.search(r"### Response:\n\[(red|green|blue|grey)( \1)*</s>\]\n", captured.err)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cache", "data_report.json"]
 
 

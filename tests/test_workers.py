@@ -161,7 +161,7 @@ sys.exit(train.run_script(train.main, sys.argv[1:]))
 def many_rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("many") / "rows.jsonl"
     question, answer = "shop " * 100, "bell " * 100
-    rows = (json.dumps({"instruction": f"{number} {question}", "response": answer}) + "\n" for number in range(40_000))
+    rows = (json.dumps({"instruction": f"{number} {question}", "response": answer}) + "\n" for number in range(15_000))
     path.write_text("".join(rows))
     return path
 

@@ -1,0 +1,97 @@
+"""Two processes of a launcher train like one, whatever differs between them, and end together."""
+
+import json
+
+import pytest
+
+from conftest import PROJECT
+
+TORCHRUN = ("--nproc_per_node", "2")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+FLAGS = ("--device", "cpu", "--max_steps", 4, "--eval_steps", 2, "--logging_steps", 1, "--sample_prompts", 1)
+FLAGS += ("--max_new_tokens", 4)
+
+
+@pytest.fixture(scope="module")
+def train_by(run, tmp_path_factory):
+    """train_by(script, *flags, torchrun=(...)) -> (the record of the run, its finished process)."""
+
+    def train_by(script, *flags, torchrun=TORCHRUN):
+        folder = tmp_path_factory.mktemp("run")
+        folders = ("--output_dir", folder / "out", "--logs_dir", folder / "logs")
+        done = run(script, *FLAGS, *flags, *folders, torchrun=torchrun, **ONE_THREAD)
+        assert done.returncode == 0, done.stderr
+        return json.loads((folder / "out/lora-adapter/run.json").read_text()), done
+
+    return train_by
+
+
+@pytest.fixture(scope="module")
+def two(train_by):
+    return train_by("train.py", "--batch_size", 2)
+
+
+def test_two_processes_train_like_one_with_the_same_rows_to_a_step(train_by, two):
+    (record, done), (expected, alone) = two, train_by("train.py", "--batch_size", 4, torchrun=())
+    for finished in (done, alone):
+        assert finished.stdout.count("Done in") == 1
+    assert record["first_loss"] == pytest.approx(expected["first_loss"], rel=1e-5)
+    assert record["last_loss"] == pytest.approx(expected["last_loss"], rel=1e-4)
+    assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
+
+
+# the second process has less memory, and begins with other weights than the first
+UNLIKE = """
+import os, sys
+import torch
+import model_utils, run_utils, step_utils, train
+attach_lora = model_utils.attach_lora
+def other_weights(*args):
+    model = attach_lora(*args)
+    for parameter in model.parameters():
+        parameter.data.mul_(2 if parameter.requires_grad else 1)
+    return model
+run, sizes = step_utils.StepRunner.run, []
+def small_passes_only(runner, model, rows, *args):
+    sizes.append(sum(len(row["input_ids"]) for row in rows))
+    done = run(runner, model, rows, *args)
+    if sizes[-1] > 300:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return done
+if os.environ["RANK"] == "1":
+    step_utils.StepRunner.run = small_passes_only
+    model_utils.attach_lora = other_weights
+sys.exit(run_utils.run_script(train.main, sys.argv[1:]))
+"""
+
+
+def test_one_process_with_less_memory_and_other_weights_changes_no_result(train_by, two, tmp_path):
+    (tmp_path / "unlike.py").write_text(UNLIKE)
+    record, done = train_by(tmp_path / "unlike.py", "--batch_size", 2)
+    assert "process 1: Out of memory with a pass of " in done.stderr
+    assert "Out of memory" not in two[1].stderr
+    for name in ("first_loss", "last_loss", "validation_loss"):
+        assert record[name] == pytest.approx(two[0][name], rel=1e-4)
+
+
+FULL_DISK = """
+import os, sys
+import checkpoint_utils, run_utils, train, training_utils
+def fail(*args):
+    raise OSError(28, "No space left on device")
+if os.environ["RANK"] == "0":
+    training_utils.save_adapter = fail
+sys.exit(run_utils.run_script(train.main, sys.argv[1:]))
+"""
+
+
+def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run, tmp_path):
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    folders = ("--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs")
+    launcher = (*TORCHRUN, "--redirects", "3", "--log_dir", str(tmp_path / "ranks"))
+    run(tmp_path / "full.py", *FLAGS, "--eval_steps", 1, *folders, torchrun=launcher, **ONE_THREAD)
+    first, second = (next((tmp_path / "ranks").glob(f"*/*/{rank}/stderr.log")).read_text() for rank in (0, 1))
+    assert first.strip().splitlines()[-1].startswith("error: checkpoint-1 could not be saved: No space left on device;")
+    assert "Traceback" not in first + second
+    assert "Connection" not in second
+    assert not list((tmp_path / "out/checkpoints").iterdir())
