@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the Hub
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is: the test processes share the cores
 
 import model_utils
 import train
@@ -84,16 +85,6 @@ def run():
         )
 
     return run_script
-
-
-@pytest.fixture(scope="session")
-def trained(run, tmp_path_factory):
-    """The output folder of `python train.py` with nothing but other folders, its finished process and its seconds."""
-    folder = tmp_path_factory.mktemp("demo")
-    started = time.time()
-    done = run("train.py", "--output_dir", folder / "output", "--logs_dir", folder / "logs", "--run_name", "demo")
-    assert done.returncode == 0, done.stderr
-    return folder / "output", done, time.time() - started
 
 
 # ---- Whole small runs, in this process -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -12,6 +13,16 @@ from conftest import PROJECT
 from generation_utils import build_generation_config, generate_replies
 from model_utils import load_trained_model, merge_and_save_model
 from run_utils import make_settings
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """The output folder of `python train.py` with nothing but other folders, its finished process and its seconds."""
+    folder = tmp_path_factory.mktemp("demo")
+    started = time.time()
+    done = run("train.py", "--output_dir", folder / "output", "--logs_dir", folder / "logs", "--run_name", "demo")
+    assert done.returncode == 0, done.stderr
+    return folder / "output", done, time.time() - started
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +176,24 @@ def test_scripts_work_from_any_folder(run, trained, tmp_path):
     assert "Larkfield" in done.stderr or "Wren" in done.stderr
     assert not list(folder.iterdir())
     assert (output / "data_report.json").exists()
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "inference"])
+def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, trained, tmp_path):
+    """Asked of each script where it calls settle: after its imports, or, as they come with the model, after that."""
+    code = (
+        "import gc, sys, run_utils\n"
+        f"import {script} as script\n"
+        f"settle, script.settle = script.settle, lambda: (print('before', gc.isenabled()), settle(),"
+        " print('after', gc.isenabled(), gc.get_freeze_count() > 100_000), sys.exit(7))\n"
+        "sys.exit(run_utils.run_script(script.main, sys.argv[1:]))\n"
+    )
+    (tmp_path / "probe.py").write_text(code)
+    flags = {
+        "train": ["--dry_run", "--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs"],
+        "evaluate": ["--output_dir", trained[0]],
+        "inference": ["--output_dir", trained[0], "Hi"],
+    }
+    done = run(tmp_path / "probe.py", *flags[script], PYTHONPATH=str(PROJECT))
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.splitlines() == ["before False", "after True True"]

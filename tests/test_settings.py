@@ -616,24 +616,3 @@ def test_an_empty_value_is_not_taken_for_a_missing_one(name):
 
 def test_control_characters_of_a_users_file_do_not_reach_the_terminal():
     assert str(run_utils.UserError("columns found: \x1b[31mred\nx")) == "columns found: [31mred x"
-
-
-@pytest.mark.parametrize("script", ["train", "evaluate", "inference"])
-def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, trained, tmp_path):
-    """Asked of each script where it calls settle: after its imports, or, as they come with the model, after that."""
-    code = (
-        "import gc, sys, run_utils\n"
-        f"import {script} as script\n"
-        f"settle, script.settle = script.settle, lambda: (print('before', gc.isenabled()), settle(),"
-        " print('after', gc.isenabled(), gc.get_freeze_count() > 100_000), sys.exit(7))\n"
-        "sys.exit(run_utils.run_script(script.main, sys.argv[1:]))\n"
-    )
-    (tmp_path / "probe.py").write_text(code)
-    flags = {
-        "train": ["--dry_run", "--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs"],
-        "evaluate": ["--output_dir", trained[0]],
-        "inference": ["--output_dir", trained[0], "Hi"],
-    }
-    done = run(tmp_path / "probe.py", *flags[script], PYTHONPATH=str(PROJECT_DIR))
-    assert done.returncode == 7, done.stderr
-    assert done.stdout.splitlines() == ["before False", "after True True"]

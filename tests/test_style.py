@@ -64,14 +64,14 @@ def test_the_readmes_set_up_commands_make_their_environment_and_name_real_files(
     commands = re.findall(r"^python3 -m venv .*$", README, flags=re.M)
     assert len(commands) == 2
     assert commands[0].endswith("python train.py")
-    assert commands[1].endswith("python -m pytest -q")
+    assert commands[1].endswith("python -m pytest -q -n 2 --dist loadfile")
     for command in commands:
         for name in re.findall(r"-r (\S+)", command):
             assert (PROJECT / name).is_file()
 
 
 def test_every_flag_and_setting_that_the_readme_names_exists():
-    own = {"dry_run", "fresh", "debug", "demo", "base_only", "adapter_path", "help", "logdir", "num_processes"}
+    own = {"dry_run", "fresh", "debug", "demo", "base_only", "adapter_path", "help", "logdir", "num_processes", "dist"}
     flags = set(re.findall(r"--([a-z0-9_]+)", README)) - own
     assert flags
     assert flags <= set(DEFAULTS)
