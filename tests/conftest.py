@@ -14,9 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is: the test processes share the cores
 
-import model_utils
-import train
 from run_utils import DEFAULTS, Settings, UserError, quiet_libraries
+
+quiet_libraries()  # before bitsandbytes is imported, as the entry scripts do: it speaks at its import
+
+import model_utils  # noqa: E402
+import train  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(PROJECT / "models" / "tiny-base")
