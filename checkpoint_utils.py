@@ -1,49 +1,118 @@
-"""Checkpoints that are whole or do not count: saved, verified, and found again to go on from."""
+"""What a run is made of, and its checkpoints: whole, or they do not count; found again to go on from."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import time
 from collections import namedtuple
+from importlib.metadata import version
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from transformers import Trainer
 from transformers.trainer import safe_globals
 
-from cache_utils import hash_files
-from fault_utils import (
-    StopSignals,
+from file_utils import (
+    SHOWN_DIGITS,
     check_space,
-    checkpoint_bytes,
-    from_first_process,
-    run_bytes,
-    saving,
-    set_aside_previous_run,
-    together,
-)
-from identity_utils import differences, version_differences
-from model_utils import ADAPTER_WEIGHTS, write_recorded_settings
-from run_utils import (
-    CHECKPOINTS,
-    Stopped,
-    UserError,
     display_path,
+    hash_files,
     read_json,
-    say,
+    saving,
     sync_file,
     sync_folder,
     write_json,
 )
+from message_utils import UserError, say
+from model_utils import ADAPTER_WEIGHTS, base_revision, template_content, tokenizer_content, write_recorded_settings
+from process_utils import from_first_process, together
+from run_utils import CHECKPOINTS, set_aside_previous_run
 
 MANIFEST, PROGRESS, STAGING = "manifest.json", "progress.json", "incomplete"
+
+
 AGAIN = "the same command goes on from the last checkpoint"
+
+
 # Where a run goes on: its newest checkpoint, that one's step, whether training had ended there, the step of the best
 # checkpoint (None if there is none or it is damaged), what progress.json holds, the run's name in TensorBoard.
 Resumption = namedtuple("Resumption", "folder step finished best_step progress run_name")
+
+
+# ---- What a run is made of -------------------------------------------------------------------------------------------
+
+
+# Settings that a resumed run may change: they shape no weight, or what counts of them is hashed or resolved instead.
+# A setting that is not listed here belongs to the identity, so that a new one is refused before it is overlooked.
+FREE_SETTINGS = {
+    *("base_model_name", "device", "use_fp16", "custom_dataset_path", "validation_dataset_path", "answers_cut_limit"),
+    *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_samples"),
+    *("max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty"),
+    *("output_dir", "logs_dir", "models_dir", "run_name"),
+}
+
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+BLOCK = 2**20  # token ids that are hashed at once: 4 MiB
+
+
+def rows_content(rows):
+    """How many TokenizedRows there are, and the hash of their ids and labels in their order.
+
+    Neither where they lie in the file nor the dropped rows between them matter.
+    """
+    starts, lengths = rows.index["start"], rows.index["length"]
+    digest = hashlib.sha256(lengths.astype("<i8").tobytes())
+    # rows that lie one behind the other are hashed as one, ids first and which of them are trained second
+    first = np.flatnonzero(np.diff(starts, prepend=-1) != np.append(0, lengths)[:-1])
+    last = np.append(first[1:], len(starts))[: len(first)] - 1
+    stretches = [(starts[begin], starts[end] + lengths[end]) for begin, end in zip(first, last, strict=True)]
+    for values, kind in ((rows.ids, "<i4"), (rows.is_trained, bool)):
+        for start, end in stretches:
+            for block in range(start, end, BLOCK):
+                digest.update(values[block : min(block + BLOCK, end)].astype(kind).tobytes())
+    return f"{len(rows)} rows {digest.hexdigest()[:SHOWN_DIGITS]}"
+
+
+def run_identity(settings, base, tokenizer, train_rows, validation_rows, arguments, dtype, models_dir):
+    """All that the weights of a run depend on, {name: value}; an interrupted run goes on only where it is the same."""
+    settled = {name: value for name, value in settings._asdict().items() if name not in FREE_SETTINGS}
+    return settled | {
+        "base_model": f"{settings.base_model_name} @ {base_revision(base, models_dir)}",
+        "tokenizer": tokenizer_content(tokenizer),
+        "chat_template": template_content(tokenizer),
+        "training_data": rows_content(train_rows),
+        "validation_data": rows_content(validation_rows),
+        "device": arguments.device.type,
+        "number_format": str(dtype).removeprefix("torch."),
+        "processes": arguments.world_size,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def differences(old, new):
+    """Return ["learning_rate 0.0002 -> 0.001", ...]: what forbids that a run `new` goes on with `old`."""
+
+    def told(identity, name):
+        value = identity.get(name)
+        return value.rpartition(" @ ")[2] if name == "base_model" and value else value  # a moved folder is the same
+
+    names = sorted((old.keys() | new.keys()) - {"versions"})
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if told(old, name) != told(new, name)]
+
+
+def version_differences(old, new):
+    """The same for the libraries, which may change the last bits of the weights and forbid nothing."""
+    old, new = old.get("versions", {}), new["versions"]
+    return [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+
+
+# ---- Manifest --------------------------------------------------------------------------------------------------------
 
 
 def required_files(identity):
@@ -55,7 +124,6 @@ def required_files(identity):
     return {*names, *states, *scaler}
 
 
-# ---- Manifest --------------------------------------------------------------------------------------------------------
 def seal(folder, identity, **facts):
     """Put every file of a folder on the disk, then write the manifest of sizes and hashes, which makes it count."""
     paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
@@ -110,6 +178,8 @@ def find_newest(folder):
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
+
+
 def find_resumption(output_dir, identity, fresh):
     """Return where an interrupted run of this identity goes on, or None where a run starts from its beginning.
 
@@ -188,6 +258,21 @@ def whole_best_step(folder, manifest):
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------
+
+
+MARGIN = 2**20  # bytes beside the weights: tokenizer, settings and manifest of a tiny model
+
+
+def checkpoint_bytes(trainable):
+    """Disk space of a checkpoint: the adapter in float32 and the two moments of AdamW, and a margin."""
+    return trainable * 4 * 3 + MARGIN
+
+
+def run_bytes(trainable, save_total_limit, existing=0):
+    """Disk space that a run takes at most: the adapter, the kept checkpoints, and the one that is being written."""
+    return trainable * 4 + max(1, save_total_limit + 1 - existing) * checkpoint_bytes(trainable)
+
+
 class Checkpoints:
     """The checkpoints of one run. Each is written under another name and takes its own when it is whole."""
 
@@ -277,108 +362,3 @@ class Checkpoints:
         for path in others[max(0, self.settings.save_total_limit - present) :]:
             (path / MANIFEST).unlink(missing_ok=True)  # first, so that half a deleted checkpoint does not count
             shutil.rmtree(path, ignore_errors=True)
-
-
-# ---- The Trainer's part ----------------------------------------------------------------------------------------------
-class EvaluationStopped(Exception):
-    """A signal came during an evaluation."""
-
-
-class ResumableTrainer(Trainer):
-    """A Trainer that saves and resumes by Checkpoints, and that a signal ends after its step or in an evaluation.
-
-    Several processes learn of each other's signals with the flags of a step, so that it may take two steps more.
-    """
-
-    def __init__(self, *args, checkpoints=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
-        self.signals = StopSignals()
-        self.stop_now = 0  # how many processes had got a signal by the last step that was looked at
-        self.evaluation_due = False  # whether the step that is saved still has to be evaluated
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        long = self.control.should_evaluate or self.control.should_save
-        try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-        except EvaluationStopped:
-            self._stop(evaluated=False)
-        # asking the other processes takes a message, so that after a short step only what they had said counts
-        ask = long or self.accelerator.num_processes == 1
-        if (self.stop_now or (ask and self._stop_requested())) and not self.control.should_training_stop:
-            self._stop()
-
-    def _stop_requested(self):
-        """Whether any process got a signal; the same answer in all of them."""
-        if self.accelerator.num_processes == 1:
-            return self.signals.requested > 0
-        requested = torch.tensor(self.signals.requested, device=self.args.device)
-        return self.accelerator.reduce(requested, "sum").item() > 0
-
-    def _stop(self, evaluated=True):
-        """Save where the run is and end it, as a signal asked; a resumed run makes up for an evaluation not finished.
-
-        That evaluation draws no random numbers and changes no weight, so it may as well come after the save.
-        """
-        number = max(gather_object([self.signals.requested]))
-        step, steps = self.state.global_step, self.state.max_steps
-        self.evaluation_due = not evaluated
-        if self.checkpoints.saved_step != step:
-            self._save_checkpoint(self.model, None)
-        where = f"Stopped {'at' if evaluated else 'in the evaluation of'} step {step} of {steps}"
-        raise Stopped(number, f"{where}, saved in {display_path(self.checkpoints.path(step))}; {AGAIN}")
-
-    def stop_if_requested(self):
-        """Raise EvaluationStopped in all processes if any got a signal; all must ask equally often."""
-        if self._stop_requested():
-            raise EvaluationStopped
-
-    def _get_output_dir(self, trial):
-        """Where the Trainer puts checkpoint-<step>: a folder that it leaves only when it is whole."""
-        return str(self.checkpoints.staging) if self.checkpoints else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial):
-        # each process adds up its own rows' losses, and the log shows their mean
-        loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
-        progress = {"loss_since_log": loss, "last_logged_step": self._globalstep_last_logged}
-        progress["evaluation_due"] = self.evaluation_due
-        with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
-            super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """In a checkpoint all processes learn of a failure here, before the Trainer lets them wait for each other."""
-        step = self.state.global_step
-        with self.checkpoints.saving_together(step) if _internal_call else contextlib.nullcontext():
-            super().save_model(output_dir, _internal_call)
-
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
-        if checkpoint is not None:
-            best = self.checkpoints.resumption.best_step
-            self.state.best_global_step = best
-            self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
-            self.state.best_metric = best and self.state.best_metric
-            self.state.compute_steps(self.args, max_steps)  # LOGGING_STEPS may have been changed
-        return begin
-
-    def _run_epoch(self, **kwargs):
-        """One epoch, or the rest of it where a run is resumed; the loss that was not logged yet is kept."""
-        resumption = self.checkpoints and self.checkpoints.resumption
-        if resumption and self.state.global_step == resumption.step:
-            self._tr_loss += resumption.progress["loss_since_log"]
-            self._globalstep_last_logged = resumption.progress["last_logged_step"]
-            if resumption.progress.get("evaluation_due"):
-                self._make_up_for_evaluation(kwargs)
-            if resumption.finished:  # killed between its last checkpoint and the adapter
-                self.control.should_training_stop = True
-            if self.control.should_training_stop:
-                return
-        super()._run_epoch(**kwargs)
-
-    def _make_up_for_evaluation(self, arguments):
-        """Evaluate the resumed step, in whose evaluation a signal came. Its checkpoint has the weights already."""
-        self.control.should_evaluate, self.control.should_save = True, False
-        names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
-        self._maybe_log_save_evaluate(self._tr_loss, None, *(arguments[name] for name in names))
-        best = self.state.best_global_step
-        self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))

@@ -15,9 +15,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from cache_utils import cached_folder, digest, hash_files
-from reader_utils import find_files, read_rows
-from run_utils import UserError, say
+from file_utils import cached_folder, digest, hash_files
+from hub_utils import find_files
+from message_utils import UserError, say
+from reader_utils import read_rows
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),

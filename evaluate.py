@@ -10,23 +10,20 @@ Writes metrics.json, samples.json and samples.csv to output/evaluation.
 import random
 import sys
 
-from run_utils import (
-    CACHE,
-    VALIDATION_ROWS,
-    UserError,
-    build_parser,
-    check_writable,
-    display_path,
-    find_adapter,
-    make_settings,
-    parse_command_line,
-    printable,
-    quiet_libraries,
-    run_script,
-    say,
-    settle,
-    write_json,
-)
+from file_utils import check_writable, display_path, write_json
+from message_utils import LateImport, UserError, printable, quiet_libraries, run_script, say, settle
+from run_utils import CACHE, VALIDATION_ROWS, find_adapter
+from settings_utils import build_parser, make_settings, parse_command_line
+
+# imported when they are first used: torch and what builds on it take seconds
+data_utils = LateImport("data_utils")
+engine_passes = LateImport("engine_passes")
+engine_runner = LateImport("engine_runner")
+generation_utils = LateImport("generation_utils")
+model_utils = LateImport("model_utils")
+pandas = LateImport("pandas")
+report_utils = LateImport("report_utils")
+token_utils = LateImport("token_utils")
 
 BANDS = ((10, "excellent"), (20, "good"), (30, "acceptable"), (float("inf"), "needs improvement"))
 
@@ -45,9 +42,6 @@ def main(argv):
 
 def evaluate(adapter_path, given, run_dir, target):
     """The phases: settings, rows, model, figures and answers of base and tuned, report."""
-    import generation_utils
-    import model_utils
-    import pass_utils
 
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
     cache_dir, target = target / CACHE, target / "evaluation"
@@ -57,8 +51,8 @@ def evaluate(adapter_path, given, run_dir, target):
     settle()
     rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
     say(f"Measuring base and tuned model on {len(rows)} rows")
-    pass_utils.choose_kernels(model)
-    pass_tokens = pass_utils.choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
+    engine_runner.choose_kernels(model)
+    pass_tokens = engine_runner.choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
     metrics = measure(model, rows, pass_tokens)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
     chosen = conversations[: settings.eval_samples]
@@ -70,7 +64,6 @@ def evaluate(adapter_path, given, run_dir, target):
 
 def load_validation_rows(settings, run_dir, cache_dir):
     """The Conversations that the adapter's run held out, or those of VALIDATION_DATASET_PATH."""
-    import data_utils
 
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
@@ -86,8 +79,6 @@ def load_validation_rows(settings, run_dir, cache_dir):
 
 def tokenize_rows(tokenizer, conversations, settings, cache_dir):
     """Tokenize the rows as training did, and say what it did to them."""
-    import report_utils
-    import token_utils
 
     rows = token_utils.tokenize_conversations(
         tokenizer, conversations, settings.max_seq_length, "validation data", cache_dir
@@ -102,16 +93,15 @@ def tokenize_rows(tokenizer, conversations, settings, cache_dir):
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 def measure(model, rows, max_tokens):
     """Token-weighted loss and perplexity of base and tuned over the same answers, and a verdict."""
-    import pass_utils
 
-    tuned = pass_utils.score_rows(model, rows, max_tokens)
+    tuned = engine_passes.score_rows(model, rows, max_tokens)
     with model.disable_adapter():
-        base = pass_utils.score_rows(model, rows, max_tokens)
+        base = engine_passes.score_rows(model, rows, max_tokens)
     metrics = {"rows": len(rows), "answer_tokens": sum(tokens for _, tokens in base)}
     for name, scores in (("base", base), ("tuned", tuned)):
-        loss = pass_utils.mean_loss(scores)
+        loss = engine_passes.mean_loss(scores)
         metrics[f"{name}_loss"] = loss
-        metrics[f"{name}_perplexity"] = pass_utils.perplexity(loss)
+        metrics[f"{name}_perplexity"] = engine_passes.perplexity(loss)
         metrics[f"{name}_band"] = band(metrics[f"{name}_perplexity"])
     low, high = bootstrap_interval(base, tuned)
     metrics |= {"loss_change_low": low, "loss_change_high": high}
@@ -141,8 +131,6 @@ def bootstrap_interval(base, tuned, resamples=2000, seed=0):
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 def answer_side_by_side(model, tokenizer, conversations, generation, max_prompt_tokens):
     """Let base and tuned answer the last question of each conversation; returns one dict a row."""
-    import data_utils
-    import generation_utils
 
     if not conversations:
         return []
@@ -168,12 +156,11 @@ def answer_side_by_side(model, tokenizer, conversations, generation, max_prompt_
 # ---- Report ----------------------------------------------------------------------------------------------------------
 def write_report(target, metrics, samples):
     """Write metrics.json, samples.json and samples.csv; cells that a spreadsheet would run as formulas are defused."""
-    import pandas as pd
 
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "metrics.json", metrics)
     write_json(target / "samples.json", samples)
-    table = pd.DataFrame(samples, columns=["row", "prompt", "expected", "base", "tuned"])
+    table = pandas.DataFrame(samples, columns=["row", "prompt", "expected", "base", "tuned"])
     texts = table.columns.drop("row")
     table[texts] = table[texts].map(lambda cell: "'" + cell if cell.startswith(("=", "+", "-", "@", "\t")) else cell)
     table.to_csv(target / "samples.csv", index=False, encoding="utf-8-sig")

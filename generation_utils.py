@@ -6,8 +6,9 @@ from threading import Thread
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
+from engine_passes import autocast
+from message_utils import printable
 from prompt_utils import encode_prompt, end_token_ids
-from run_utils import printable
 from token_utils import newest_positions
 
 
@@ -24,12 +25,6 @@ def build_generation_config(tokenizer, settings):
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )
-
-
-def autocast(model):
-    """Compute in the model's half precision as training did; does nothing for a float32 model."""
-    dtype = model.dtype
-    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
 @contextmanager

@@ -1,39 +1,16 @@
-"""Finding a base model, in a local folder or on the Hub, and saying plainly why it cannot be had."""
+"""The Hub: models and datasets found in a local folder, in the cache or there, and why one cannot be had."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
-from run_utils import PROJECT_DIR, UserError, display_path, resolve_path, say
-
-
-def locate_model(name, models_dir):
-    """Return a local folder's path, or the Hub id after making sure that the Hub serves it.
-
-    Raises UserError with the remedy for a mistyped path, an unknown or gated model, and a Hub that cannot be reached.
-    """
-    local = resolve_path(name)
-    if (local / "config.json").is_file():
-        return str(local)
-    if local.is_dir():
-        raise UserError(f"base model folder {name} holds no config.json; give the folder that holds the model's files")
-    first, *rest = Path(name).parts
-    if name.startswith((".", "~", os.sep)) or len(rest) > 1 or (PROJECT_DIR / first).is_dir():
-        raise UserError(f"base model folder {display_path(local)} does not exist; correct the path or give a Hub id")
-    with hub_errors(name):
-        say(f"Looking up {name} (cache: {display_path(models_dir)})")
-        hf_hub_download(name, "config.json", cache_dir=models_dir)
-    return name
-
-
-def model_folder(name, models_dir):
-    """The folder that a located model is loaded from: its own, or the cache's, which is named after the commit."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(try_to_load_from_cache(name, "config.json", cache_dir=models_dir)).parent
+from file_utils import PROJECT_DIR, display_path, resolve_path
+from message_utils import UserError, say
+from reader_utils import FILE_TYPES, SUFFIXES
 
 
 class hub_errors:
@@ -91,3 +68,103 @@ class hub_errors:
             return f"{self.name} does not fit into the GPU's memory; close other programs on it or give a smaller model"
         first_line = str(error).strip().split("\n")[0]
         return f"{self.name} cannot be loaded: {first_line}; {self.remedy}"
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+def locate_model(name, models_dir):
+    """Return a local folder's path, or the Hub id after making sure that the Hub serves it.
+
+    Raises UserError with the remedy for a mistyped path, an unknown or gated model, and a Hub that cannot be reached.
+    """
+    local = resolve_path(name)
+    if (local / "config.json").is_file():
+        return str(local)
+    if local.is_dir():
+        raise UserError(f"base model folder {name} holds no config.json; give the folder that holds the model's files")
+    first, *rest = Path(name).parts
+    if name.startswith((".", "~", os.sep)) or len(rest) > 1 or (PROJECT_DIR / first).is_dir():
+        raise UserError(f"base model folder {display_path(local)} does not exist; correct the path or give a Hub id")
+    with hub_errors(name):
+        say(f"Looking up {name} (cache: {display_path(models_dir)})")
+        hf_hub_download(name, "config.json", cache_dir=models_dir)
+    return name
+
+
+def model_folder(name, models_dir):
+    """The folder that a located model is loaded from: its own, or the cache's, which is named after the commit."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(try_to_load_from_cache(name, "config.json", cache_dir=models_dir)).parent
+
+
+# ---- Datasets --------------------------------------------------------------------------------------------------------
+
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+
+
+def find_files(dataset, cache_dir):
+    """Return (name for messages, [path, ...]) of a local file, or of a Hub dataset's split, downloaded to cache_dir.
+
+    A Hub dataset is `name`, `name:split` or `name:configuration:split`; the split is "train" unless it is given.
+    """
+    local = resolve_path(dataset)
+    if local.is_file():
+        if local.suffix.lower() not in SUFFIXES:
+            raise UserError(f"dataset {display_path(local)}: unknown file type {local.suffix!r}, expected {FILE_TYPES}")
+        return display_path(local), [local]
+    if local.is_dir():
+        raise UserError(f"dataset {display_path(local)} is a folder, expected one {FILE_TYPES} file")
+    first, *rest = Path(dataset).parts
+    is_path = len(rest) != 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
+    if is_path or not HUB_ID.fullmatch(dataset) or (PROJECT_DIR / first).is_dir():
+        hint = f"give an existing {FILE_TYPES} file or a Hub id such as team/name"
+        raise UserError(f"dataset {display_path(local)} does not exist; {hint}")
+    return dataset, download_from_hub(dataset, cache_dir)
+
+
+def download_from_hub(dataset, cache_dir):
+    """Download the data files of a Hub dataset's split to cache_dir and return their paths.
+
+    `datasets` finds the files of the split, as its documentation says; they are read by our own readers, since its
+    own turn "None" into null and "007" into 7.
+    """
+    from datasets import get_dataset_config_names, load_dataset_builder
+    from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
+
+    name, *parts = dataset.split(":")
+    split = parts.pop() if parts else "train"
+    url = f"hf://datasets/{name}"
+    with hub_errors(name, f"give a dataset of {FILE_TYPES} files, or a local file", "dataset"):
+        say(f"Looking up the dataset {name} on the Hub")
+        HfApi().auth_check(name, repo_type="dataset")  # a refusal with its status, which `datasets` leaves out
+        try:
+            builder = load_dataset_builder(url, *parts, cache_dir=str(cache_dir))
+        except ValueError:
+            names = get_dataset_config_names(url)
+            if (parts and parts[0] in names) or (not parts and len(names) == 1):
+                raise
+            what = f"has no configuration {parts[0]!r}" if parts else "has several configurations"
+            listed = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+            example = (split, "train") if split in names else (names[0], split)
+            raise UserError(
+                f"dataset {name} {what}; choose one of {listed}, for example"
+                f" --custom_dataset_path {':'.join((name, *example))}"
+            ) from None
+        found = {str(key): list(map(str, files)) for key, files in (builder.config.data_files or {}).items()}
+        if split not in found:
+            config, several = builder.config.name, len(builder.builder_configs) > 1
+            where = f" in its configuration {config}, one of {', '.join(builder.builder_configs)}" * several
+            splits = ", ".join(found) or "none"
+            raise UserError(
+                f"dataset {name} has no split {split!r}{where}; its splits are {splits}; choose one of them"
+            )
+        if other := sorted({Path(file).suffix.lower() for file in found[split]} - set(SUFFIXES)):
+            raise UserError(f"dataset {name} holds {', '.join(other)} files, expected {FILE_TYPES}; convert them first")
+        paths = []
+        for file in map(HfFileSystem().resolve_path, found[split]):
+            place = {"repo_type": "dataset", "revision": file.revision, "cache_dir": cache_dir}
+            paths.append(Path(hf_hub_download(file.repo_id, file.path_in_repo, **place)))
+        return paths

@@ -11,18 +11,17 @@ Replies go to stdout, everything else to stderr.
 import sys
 from contextlib import closing, suppress
 
-from run_utils import (
-    UserError,
-    build_parser,
-    find_adapter,
-    make_settings,
-    parse_command_line,
-    quiet_libraries,
-    resolve_path,
-    run_script,
-    say,
-    settle,
-)
+from file_utils import resolve_path
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, settle
+from run_utils import find_adapter
+from settings_utils import build_parser, make_settings, parse_command_line
+
+# imported when they are first used: torch and what builds on it take seconds
+data_utils = LateImport("data_utils")
+generation_utils = LateImport("generation_utils")
+model_utils = LateImport("model_utils")
+prompt_utils = LateImport("prompt_utils")
+torch = LateImport("torch")
 
 DEMO_PROMPTS = (
     "Explain how photosynthesis works",
@@ -47,7 +46,6 @@ def main(argv):
     if options.instruction is not None:
         check_instruction(options.instruction)
     quiet_libraries()
-    import torch  # here, so that --help and a mistyped flag answer at once
 
     adapter_path, _ = find_adapter(options, given)
     model, tokenizer, settings = load(adapter_path, given, options.base_only)
@@ -63,15 +61,13 @@ def main(argv):
 
 def check_instruction(text):
     """Raise UserError for an instruction that is blank or no text (bytes that are not UTF-8)."""
-    from data_utils import require_text
 
-    if not require_text(text, "the instruction").strip():
+    if not data_utils.require_text(text, "the instruction").strip():
         raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
 
 
 def load(adapter_path, given, base_only):
     """Return (model, tokenizer, settings); with base_only the adapter need not exist, and if it does names the base."""
-    import model_utils
 
     if not base_only:
         settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
@@ -85,7 +81,6 @@ def load(adapter_path, given, base_only):
 
 def print_reply(model, tokenizer, messages, settings):
     """Stream one reply to stdout and return it; Ctrl-C ends the reply, not the program."""
-    import generation_utils
 
     generation = generation_utils.build_generation_config(tokenizer, settings)
     chunks = []
@@ -114,9 +109,8 @@ def chat(model, tokenizer, settings):
     Earlier turns are remembered where the tokenizer came with a chat template of its own; our Alpaca template is mostly
     trained on single turns, so there it is off until /history.
     """
-    from prompt_utils import ALPACA_TEMPLATE
 
-    messages, keep_history = [], tokenizer.chat_template != ALPACA_TEMPLATE
+    messages, keep_history = [], tokenizer.chat_template != prompt_utils.ALPACA_TEMPLATE
     if sys.stdin is None:
         raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
     if hasattr(sys.stdin, "reconfigure"):

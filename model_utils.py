@@ -8,7 +8,10 @@ What cannot be loaded is a UserError with its remedy.
 """
 
 import copy
+import json
 import os
+import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -17,29 +20,39 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from hub_utils import hub_errors, locate_model
-from identity_utils import base_content, check_adapter_identity, write_adapter_identity
-from prompt_utils import ALPACA_TEMPLATE, end_token_ids
-from run_utils import (
-    DEFAULTS,
-    UserError,
+from file_utils import (
+    SHOWN_DIGITS,
     display_path,
     make_readable,
-    make_settings,
-    quiet_libraries,
     read_json,
     resolve_path,
-    say,
+    short_hash,
     staged_folder,
     write_json,
 )
+from hub_utils import hub_errors, locate_model, model_folder
+from message_utils import UserError, quiet_libraries, say
+from prompt_utils import ALPACA_TEMPLATE, end_token_ids
+from settings_utils import DEFAULTS, make_settings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
 SETTINGS_FILE = "settings.json"
+
+
+IDENTITY_FILE = "identity.json"  # beside an adapter
+
+
 PROBE_TEXT = "### Instruction:\nWhat does a good answer look like?\n\n### Response:\nIt is short, clear and true."
 
 
 # ---- Devices and number formats --------------------------------------------------------------------------------------
+
+
+GIB = 2**30
+
+
 def resolve_device(device):
     """Return the torch.device to run on: "cuda" falls back to MPS or the CPU, and says so; "cpu" forces the CPU.
 
@@ -61,7 +74,41 @@ def choose_dtype(device, use_fp16):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def grow_gpu_memory(device):
+    """Have PyTorch grow its blocks of memory on a CUDA GPU in place, which leaves fewer gaps; nothing is allocated yet.
+
+    Left alone are WSL and Arm machines, where it fails late, drivers of virtual GPUs, which refuse the first block, and
+    what the user has set.
+    """
+    given = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    system = platform.uname()
+    usual = (system.system, system.machine) == ("Linux", "x86_64") and "microsoft" not in system.release.lower()
+    if device.type != "cuda" or given or not usual:
+        return
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+
+
+def measured_peak(device):
+    """Peak memory of this process in GiB: reserved by PyTorch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    try:
+        import resource
+    except ImportError:  # Windows has no such figure in the standard library
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
+
+
 def load_tokenizer(path, models_dir=None):
     """Load a tokenizer ready for training: a pad token other than EOS, a chat template, padding on the right."""
     with hub_errors(path, "restore the folder's tokenizer files or give another one"):
@@ -88,6 +135,8 @@ def choose_pad_token(tokenizer):
 
 
 # ---- Base model and LoRA ---------------------------------------------------------------------------------------------
+
+
 def build_quantization_config(settings, dtype):
     """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off."""
     if not settings.use_4bit_quantization:
@@ -202,7 +251,83 @@ def check_target_modules(model, target_modules):
         )
 
 
+def empty_model(path, settings, models_dir=None):
+    """The model with its adapter, without memory for its weights: shapes only, from its config."""
+    with hub_errors(path):
+        model_config = AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
+        if getattr(model_config, "quantization_config", None) is not None:
+            raise UserError(
+                f"{path} is stored quantized, and an adapter could not be merged into it; give the model that it was"
+                " made from, which is quantized to 4 bits while it is loaded"
+            )
+        with torch.device("meta"):
+            return attach_lora(AutoModelForCausalLM.from_config(model_config), settings)
+
+
+def count_parameters(model):
+    """(all, trainable) parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+# ---- What a base model and a tokenizer are, as hashes ----------------------------------------------------------------
+
+
+def base_content(name, models_dir):
+    """Hash of a base model's config and of each tensor's name, type, shape and first 4 KiB.
+
+    Under a second for 15 GB. A training moves every weight of a tensor that it touches, so its beginning tells. How the
+    tensors are shared out among files does not matter.
+    """
+    folder = model_folder(name, models_dir)
+    with hub_errors(name):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = sorted(tensor for path in weight_files(folder) for tensor in tensor_beginnings(path))
+    for incidental in ("transformers_version", "_name_or_path"):
+        config.pop(incidental, None)
+    return short_hash(json.dumps([config, tensors], sort_keys=True))
+
+
+def weight_files(folder):
+    """The safetensors files that transformers loads from a folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())]
+    return [path for path in [folder / "model.safetensors"] if path.is_file()]
+
+
+def tensor_beginnings(path):
+    """Yield [name, type, shape, hash of the first 4 KiB] of each tensor in a safetensors file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} is damaged: its header does not fit into the file")
+        for name, tensor in json.loads(file.read(length)).items():
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                file.seek(8 + length + start)
+                yield [name, tensor["dtype"], tensor["shape"], short_hash(file.read(min(end - start, 4096)))]
+
+
+def base_revision(name, models_dir):
+    """The commit of a model of the Hub, or the content of a local one."""
+    return base_content(name, models_dir) if Path(name).is_dir() else model_folder(name, models_dir).name[:SHOWN_DIGITS]
+
+
+def tokenizer_content(tokenizer):
+    """Hash of the vocabulary, merges, rules and special tokens; padding and truncation are of the moment."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend.pop("padding"), backend.pop("truncation")
+    return short_hash(json.dumps([backend, tokenizer.eos_token, tokenizer.bos_token], sort_keys=True))
+
+
+def template_content(tokenizer):
+    return short_hash(json.dumps(tokenizer.chat_template, sort_keys=True))
+
+
 # ---- Saved adapters --------------------------------------------------------------------------------------------------
+
+
 def save_adapter(model, tokenizer, path):
     """Write the adapter, and the tokenizer with its chat template, as safetensors and JSON only."""
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
@@ -244,6 +369,39 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
+
+
+def write_adapter_identity(folder, name, content):
+    """Record beside an adapter the base model that it was trained on and the tokenizer files that lie there."""
+    write_json(folder / IDENTITY_FILE, {"base_model": f"{name} @ {content}", "files": tokenizer_files(folder)})
+
+
+def tokenizer_files(folder):
+    """{name: hash} of the files that make prompts and answers token ids."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return {name: short_hash((folder / name).read_bytes()) for name in names if (folder / name).is_file()}
+
+
+def check_adapter_identity(folder, base_name, content):
+    """Raise UserError unless base model and tokenizer are those that the adapter was trained with.
+
+    An adapter of another tool has no record: it is loaded with a notice.
+    """
+    shown = display_path(folder)
+    if not (folder / IDENTITY_FILE).is_file():
+        say(f"Adapter {shown} has no {IDENTITY_FILE}, so its base model and tokenizer are taken on trust")
+        return
+    recorded = read_json(folder / IDENTITY_FILE, "the adapter's identity")
+    trained_on, old, files = str(recorded.get("base_model")), recorded.get("files"), tokenizer_files(folder)
+    old = old if isinstance(old, dict) else {}
+    if trained_on.rpartition(" @ ")[2] != content:
+        raise UserError(
+            f"adapter {shown} does not fit its base model {base_name}: it was trained on {trained_on}, whose weights or"
+            f" config are not these ({content}); give that model, or train again"
+        )
+    if changed := sorted(name for name in old.keys() | files.keys() if old.get(name) != files.get(name)):
+        names = ", ".join(changed)
+        raise UserError(f"{names} in {shown} changed since the adapter was trained; restore it or train again")
 
 
 def check_adapter_folder(path):
@@ -328,6 +486,8 @@ def load_adapter(base, folder):
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
+
+
 def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir"]):
     """Merge the adapter into its base model and save a folder that plain transformers loads.
 

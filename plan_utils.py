@@ -5,16 +5,26 @@ from collections import namedtuple
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import TorchDynamoException
 
-from fault_utils import run_bytes
-from kernel_utils import triton
-from memory_utils import GIB, dequantized_bytes, expected_peak
-from run_utils import UserError, say
-from step_utils import can_compile, recorded_tokens
-from token_utils import pack_rows
+from checkpoint_utils import run_bytes
+from engine_lora import triton
+from engine_passes import LinearCrossEntropy, decoder_layers, pack_rows, transformers_model
+from engine_runner import can_compile, recorded_tokens
+from message_utils import UserError, say
+from model_utils import GIB, count_parameters
 
 PASSES_WORTH_COMPILING = 200
+
+
+ALLOCATOR = 1.06  # reserved by PyTorch over what tensors take, as measured on an H200
+
+
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # a weight: four bits, and of each 64 a scale of one byte with its own scale
+
+
+# ---- Rows and steps --------------------------------------------------------------------------------------------------
 
 
 def row_lengths(rows):
@@ -47,6 +57,36 @@ def count_steps(rows, settings, processes=1):
     rows_a_step = settings.batch_size * settings.gradient_accumulation_steps * processes
     steps = settings.num_epochs * math.ceil(rows / rows_a_step)
     return min(steps, settings.max_steps) if settings.max_steps else steps
+
+
+def tokens_a_step(rows, rows_a_step, processes):
+    """Tokens of a process's step on average over an epoch, whose last step is short, or filled up for processes."""
+    steps = math.ceil(len(rows) / (rows_a_step * processes))
+    rows_an_epoch = len(rows) if processes == 1 else steps * rows_a_step * processes
+    return float(row_lengths(rows).mean()) * rows_an_epoch / processes / steps
+
+
+def count_passes(rows, settings, max_pass_tokens, processes=1):
+    """About how many passes a process computes in a run; with max_pass_tokens 0 each row is one."""
+    rows_a_step = min(settings.batch_size * settings.gradient_accumulation_steps, len(rows))
+    tokens = float(row_lengths(rows).mean()) * rows_a_step
+    passes = math.ceil(tokens / max_pass_tokens) if max_pass_tokens else rows_a_step
+    return count_steps(len(rows), settings, processes) * passes
+
+
+def count_recordings(rows, rows_a_step, processes, steps, max_pass_tokens):
+    """About how many lengths of pass are met, and recorded, in so many steps; by steps of rows drawn at random.
+
+    Where one process records a length, the others wait.
+    """
+    lengths, generator, met = row_lengths(rows), np.random.default_rng(0), set()
+    for _ in range(min(steps * processes, 1000)):
+        step = generator.choice(lengths, rows_a_step)
+        met |= {recorded_tokens(int(step[group].sum())) for group in pack_rows(step.tolist(), max_pass_tokens)}
+    return len(met)
+
+
+# ---- The plan --------------------------------------------------------------------------------------------------------
 
 
 def print_plan(settings, device, dtype, rows, validation_rows, parameters, processes=1):
@@ -109,33 +149,6 @@ def plan_memory(shapes, settings, device, dtype, rows, processes=1):
     return MemoryPlan(checkpointing, dequantized)
 
 
-def count_passes(rows, settings, max_pass_tokens, processes=1):
-    """About how many passes a process computes in a run; with max_pass_tokens 0 each row is one."""
-    rows_a_step = min(settings.batch_size * settings.gradient_accumulation_steps, len(rows))
-    tokens = float(row_lengths(rows).mean()) * rows_a_step
-    passes = math.ceil(tokens / max_pass_tokens) if max_pass_tokens else rows_a_step
-    return count_steps(len(rows), settings, processes) * passes
-
-
-def tokens_a_step(rows, rows_a_step, processes):
-    """Tokens of a process's step on average over an epoch, whose last step is short, or filled up for processes."""
-    steps = math.ceil(len(rows) / (rows_a_step * processes))
-    rows_an_epoch = len(rows) if processes == 1 else steps * rows_a_step * processes
-    return float(row_lengths(rows).mean()) * rows_an_epoch / processes / steps
-
-
-def count_recordings(rows, rows_a_step, processes, steps, max_pass_tokens):
-    """About how many lengths of pass are met, and recorded, in so many steps; by steps of rows drawn at random.
-
-    Where one process records a length, the others wait.
-    """
-    lengths, generator, met = row_lengths(rows), np.random.default_rng(0), set()
-    for _ in range(min(steps * processes, 1000)):
-        step = generator.choice(lengths, rows_a_step)
-        met |= {recorded_tokens(int(step[group].sum())) for group in pack_rows(step.tolist(), max_pass_tokens)}
-    return len(met)
-
-
 def compiling_pays(settings, device, passes):
     """Whether a run is to compile its layers: as TORCH_COMPILE says, by "auto" on CUDA if so many passes repay it."""
     if settings.torch_compile != "auto":
@@ -169,3 +182,76 @@ def choose_compilation(model, settings, device, passes):
         else:
             say(f"The layers are not compiled: {passes:,} passes would not repay it; --torch_compile true does it")
     return pays
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(model, settings, dtype):
+    """Memory of the base's weights as they will be loaded: linear layers but the output in NF4 where quantized."""
+    base = transformers_model(model)
+    head, seen, total = base.get_output_embeddings(), set(), 0
+    for module in base.modules():
+        quantized = settings.use_4bit_quantization and isinstance(module, torch.nn.Linear) and module is not head
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel() * (NF4_BYTES if quantized and name == "weight" else dtype.itemsize)
+    return total
+
+
+def dequantized_bytes(model, dtype):
+    """Memory of the 4-bit weights of LoRA's layers once more, dequantized."""
+    bases = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
+    head = transformers_model(model).get_output_embeddings()
+    linear = [base.weight for base in bases if isinstance(base, torch.nn.Linear) and base.weight is not head.weight]
+    return sum(weight.numel() for weight in linear) * dtype.itemsize
+
+
+def dora_shapes(model):
+    """Of all linear layers with an adapter: their outputs, their weights' elements, and the most inputs of one."""
+    bases = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
+    shapes = [base.weight.shape for base in bases if isinstance(base, torch.nn.Linear)]
+    outputs, weights = sum(shape[0] for shape in shapes), sum(shape.numel() for shape in shapes)
+    return outputs, weights, max((shape[1] for shape in shapes), default=0)
+
+
+def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
+    """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
+
+    Counted: the weights; the adapter in float32 with gradients, AdamW's two moments (a byte each in 8 bits) and the
+    copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing its input
+    and one layer whole; the largest weight dequantized; a chunk of logits. peft's DoRA computes in float32, keeps more
+    of each output, with dropout each weight dequantized too, and multiplies with unit matrices. The allocator rounds up
+    and leaves gaps.
+    """
+    base = transformers_model(model)
+    config, unit = base.config.get_text_config(), dtype.itemsize
+    # configs differ in what they name; the layers' own matrices always tell the widest one
+    shapes = {p.shape for layer in decoder_layers(base) for p in layer.parameters() if not p.requires_grad}
+    heads = getattr(config, "num_attention_heads", None) or 1
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or max((max(shape) for shape in shapes), default=4 * hidden)
+    trainable = count_parameters(model)[1]
+    moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
+    fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
+    # two residuals and norms; query, key, value and attention's output; gate, up and their product
+    kept = unit * (4 * hidden + 2 * (heads + groups) * width + 3 * inner)
+    if compiled:  # a recorded pass has gradients of its own, which are then added to the step's
+        fixed += trainable * 4
+    else:  # the norms' copies in float32
+        kept += 2 * (4 + unit) * hidden
+    inputs, constant = unit * hidden, 0
+    working = tokens * unit * (3 * inner + 3 * hidden)
+    if settings.use_dora:
+        outputs, weights, widest = dora_shapes(model)
+        inputs, kept = 4 * hidden, kept + 8 * outputs / layers
+        constant = unit * weights / layers if settings.lora_dropout else 0
+        working += (4 + unit) * widest**2
+    saved = tokens * (layers * inputs + kept) + constant if checkpointing else layers * (tokens * kept + constant)
+    largest = max((shape.numel() for shape in shapes), default=hidden * inner) * unit
+    logits = min(tokens * config.vocab_size, LinearCrossEntropy.LOGITS) * (unit if triton else 4 + 4 + unit)
+    return (fixed + saved + max(working + largest, logits)) * ALLOCATOR

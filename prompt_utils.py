@@ -3,7 +3,7 @@
 import re
 from functools import lru_cache
 
-from run_utils import UserError
+from message_utils import UserError
 
 IGNORED = -100  # label of a token that is not trained, as in torch's cross_entropy
 # Alpaca's headings, for base models whose tokenizer has no chat template. `bos_token` is undefined where there is none.

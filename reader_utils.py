@@ -1,4 +1,4 @@
-"""Files to rows: strict readers of JSON, JSON Lines, CSV and Parquet that change no text, and datasets of the Hub.
+"""Files to rows: strict readers of JSON, JSON Lines, CSV and Parquet that change no text.
 
 Rows come one at a time, so that a file may be larger than the memory; only a JSON array is read whole.
 """
@@ -7,87 +7,22 @@ import csv
 import json
 import re
 from itertools import chain, islice
-from pathlib import Path
 
-from run_utils import PROJECT_DIR, UserError, display_path, resolve_path, say
+from message_utils import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
 FILE_TYPES = ".json, .jsonl, .csv or .parquet"
+
+
 ROWS_EXPECTED = "expected rows with an instruction and a response"
+
+
 # Excel and others may name the delimiter in a first line of its own
 DELIMITERS, DELIMITER_LINE = ",;\t|", re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
-# ---- Finding the files -----------------------------------------------------------------------------------------------
-def find_files(dataset, cache_dir):
-    """Return (name for messages, [path, ...]) of a local file, or of a Hub dataset's split, downloaded to cache_dir.
-
-    A Hub dataset is `name`, `name:split` or `name:configuration:split`; the split is "train" unless it is given.
-    """
-    local = resolve_path(dataset)
-    if local.is_file():
-        if local.suffix.lower() not in SUFFIXES:
-            raise UserError(f"dataset {display_path(local)}: unknown file type {local.suffix!r}, expected {FILE_TYPES}")
-        return display_path(local), [local]
-    if local.is_dir():
-        raise UserError(f"dataset {display_path(local)} is a folder, expected one {FILE_TYPES} file")
-    first, *rest = Path(dataset).parts
-    is_path = len(rest) != 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
-    if is_path or not HUB_ID.fullmatch(dataset) or (PROJECT_DIR / first).is_dir():
-        hint = f"give an existing {FILE_TYPES} file or a Hub id such as team/name"
-        raise UserError(f"dataset {display_path(local)} does not exist; {hint}")
-    return dataset, download_from_hub(dataset, cache_dir)
-
-
-def download_from_hub(dataset, cache_dir):
-    """Download the data files of a Hub dataset's split to cache_dir and return their paths.
-
-    `datasets` finds the files of the split, as its documentation says; they are read by our own readers, since its
-    own turn "None" into null and "007" into 7.
-    """
-    from datasets import get_dataset_config_names, load_dataset_builder
-    from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
-
-    from hub_utils import hub_errors
-
-    name, *parts = dataset.split(":")
-    split = parts.pop() if parts else "train"
-    url = f"hf://datasets/{name}"
-    with hub_errors(name, f"give a dataset of {FILE_TYPES} files, or a local file", "dataset"):
-        say(f"Looking up the dataset {name} on the Hub")
-        HfApi().auth_check(name, repo_type="dataset")  # a refusal with its status, which `datasets` leaves out
-        try:
-            builder = load_dataset_builder(url, *parts, cache_dir=str(cache_dir))
-        except ValueError:
-            names = get_dataset_config_names(url)
-            if (parts and parts[0] in names) or (not parts and len(names) == 1):
-                raise
-            what = f"has no configuration {parts[0]!r}" if parts else "has several configurations"
-            listed = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
-            example = (split, "train") if split in names else (names[0], split)
-            raise UserError(
-                f"dataset {name} {what}; choose one of {listed}, for example"
-                f" --custom_dataset_path {':'.join((name, *example))}"
-            ) from None
-        found = {str(key): list(map(str, files)) for key, files in (builder.config.data_files or {}).items()}
-        if split not in found:
-            config, several = builder.config.name, len(builder.builder_configs) > 1
-            where = f" in its configuration {config}, one of {', '.join(builder.builder_configs)}" * several
-            splits = ", ".join(found) or "none"
-            raise UserError(
-                f"dataset {name} has no split {split!r}{where}; its splits are {splits}; choose one of them"
-            )
-        if other := sorted({Path(file).suffix.lower() for file in found[split]} - set(SUFFIXES)):
-            raise UserError(f"dataset {name} holds {', '.join(other)} files, expected {FILE_TYPES}; convert them first")
-        paths = []
-        for file in map(HfFileSystem().resolve_path, found[split]):
-            place = {"repo_type": "dataset", "revision": file.revision, "cache_dir": cache_dir}
-            paths.append(Path(hf_hub_download(file.repo_id, file.path_in_repo, **place)))
-        return paths
-
-
-# ---- Rows ------------------------------------------------------------------------------------------------------------
 def read_rows(paths, name, notes, columns=()):
     """Yield (row number, row) of one file or of several in a row; each row is a dict, and at least one comes.
 
@@ -121,6 +56,9 @@ def read_lines(path, name):
                 found = "UTF-16, expected UTF-8 text" if utf16 else "not UTF-8 text"
                 remedy = "save the file as UTF-8 and try again"
                 raise UserError(f"dataset {name}, line {number}: {found}; {remedy}") from None
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path, name, notes, columns):
@@ -184,6 +122,9 @@ def parse_json(text, where):
         raise UserError(f"{where(1)}: JSON nested too deeply or a number too long, expected rows of text") from None
 
 
+# ---- Parquet ---------------------------------------------------------------------------------------------------------
+
+
 def read_parquet(path, name, notes, columns):
     """Rows of a Parquet file, a thousand in memory at a time."""
     from pyarrow import ArrowException
@@ -202,6 +143,8 @@ def read_parquet(path, name, notes, columns):
 
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
+
+
 def read_csv(path, name, notes, columns):
     """Rows of a CSV file by the standard library's reader, which keeps "007", "None" and blanks as they are."""
     lines = (line for _, text in read_lines(path, name) for line in split_returns(text))

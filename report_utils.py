@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from data_utils import last_answer, list_rows
-from run_utils import UserError, say
+from message_utils import UserError, say
 from token_utils import ANSWER_CUT, DROPPED, KEPT, SHORTENED
 
 QUANTILES = {"min": 0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1}

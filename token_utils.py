@@ -1,4 +1,4 @@
-"""Conversations to tokenized rows: encoded in batches, cut, checked, cached; and laid end to end in passes."""
+"""Conversations to tokenized rows: encoded in batches, cut, checked and kept on disk."""
 
 import copy
 from array import array
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 import transformers
 
-from cache_utils import cached_folder, hash_files
+from file_utils import cached_folder, hash_files
+from message_utils import UserError, printable
+from process_utils import count_processes, run_in_processes
 from prompt_utils import (
     IGNORED,
     answer_spans,
@@ -24,17 +25,23 @@ from prompt_utils import (
     render,
     writes_one_bos,
 )
-from run_utils import UserError, printable
-from worker_utils import count_processes, run_in_processes
 
 STATUSES = ("kept", "shortened", "answer_cut", "no trainable token")
+
+
 KEPT, SHORTENED, ANSWER_CUT, DROPPED = range(4)
+
+
 BATCH = 1000  # conversations that are tokenized together, to use all cores
+
+
 # from so many on, processes share them; on two cores one process is as fast, since it encodes in threads
 SHARED_ROWS, SHARED_CORES = 10_000, 3
 
 
 # ---- Tokenized rows on disk ------------------------------------------------------------------------------------------
+
+
 class TokenizedRows(Sequence):
     """Tokenized rows, read from disk one at a time: [i] is {"input_ids", "labels", "row", "status"}.
 
@@ -155,6 +162,9 @@ def tokenize_parts(tokenizer, backend, conversations, parts, max_seq_length, sou
         yield np.concatenate(kept_ids), np.concatenate(kept_trained), list(zip(*values, strict=True))
 
 
+# ---- Encoding --------------------------------------------------------------------------------------------------------
+
+
 def plain_backend(tokenizer):
     """A copy of the tokenizer's backend, for another thread, that cuts and pads nothing and knows control tokens."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -236,6 +246,9 @@ def holds_control(tokenizer, messages):
     return any(message["role"] == "assistant" and pattern.search(message["content"]) for message in messages)
 
 
+# ---- Cutting and checking --------------------------------------------------------------------------------------------
+
+
 def fit_to_length(ids, last_start, max_seq_length, bos_id=None):
     """Choose what is left of a row that is longer than max_seq_length; returns (positions of ids, status).
 
@@ -291,61 +304,3 @@ def mark_trained_tokens(tokenizer, example, start="[", end="]"):
             stretch, trained = [], label != IGNORED
         stretch.append(token)
     return "".join(pieces)
-
-
-# ---- Batches: rows laid end to end -----------------------------------------------------------------------------------
-def pack_rows(lengths, max_tokens):
-    """Cut one optimizer step's rows into few passes of at most max_tokens tokens; returns lists of indices.
-
-    First-fit decreasing. A row longer than max_tokens gets a pass of its own.
-    """
-    passes, room = [], []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = next((p for p, free in enumerate(room) if lengths[index] <= free), None)
-        if fitting is None:
-            passes.append([])
-            room.append(max_tokens)
-            fitting = len(passes) - 1
-        passes[fitting].append(index)
-        room[fitting] -= lengths[index]
-    return passes
-
-
-def build_pass(rows):
-    """Lay rows end to end, without padding, as one batch of size 1 for a causal LM.
-
-    input_ids and position_ids have shape (1, tokens); positions restart at 0 with each row, which is how transformers'
-    masks keep the rows apart (it needs attention_mask=None and use_cache=False; masking_utils.py). `row_starts`, one
-    more than there are rows, says the same to varlen attention, its last being the end; `longest`, rounded up to a
-    power of two, bounds the rows' lengths. `predicting` holds the positions whose next token is trained, `targets` that
-    token, `row_of_target` the row's index: (targets,) each.
-    """
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    labels = torch.cat([as_tensor(row["labels"]) for row in rows])
-    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    row_of_token = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-    trained = labels != IGNORED
-    trained[starts[:-1]] = False  # nothing comes before a row's first token
-    targets = trained.nonzero()[:, 0]
-    return {
-        "input_ids": torch.cat([as_tensor(row["input_ids"]) for row in rows])[None],
-        "position_ids": (torch.arange(len(labels)) - starts[row_of_token])[None],
-        "row_starts": starts.int(),
-        "longest": 1 << (int(lengths.max()) - 1).bit_length(),
-        "predicting": targets - 1,
-        "targets": labels[targets],
-        "row_of_target": row_of_token[targets],
-    }
-
-
-def as_tensor(ids):
-    return torch.as_tensor(ids, dtype=torch.long)
-
-
-def count_tokens(rows):
-    return sum(len(row["input_ids"]) for row in rows)
-
-
-def count_trained_tokens(rows):
-    """Number of tokens whose prediction is trained: labels other than IGNORED, without a row's first token."""
-    return sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)

@@ -14,30 +14,28 @@ import sys
 import time
 from importlib.metadata import version
 
-from run_utils import (
-    ADAPTER,
-    CACHE,
-    CHECKPOINTS,
-    DATA_REPORT,
-    DEFAULTS,
-    VALIDATION_ROWS,
-    UserError,
-    build_parser,
-    check_writable,
-    display_path,
-    make_settings,
-    parse_command_line,
-    quiet_libraries,
-    resolve_path,
-    run_script,
-    say,
-    settle,
-    write_json,
-)
+from file_utils import check_writable, display_path, resolve_path, write_json
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, settle
+from run_utils import ADAPTER, CACHE, CHECKPOINTS, DATA_REPORT, RUN_FOLDERS, VALIDATION_ROWS
+from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
 
-# An earlier run's are moved to OUTPUT_DIR/previous. The adapter goes last: where it is, the run had finished, also if
-# this is killed halfway.
-RUN_FOLDERS = (CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, "evaluation", "merged-model", ADAPTER)
+# imported when they are first used: torch and what builds on it take seconds
+checkpoint_utils = LateImport("checkpoint_utils")
+data_utils = LateImport("data_utils")
+engine_passes = LateImport("engine_passes")
+file_utils = LateImport("file_utils")
+generation_utils = LateImport("generation_utils")
+hub_utils = LateImport("hub_utils")
+model_utils = LateImport("model_utils")
+plan_utils = LateImport("plan_utils")
+process_utils = LateImport("process_utils")
+progress_utils = LateImport("progress_utils")
+prompt_utils = LateImport("prompt_utils")
+report_utils = LateImport("report_utils")
+run_utils = LateImport("run_utils")
+token_utils = LateImport("token_utils")
+torch = LateImport("torch")
+training_utils = LateImport("training_utils")
 
 
 def main(argv):
@@ -56,33 +54,25 @@ def train(settings, dry_run=False, fresh=False):
     """The phases of a run: tokenizer, data, plan, model, trainer, training, saving."""
     started = time.time()
     train_set, validation_set, read = load_data(settings)
-    # imported here, seconds of work, so that --help, a mistyped flag and a faulty row answer at once
-    import fault_utils
-    import hub_utils
-    import identity_utils
-    import memory_utils
-    import model_utils
-    import plan_utils
-    import training_utils
 
     settle()
     output_dir, models_dir = resolve_path(settings.output_dir), resolve_path(settings.models_dir)
-    lock = fault_utils.RunLock(output_dir, held_by_us=os.environ.get("RANK", "0") == "0")
+    lock = run_utils.RunLock(output_dir, held_by_us=os.environ.get("RANK", "0") == "0")
     if not dry_run:
         lock.check()
     device = model_utils.resolve_device(settings.device)
-    memory_utils.grow_gpu_memory(device)
+    model_utils.grow_gpu_memory(device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
     base = hub_utils.locate_model(settings.base_model_name, models_dir)
     tokenizer = model_utils.load_tokenizer(base, models_dir)
     arguments = training_utils.build_training_arguments(
         settings, output_dir / CHECKPOINTS, device, dtype, bool(validation_set)
     )
-    with fault_utils.first_process_first():
+    with process_utils.first_process_first():
         train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
     report = report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows)
-    shapes = memory_utils.empty_model(base, settings, models_dir)
-    parameters = memory_utils.count_parameters(shapes)
+    shapes = model_utils.empty_model(base, settings, models_dir)
+    parameters = model_utils.count_parameters(shapes)
     plan_utils.print_plan(
         settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
     )
@@ -91,7 +81,7 @@ def train(settings, dry_run=False, fresh=False):
     if dry_run:
         write_report(settings, report, dry_run=True)
         return
-    identity = identity_utils.run_identity(
+    identity = checkpoint_utils.run_identity(
         settings, base, tokenizer, train_rows, validation_rows, arguments, dtype, models_dir
     )
     with lock:
@@ -101,7 +91,7 @@ def train(settings, dry_run=False, fresh=False):
         model_utils.share_token_ids(model, tokenizer)
         model = model_utils.attach_lora(model, settings)
         callbacks = build_callbacks(settings, tokenizer, validation_set, checkpoints)
-        fault_utils.from_first_process(prepare_output, settings, validation_set, report, checkpoints.resumption)
+        process_utils.from_first_process(prepare_output, settings, validation_set, report, checkpoints.resumption)
         trainer = training_utils.build_trainer(
             model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints, memory
         )
@@ -110,7 +100,6 @@ def train(settings, dry_run=False, fresh=False):
 
 def run(trainer, settings, validation_rows, started):
     """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
-    import torch
 
     resumption = trainer.checkpoints.resumption
     say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
@@ -131,9 +120,10 @@ def run(trainer, settings, validation_rows, started):
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
+
+
 def load_data(settings):
     """Return the training and validation Conversations and what was read, after saying it."""
-    import data_utils
 
     cache_dir = resolve_path(settings.output_dir) / CACHE
     path = settings.custom_dataset_path or "data/demo.json"
@@ -151,7 +141,6 @@ def load_data(settings):
 
 def tokenize_data(tokenizer, train_set, validation_set, settings):
     """Tokenize both sets; at least one row of each must be left."""
-    import token_utils
 
     cache_dir = resolve_path(settings.output_dir) / CACHE
     for name, conversations in (("training", train_set), ("validation", validation_set)):
@@ -168,8 +157,6 @@ def tokenize_data(tokenizer, train_set, validation_set, settings):
 
 def report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows):
     """Print the data report with one row as the model sees it, and return it; refuse data of which too much is lost."""
-    import prompt_utils
-    import report_utils
 
     report = report_utils.build_report(
         read, train_set, validation_set, train_rows, validation_rows, settings.max_seq_length
@@ -193,7 +180,6 @@ def write_report(settings, report, dry_run=False):
 
 def show_example(tokenizer, rows):
     """Show a row of usual length as the model sees it, its trained tokens marked."""
-    import token_utils
 
     lengths = rows.index["length"][:1000]
     example = rows[int(abs(lengths - sorted(lengths)[len(lengths) // 2]).argmin())]
@@ -205,15 +191,15 @@ def show_example(tokenizer, rows):
 
 
 # ---- Before and after training ---------------------------------------------------------------------------------------
+
+
 def open_checkpoints(settings, identity, trainable, fresh):
     """Decide, in the first process for all, whether an interrupted run goes on; refuse one that is another run's."""
-    import checkpoint_utils
-    import fault_utils
 
     output_dir = resolve_path(settings.output_dir)
     resumption = None
     if not (output_dir / ADAPTER).exists():  # else the run there had finished
-        resumption = fault_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
+        resumption = process_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
     run_name = settings.run_name or (resumption and resumption.run_name) or time.strftime("%Y%m%d-%H%M%S")
     folder = output_dir / CHECKPOINTS
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
@@ -222,8 +208,6 @@ def open_checkpoints(settings, identity, trainable, fresh):
 
 
 def build_callbacks(settings, tokenizer, validation_set, checkpoints):
-    import generation_utils
-    import progress_utils
 
     log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
     board = progress_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
@@ -238,12 +222,10 @@ def build_callbacks(settings, tokenizer, validation_set, checkpoints):
 
 def prepare_output(settings, validation_set, report, resumption):
     """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
-    import data_utils
-    import fault_utils
 
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
-        moved_to = fault_utils.set_aside_previous_run(output_dir, RUN_FOLDERS)
+        moved_to = run_utils.set_aside_previous_run(output_dir, RUN_FOLDERS)
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
@@ -253,10 +235,6 @@ def prepare_output(settings, validation_set, report, resumption):
 
 def finish(trainer, settings, validation_rows, started):
     """Save the adapter with its record, and say how the run went and what to type next."""
-    import checkpoint_utils
-    import fault_utils
-    import memory_utils
-    import model_utils
 
     if not trainer.is_world_process_zero():
         return
@@ -270,25 +248,23 @@ def finish(trainer, settings, validation_rows, started):
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "validation_loss": state.best_metric,  # of the checkpoint that was kept
-        "peak_memory_gib": round(memory_utils.measured_peak(trainer.args.device), 3),
+        "peak_memory_gib": round(model_utils.measured_peak(trainer.args.device), 3),
         "training_rows": len(trainer.train_dataset),
         "validation_rows": len(validation_rows),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "python": platform.python_version(),
     }
     adapter_dir = resolve_path(settings.output_dir) / ADAPTER
-    with fault_utils.saving("the adapter", f"{trainer.checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
+    with file_utils.saving("the adapter", f"{trainer.checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
         model_utils.save_finished_adapter(trainer.model, trainer.processing_class, adapter_dir, settings, record)
     print_summary(settings, adapter_dir, record)
 
 
 def print_summary(settings, adapter_dir, record):
-    import pass_utils
-    import progress_utils
 
     validation, has_validation = "", record["validation_loss"] is not None
     if has_validation:
-        perplexity = pass_utils.perplexity(record["validation_loss"])
+        perplexity = engine_passes.perplexity(record["validation_loss"])
         validation = f", validation loss {record['validation_loss']:.4f} (perplexity {perplexity:.2f})"
         if record["best_step"]:
             validation += f" from step {record['best_step']}"

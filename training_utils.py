@@ -1,5 +1,6 @@
 """The Trainer subclass with its exact, padding-free passes, its arguments and its making."""
 
+import contextlib
 import math
 import time
 from collections import UserList
@@ -9,20 +10,125 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 import plan_utils
-from checkpoint_utils import ResumableTrainer
-from memory_utils import measured_peak
-from model_utils import save_adapter
-from pass_utils import choose_kernels, choose_pass_tokens, perplexity, score_rows
+from checkpoint_utils import AGAIN
+from engine_passes import count_tokens, count_trained_tokens, pack_rows, perplexity, score_rows
+from engine_runner import StepFlags, StepRunner, choose_kernels, choose_pass_tokens, compiling, start_copy_to_host
+from file_utils import display_path
+from message_utils import Stopped, UserError, say
+from model_utils import measured_peak, save_adapter
+from process_utils import StopSignals
 from progress_utils import format_duration
-from run_utils import UserError, say
-from step_utils import StepFlags, StepRunner, compiling, start_copy_to_host
-from token_utils import count_tokens, count_trained_tokens, pack_rows
-
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation."""
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that saves and resumes by Checkpoints, and that a signal ends after its step or in an evaluation.
+
+    Several processes learn of each other's signals with the flags of a step, so that it may take two steps more.
+    """
+
+    def __init__(self, *args, checkpoints=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
+        self.signals = StopSignals()
+        self.stop_now = 0  # how many processes had got a signal by the last step that was looked at
+        self.evaluation_due = False  # whether the step that is saved still has to be evaluated
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        long = self.control.should_evaluate or self.control.should_save
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._stop(evaluated=False)
+        # asking the other processes takes a message, so that after a short step only what they had said counts
+        ask = long or self.accelerator.num_processes == 1
+        if (self.stop_now or (ask and self._stop_requested())) and not self.control.should_training_stop:
+            self._stop()
+
+    def _stop_requested(self):
+        """Whether any process got a signal; the same answer in all of them."""
+        if self.accelerator.num_processes == 1:
+            return self.signals.requested > 0
+        requested = torch.tensor(self.signals.requested, device=self.args.device)
+        return self.accelerator.reduce(requested, "sum").item() > 0
+
+    def _stop(self, evaluated=True):
+        """Save where the run is and end it, as a signal asked; a resumed run makes up for an evaluation not finished.
+
+        That evaluation draws no random numbers and changes no weight, so it may as well come after the save.
+        """
+        number = max(gather_object([self.signals.requested]))
+        step, steps = self.state.global_step, self.state.max_steps
+        self.evaluation_due = not evaluated
+        if self.checkpoints.saved_step != step:
+            self._save_checkpoint(self.model, None)
+        where = f"Stopped {'at' if evaluated else 'in the evaluation of'} step {step} of {steps}"
+        raise Stopped(number, f"{where}, saved in {display_path(self.checkpoints.path(step))}; {AGAIN}")
+
+    def stop_if_requested(self):
+        """Raise EvaluationStopped in all processes if any got a signal; all must ask equally often."""
+        if self._stop_requested():
+            raise EvaluationStopped
+
+    def _get_output_dir(self, trial):
+        """Where the Trainer puts checkpoint-<step>: a folder that it leaves only when it is whole."""
+        return str(self.checkpoints.staging) if self.checkpoints else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        # each process adds up its own rows' losses, and the log shows their mean
+        loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
+        progress = {"loss_since_log": loss, "last_logged_step": self._globalstep_last_logged}
+        progress["evaluation_due"] = self.evaluation_due
+        with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """In a checkpoint all processes learn of a failure here, before the Trainer lets them wait for each other."""
+        step = self.state.global_step
+        with self.checkpoints.saving_together(step) if _internal_call else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        if checkpoint is not None:
+            best = self.checkpoints.resumption.best_step
+            self.state.best_global_step = best
+            self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
+            self.state.best_metric = best and self.state.best_metric
+            self.state.compute_steps(self.args, max_steps)  # LOGGING_STEPS may have been changed
+        return begin
+
+    def _run_epoch(self, **kwargs):
+        """One epoch, or the rest of it where a run is resumed; the loss that was not logged yet is kept."""
+        resumption = self.checkpoints and self.checkpoints.resumption
+        if resumption and self.state.global_step == resumption.step:
+            self._tr_loss += resumption.progress["loss_since_log"]
+            self._globalstep_last_logged = resumption.progress["last_logged_step"]
+            if resumption.progress.get("evaluation_due"):
+                self._make_up_for_evaluation(kwargs)
+            if resumption.finished:  # killed between its last checkpoint and the adapter
+                self.control.should_training_stop = True
+            if self.control.should_training_stop:
+                return
+        super()._run_epoch(**kwargs)
+
+    def _make_up_for_evaluation(self, arguments):
+        """Evaluate the resumed step, in whose evaluation a signal came. Its checkpoint has the weights already."""
+        self.control.should_evaluate, self.control.should_save = True, False
+        names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+        self._maybe_log_save_evaluate(self._tr_loss, None, *(arguments[name] for name in names))
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
+
+
 class LoraTrainer(ResumableTrainer):
     """A Trainer whose optimizer step sees one batch of rows and cuts it into passes of at most max_pass_tokens tokens.
 
@@ -286,6 +392,9 @@ class LoraTrainer(ResumableTrainer):
         if self.args.should_save:  # the first process alone: two would write into the same files
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, self.processing_class, output_dir)
+
+
+# ---- Making it -------------------------------------------------------------------------------------------------------
 
 
 def build_training_arguments(settings, output_dir, device, dtype, has_validation):

@@ -14,11 +14,10 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-import memory_utils
 import model_utils
 import plan_utils
 import training_utils
-from run_utils import resolve_path
+from file_utils import resolve_path
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -27,9 +26,9 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def build_ours(settings, rows, tokenizer, folder):
     """As train.py does it, from the 16-bit weights, but for validation and checkpoints."""
     device = model_utils.resolve_device(settings.device)
-    memory_utils.grow_gpu_memory(device)
+    model_utils.grow_gpu_memory(device)
     dtype = model_utils.choose_dtype(device, settings.use_fp16)
-    shapes = memory_utils.empty_model(settings.base_model_name, settings)
+    shapes = model_utils.empty_model(settings.base_model_name, settings)
     memory = plan_utils.plan_memory(shapes, settings, device, dtype, rows)
     model = model_utils.load_settings_base(settings)
     model_utils.share_token_ids(model, tokenizer)
@@ -217,7 +216,7 @@ class Stopwatch(TrainerCallback):
 
     def peak_memory(self):
         """GiB reserved and allocated by PyTorch on a GPU; on a CPU the resident memory, loading included."""
-        peak = {"peak_reserved_gib": round(memory_utils.measured_peak(self.device), 3)}
+        peak = {"peak_reserved_gib": round(model_utils.measured_peak(self.device), 3)}
         if self.device.type == "cuda":
             peak["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         return peak

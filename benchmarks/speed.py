@@ -247,7 +247,7 @@ def append(path, line):
 # ---- One configuration -----------------------------------------------------------------------------------------------
 def measure(options):
     """Train with one program in one configuration and append its figures to the results."""
-    from run_utils import quiet_libraries
+    from message_utils import quiet_libraries
 
     quiet_libraries()
     if options.program == "unsloth":
@@ -306,7 +306,7 @@ def fingerprint(rows):
 
 def build_settings(configuration, base, options):
     """The project's settings of a configuration, all that matter given, so that CPU_DEMO changes nothing either."""
-    from run_utils import make_settings
+    from settings_utils import make_settings
 
     given = {
         "base_model_name": base,

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import data_utils
-import memory_utils
 import model_utils
 import prompt_utils
 import token_utils
-from run_utils import quiet_libraries
+from message_utils import quiet_libraries
 
 WORDS = ["the", "of", "shop", "chain", "wheel", "brake", "order", "return", "light", "tyre", "what", "when", "should"]
 
@@ -80,7 +80,7 @@ def timed(figures, function, *args, **kwargs):
 
 
 def memory():
-    return memory_utils.measured_peak(model_utils.torch.device("cpu")) * 1024
+    return model_utils.measured_peak(model_utils.torch.device("cpu")) * 1024
 
 
 def worker_memory():

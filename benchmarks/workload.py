@@ -10,7 +10,7 @@ MAX_SEQ_LENGTH, SEED = 512, 42
 def prepare(folder, device, path):
     """Fill the folder with the model, its 4-bit copy and the tokenized rows; on a CPU the bundled model serves."""
     import data_utils
-    from run_utils import resolve_path
+    from file_utils import resolve_path
 
     started = time.time()
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import train
-from run_utils import DEFAULTS, Settings, quiet_libraries, run_script
+from message_utils import quiet_libraries, run_script
+from settings_utils import DEFAULTS, Settings
 
 TINY_BASE = Path(__file__).resolve().parent.parent / "models" / "tiny-base"
 WEIGHTS = "lora-adapter/adapter_model.safetensors"

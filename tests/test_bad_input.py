@@ -9,7 +9,8 @@ import evaluate
 import inference
 import train
 from hub_utils import locate_model
-from run_utils import DEFAULTS, UserError, run_script
+from message_utils import UserError, run_script
+from settings_utils import DEFAULTS
 
 GOOD_ROWS = [{"instruction": f"Say {n}", "response": f"Here is {n}."} for n in range(4)]
 

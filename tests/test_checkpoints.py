@@ -12,14 +12,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
-import fault_utils
-import identity_utils
+import file_utils
 import train
 import training_utils
-from checkpoint_utils import find_newest, list_checkpoints, verify
+from checkpoint_utils import differences, find_newest, list_checkpoints, rows_content, verify
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
-from identity_utils import base_content, differences, rows_content
-from run_utils import Stopped, write_json
+from file_utils import write_json
+from message_utils import Stopped
+from model_utils import base_content
 from token_utils import TokenizedRows
 
 
@@ -407,7 +407,7 @@ def stored_rows(folder, rows, gaps=()):
 
 @pytest.mark.parametrize("block", [1, 2, 100])
 def test_the_content_of_rows_depends_on_ids_labels_and_order_alone(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(identity_utils, "BLOCK", block)
+    monkeypatch.setattr(checkpoint_utils, "BLOCK", block)
     a, b, c = ([1, 2], [False, True]), ([3], [True]), ([4, 5, 6], [False, False, True])
     others = {
         "order": [b, a, c],
@@ -428,7 +428,7 @@ Usage = namedtuple("Usage", "total used free")
 
 # ---- Disk ------------------------------------------------------------------------------------------------------------
 def test_too_little_disk_for_the_run_is_said_before_training(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(fault_utils.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(file_utils.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 10**6))
     message = refusal(lambda: small_run(dataset, tmp_path))
     assert "1 MiB free" in message
     assert "the run needs" in message
@@ -446,7 +446,7 @@ def test_too_little_disk_for_the_next_checkpoint_keeps_the_last_one(dataset, tmp
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fault_utils.shutil, "disk_usage", lambda path: Usage(10**12, 0, free["bytes"]))
+        patch.setattr(file_utils.shutil, "disk_usage", lambda path: Usage(10**12, 0, free["bytes"]))
         patch.setattr(training_utils.LoraTrainer, "training_step", fill)
         message = refusal(lambda: small_run(dataset, tmp_path / "full"))
     assert "checkpoint-4 needs" in message

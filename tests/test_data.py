@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import data_utils
 from data_utils import load_conversations
-from run_utils import UserError
+from message_utils import UserError
 
 ODD_TEXTS = (
     "None",

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import PROJECT
 from generation_utils import build_generation_config, generate_replies
 from model_utils import load_trained_model, merge_and_save_model
-from run_utils import make_settings
+from settings_utils import make_settings
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +182,11 @@ def test_scripts_work_from_any_folder(run, trained, tmp_path):
 def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, trained, tmp_path):
     """Asked of each script where it calls settle: after its imports, or, as they come with the model, after that."""
     code = (
-        "import gc, sys, run_utils\n"
+        "import gc, sys, message_utils\n"
         f"import {script} as script\n"
         f"settle, script.settle = script.settle, lambda: (print('before', gc.isenabled()), settle(),"
         " print('after', gc.isenabled(), gc.get_freeze_count() > 100_000), sys.exit(7))\n"
-        "sys.exit(run_utils.run_script(script.main, sys.argv[1:]))\n"
+        "sys.exit(message_utils.run_script(script.main, sys.argv[1:]))\n"
     )
     (tmp_path / "probe.py").write_text(code)
     flags = {

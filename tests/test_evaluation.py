@@ -6,11 +6,11 @@ import math
 
 import pytest
 
+import engine_passes
 import evaluate
-import pass_utils
 from conftest import TINY_BASE
 from model_utils import attach_lora, load_base_model
-from run_utils import DEFAULTS, Settings
+from settings_utils import DEFAULTS, Settings
 from test_training import CPU, make_rows
 
 
@@ -49,7 +49,7 @@ def verdict_of(monkeypatch, base, tuned):
     def scores(model, rows, max_tokens):
         return base if model.disabled else tuned
 
-    monkeypatch.setattr(pass_utils, "score_rows", scores)
+    monkeypatch.setattr(engine_passes, "score_rows", scores)
     return evaluate.measure(Model(), [None] * len(base), 100)
 
 
@@ -73,7 +73,7 @@ def test_the_verdict_needs_more_than_chance(monkeypatch):
 def test_the_base_is_measured_without_the_adapter_in_the_same_load():
     base = load_base_model(TINY_BASE, CPU, "float32")
     rows = make_rows((20, 30))
-    expected = pass_utils.mean_loss(pass_utils.score_rows(base, rows, 100))
+    expected = engine_passes.mean_loss(engine_passes.score_rows(base, rows, 100))
     model = attach_lora(base, Settings(**DEFAULTS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

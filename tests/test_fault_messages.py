@@ -31,8 +31,9 @@ import training_utils
 from checkpoint_utils import find_newest, seal
 from conftest import PROJECT, TINY_BASE
 from fake_hub import NO_SERVER, TOKEN, serve
-from fault_utils import RunLock
-from run_utils import ADAPTER, CHECKPOINTS, run_script, write_json
+from file_utils import write_json
+from message_utils import run_script
+from run_utils import ADAPTER, CHECKPOINTS, RunLock
 
 # cause: a function of `place` that brings it about and returns more flags; main: the script's; code: its exit code;
 # words: what the line says. With the codes 2, 130 and 143 that line is the last one.

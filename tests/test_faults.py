@@ -22,9 +22,10 @@ import plan_utils
 import training_utils
 from checkpoint_utils import find_newest
 from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
-from fault_utils import RunLock, StopSignals
 from model_utils import load_trained_model
-from run_utils import DEFAULTS, Settings
+from process_utils import StopSignals
+from run_utils import RunLock
+from settings_utils import DEFAULTS, Settings
 
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from generation_utils import (
     build_generation_config,
     generate_replies,
     left_pad,
-    printable,
     prompt_limit,
     stream_reply,
     trim_history,
 )
+from message_utils import printable
 from prompt_utils import encode_prompt
-from run_utils import DEFAULTS, Settings
+from settings_utils import DEFAULTS, Settings
 
 SETTINGS = Settings(**DEFAULTS)._replace(do_sample=False, max_new_tokens=12)
 PROMPTS = ["Once upon a time", "Say yes.", "The little dog was very hungry and it went to the big house, so it"]

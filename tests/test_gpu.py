@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, MistralConfig
 
-import kernel_utils
+import engine_lora
+import engine_passes
 from conftest import PROJECT, TINY_BASE, small_run
+from engine_passes import score_rows, transformers_model
+from engine_runner import StepRunner, choose_kernels
+from message_utils import Stopped
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
-from pass_utils import choose_kernels, score_rows, transformers_model
-from run_utils import DEFAULTS, Settings, Stopped
-from step_utils import StepRunner
+from settings_utils import DEFAULTS, Settings
 from training_utils import LoraTrainer, build_training_arguments
 
 pytestmark = [
@@ -129,17 +131,17 @@ def test_triton_dequantizes_to_bitsandbytes_bits(dtype):
     layer = bnb.nn.Linear4bit(192, 1000, bias=False, quant_type="nf4", compress_statistics=True).to(CUDA)
     layer.weight.quant_state.dtype = dtype
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    found = kernel_utils.dequantize(kernel_utils.frozen_tensors(layer), torch.empty_like(expected))
+    found = engine_lora.dequantize(engine_lora.frozen_tensors(layer), torch.empty_like(expected))
     assert torch.equal(found, expected)
 
 
 def test_tritons_dropout_keeps_share_and_mean_also_in_place():
     x, seed = torch.ones(333, 1001, device=CUDA), torch.tensor([5], device=CUDA)
-    dropped = kernel_utils.drop(x, seed, 0.25)
+    dropped = engine_lora.drop(x, seed, 0.25)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
     assert dropped.mean().item() == pytest.approx(1, abs=0.01)
-    assert not torch.equal(dropped, kernel_utils.drop(x, seed + 1, 0.25))
-    assert torch.equal(kernel_utils.drop(x, seed, 0.25, out=x), dropped)
+    assert not torch.equal(dropped, engine_lora.drop(x, seed + 1, 0.25))
+    assert torch.equal(engine_lora.drop(x, seed, 0.25, out=x), dropped)
     assert torch.equal(x, dropped)
 
 
@@ -153,9 +155,9 @@ def test_tritons_cross_entropy_has_torchs_losses_and_gradient(words, dtype):
     expected = F.cross_entropy(values, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), values)
     before = logits.clone()
-    torch.testing.assert_close(kernel_utils.cross_entropy_(logits, targets, False), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(engine_passes.cross_entropy_(logits, targets, False), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits, before)
-    torch.testing.assert_close(kernel_utils.cross_entropy_(logits, targets, True), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(engine_passes.cross_entropy_(logits, targets, True), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, gradient.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 
 
@@ -249,7 +251,7 @@ def test_varlen_attention_keeps_to_the_sliding_window():
 def test_blocks_of_memory_grow_in_place():
     code = (
         "import torch\n"
-        "from memory_utils import grow_gpu_memory\n"
+        "from model_utils import grow_gpu_memory\n"
         "grow_gpu_memory(torch.device('cuda', 0))\n"
         "block = torch.empty(2**20, device='cuda')\n"
         "print([segment['is_expandable'] for segment in torch.cuda.memory_snapshot()])\n"

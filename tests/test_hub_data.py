@@ -12,8 +12,7 @@ from huggingface_hub.errors import HTTPError
 
 from conftest import PROJECT, refusal
 from fake_hub import COMMIT, NO_SERVER, TOKEN, environment, serve
-from hub_utils import hub_errors
-from reader_utils import find_files
+from hub_utils import find_files, hub_errors
 
 # a reader that guesses types would change each of these
 TEXTS = ["None", "007", "2024-01-31", "null", "1e5", "NA", "true", " spaced ", "a\u2028b", "Grüße 🙂"]
@@ -35,7 +34,7 @@ DEFAULT_CONFIGURATION = TWO_CONFIGURATIONS.replace("english\n", "english\n  defa
 READ = """
 import json, sys
 from data_utils import load_announced
-from run_utils import UserError, run_script
+from message_utils import UserError, run_script
 
 def main(argv):
     cache_dir, *datasets = argv
@@ -289,7 +288,7 @@ def test_a_hub_that_does_not_answer_in_time_is_no_connection():
     "path", ["data/mine.jsn", "./x", "../x", "~/x", ".mine/x", "mine.jsonl", "team/mine.csv", "a/b/c", "mine"]
 )
 def test_a_mistyped_path_is_a_missing_file_and_no_question_to_the_hub(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("reader_utils.download_from_hub", lambda *_: pytest.fail("the Hub is asked"))
+    monkeypatch.setattr("hub_utils.download_from_hub", lambda *_: pytest.fail("the Hub is asked"))
     message = refusal(find_files, path, tmp_path)
     assert message.startswith("dataset ")
     assert f"{path.lstrip('./~')} does not exist" in message

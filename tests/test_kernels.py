@@ -14,13 +14,12 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, Qwen2Config, Starcoder2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import kernel_utils
-import lora_utils
+import engine_lora
+import engine_passes
 from conftest import TINY_BASE
-from kernel_utils import LinearCrossEntropy, dequantize, frozen_tensors
-from lora_utils import FastLora
-from model_utils import attach_lora, build_quantization_config, load_base_model
-from pass_utils import (
+from engine_lora import FastLora, dequantize, frozen_tensors
+from engine_passes import (
+    LinearCrossEntropy,
     PassKernels,
     chosen_attention,
     decoder_layers,
@@ -28,8 +27,9 @@ from pass_utils import (
     probe_backward,
     transformers_model,
 )
-from run_utils import DEFAULTS, Settings
-from step_utils import StepRunner, can_compile
+from engine_runner import StepRunner, can_compile
+from model_utils import attach_lora, build_quantization_config, load_base_model
+from settings_utils import DEFAULTS, Settings
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(**DEFAULTS)._replace(lora_r=4, lora_dropout=0.0, base_model_name=TINY_BASE)
@@ -164,9 +164,9 @@ def test_layers_of_two_decoder_layers_are_computed_apart(monkeypatch):
 
     model = get_peft_model(Model(), LoraConfig(r=2, target_modules=["first", "second"]))
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    monkeypatch.setattr(lora_utils, "probe_rows", lambda _: torch.randn(3, 8))
-    monkeypatch.setattr(lora_utils, "probe_losses", lambda model, rows: model(rows))
-    assert lora_utils.share_inputs(model, layers) == [layers[:2], layers[2:]]
+    monkeypatch.setattr(engine_lora, "probe_rows", lambda _: torch.randn(3, 8))
+    monkeypatch.setattr(engine_lora, "probe_losses", lambda model, rows: model(rows))
+    assert engine_lora.share_inputs(model, layers) == [layers[:2], layers[2:]]
 
 
 def test_weights_that_stay_dequantized_give_the_same_bits():
@@ -258,19 +258,19 @@ def test_only_models_whose_lora_layers_are_all_plain_are_compiled_unasked():
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean():
     x = torch.ones(200, 500)
-    dropped = kernel_utils.drop(x, torch.tensor([3]), 0.25)
+    dropped = engine_lora.drop(x, torch.tensor([3]), 0.25)
     assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.01)
     assert dropped.mean() == pytest.approx(1, abs=0.01)
     assert dropped.max() == pytest.approx(1 / 0.75)
-    assert torch.equal(dropped, kernel_utils.drop(x, torch.tensor([3]), 0.25))
-    assert not torch.equal(dropped, kernel_utils.drop(x, torch.tensor([4]), 0.25))
+    assert torch.equal(dropped, engine_lora.drop(x, torch.tensor([3]), 0.25))
+    assert not torch.equal(dropped, engine_lora.drop(x, torch.tensor([4]), 0.25))
 
 
 def test_the_gradient_goes_through_the_same_dropout_as_the_loss():
     torch.manual_seed(0)
     x, weight, seed = torch.randn(40, 64, requires_grad=True), torch.randn(32, 64), torch.tensor([7])
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
-    mask = kernel_utils.drop(torch.ones(40, 64), seed, 0.3)
+    mask = engine_lora.drop(torch.ones(40, 64), seed, 0.3)
     expected = x @ weight.T + 2.0 * ((x * mask) @ a.T) @ b.T
     wanted = torch.autograd.grad(expected.pow(2).sum(), (x, a, b))
     (out,), _ = torch.ops.lora.linear(x, [a], [b], 2 * a.detach(), [b.detach()], [], seed, 0.3, 2.0, [weight])
@@ -293,21 +293,21 @@ def test_each_pass_draws_other_masks_and_a_seed_draws_them_again():
 
 
 def test_kernels_that_do_not_run_are_left_out_with_a_line(monkeypatch, capsys):
-    assert kernel_utils.try_lora(CPU, torch.bfloat16)
+    assert engine_lora.try_lora(CPU, torch.bfloat16)
     assert capsys.readouterr().err == ""
 
     def fail(*_):
         raise OSError("no compiler")
 
-    monkeypatch.setattr(kernel_utils, "drop", fail)
-    assert not kernel_utils.try_lora(CPU, torch.bfloat16)
+    monkeypatch.setattr(engine_lora, "drop", fail)
+    assert not engine_lora.try_lora(CPU, torch.bfloat16)
     assert "The fused LoRA kernels do not serve here (OSError)" in capsys.readouterr().err
 
 
 def test_kernels_that_compute_something_else_are_left_out_with_a_line(monkeypatch, capsys):
-    original = kernel_utils.matmul32
-    monkeypatch.setattr(kernel_utils, "matmul32", lambda *operands: original(*operands) * 1.2)
-    assert not kernel_utils.try_lora(CPU, torch.bfloat16)
+    original = engine_lora.matmul32
+    monkeypatch.setattr(engine_lora, "matmul32", lambda *operands: original(*operands) * 1.2)
+    assert not engine_lora.try_lora(CPU, torch.bfloat16)
     assert "The fused LoRA kernels do not serve here (wrong)" in capsys.readouterr().err
 
 
@@ -356,7 +356,7 @@ def test_a_kernel_is_tried_backwards_too_without_a_trace():
 
 
 def test_a_kernel_is_tried_backwards_with_the_attention_that_was_chosen(monkeypatch):
-    monkeypatch.setattr(kernel_utils, "varlen_attn", lambda query, *_, **__: query)  # the true one needs a GPU
+    monkeypatch.setattr(engine_passes, "varlen_attn", lambda query, *_, **__: query)  # the true one needs a GPU
     model, seen = tiny_model(), []
     base = transformers_model(model)
     base.pass_kernels = PassKernels()
@@ -364,7 +364,7 @@ def test_a_kernel_is_tried_backwards_with_the_attention_that_was_chosen(monkeypa
     for layer in decoder_layers(model):
         layer.self_attn.register_forward_pre_hook(lambda *_: seen.append(base.config._attn_implementation))
     assert probe_backward(model, some_rows())
-    assert seen == [kernel_utils.VARLEN] * 2 * len(decoder_layers(model))  # forward, and again in the backward pass
+    assert seen == [engine_passes.VARLEN] * 2 * len(decoder_layers(model))  # forward, and again in the backward pass
 
 
 class NanBackwards(torch.autograd.Function):
@@ -430,17 +430,17 @@ def test_attention_is_the_models_own_again_after_a_pass():
     base.pass_kernels = PassKernels()
     base.pass_kernels.varlen = True
     with chosen_attention(base):
-        assert base.config._attn_implementation == kernel_utils.VARLEN != usual
+        assert base.config._attn_implementation == engine_passes.VARLEN != usual
     assert base.config._attn_implementation == usual
 
 
 def test_varlen_attention_takes_what_autocast_would_take_for_it(monkeypatch):
     seen = []
-    monkeypatch.setattr(kernel_utils, "varlen_attn", lambda q, k, v, *_, **__: seen.extend((q, k, v)) or q)
+    monkeypatch.setattr(engine_passes, "varlen_attn", lambda q, k, v, *_, **__: seen.extend((q, k, v)) or q)
     states, starts = torch.zeros(1, 2, 3, 8), {"cu_seq_lens_q": None, "max_length_q": 3}
-    kernel_utils.varlen_attention(None, states, states, states, None, **starts)
+    engine_passes.varlen_attention(None, states, states, states, None, **starts)
     with torch.autocast("cpu", torch.bfloat16):
-        kernel_utils.varlen_attention(None, states, states, states, None, **starts)
+        engine_passes.varlen_attention(None, states, states, states, None, **starts)
     assert [tensor.dtype for tensor in seen] == [torch.float32] * 3 + [torch.bfloat16] * 3
 
 
@@ -450,13 +450,13 @@ def test_varlen_attention_calls_the_installed_torch_as_it_wants_to_be_called(win
     query = torch.empty(1, 8, 40, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
     key, value = (torch.empty_like(query[:, :2], requires_grad=True) for _ in range(2))
     starts = torch.empty(4, dtype=torch.int32, device="meta")
-    windows, original = [], kernel_utils.varlen_attn
+    windows, original = [], engine_passes.varlen_attn
     monkeypatch.setattr(
-        kernel_utils,
+        engine_passes,
         "varlen_attn",
         lambda *args, **options: windows.append(options["window_size"]) or original(*args, **options),
     )
-    out, _ = kernel_utils.varlen_attention(
+    out, _ = engine_passes.varlen_attention(
         None, query, key, value, None, sliding_window=window, cu_seq_lens_q=starts, max_length_q=20
     )
     out.sum().backward()
@@ -469,4 +469,4 @@ def test_varlen_attention_calls_the_installed_torch_as_it_wants_to_be_called(win
 def test_varlen_attention_refuses_what_it_would_leave_out(option):
     states = torch.zeros(1, 2, 3, 8)
     with pytest.raises(NotImplementedError, match=option):
-        kernel_utils.varlen_attention(None, states, states, states, None, **{option: 0.5})
+        engine_passes.varlen_attention(None, states, states, states, None, **{option: 0.5})

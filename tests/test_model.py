@@ -14,14 +14,17 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, Mistra
 
 import model_utils
 from conftest import TINY_BASE
+from file_utils import resolve_path
 from generation_utils import build_generation_config, generate_replies
-from memory_utils import count_parameters, empty_model
+from message_utils import UserError
 from model_utils import (
     ADAPTER_WEIGHTS,
     attach_lora,
     build_quantization_config,
     choose_dtype,
     choose_pad_token,
+    count_parameters,
+    empty_model,
     load_base_model,
     load_tokenizer,
     load_trained_model,
@@ -32,7 +35,7 @@ from model_utils import (
     write_recorded_settings,
 )
 from prompt_utils import ALPACA_TEMPLATE
-from run_utils import DEFAULTS, Settings, UserError, resolve_path
+from settings_utils import DEFAULTS, Settings
 
 CPU = torch.device("cpu")
 # device="cpu": the same on a machine with a GPU

@@ -7,22 +7,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
-import memory_utils
+import model_utils
 import plan_utils
 from conftest import refusal, small_run
-from memory_utils import GIB, count_parameters, dequantized_bytes, expected_peak, grow_gpu_memory, weight_bytes
-from model_utils import attach_lora
+from message_utils import UserError
+from model_utils import GIB, attach_lora, count_parameters, grow_gpu_memory
 from plan_utils import (
     choose_compilation,
     compiling_pays,
     count_passes,
     count_recordings,
+    dequantized_bytes,
+    expected_peak,
     longest_rows,
     plan_memory,
     tokens_a_step,
     typical_rows,
+    weight_bytes,
 )
-from run_utils import DEFAULTS, Settings, UserError
+from settings_utils import DEFAULTS, Settings
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SETTINGS = Settings(**DEFAULTS)
@@ -146,7 +149,7 @@ def test_training_asks_for_growing_blocks(dataset, tmp_path, monkeypatch):
     def asked(device):
         raise UserError(f"asked for {device}")
 
-    monkeypatch.setattr(memory_utils, "grow_gpu_memory", asked)
+    monkeypatch.setattr(model_utils, "grow_gpu_memory", asked)
     assert refusal(small_run, dataset, tmp_path) == "asked for cpu"
 
 
@@ -154,7 +157,7 @@ def allocator(monkeypatch, system):
     """What PyTorch's allocator of GPU memory is told on such a system, as a list to look into."""
     told = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
-    monkeypatch.setattr(memory_utils.platform, "uname", lambda: system)
+    monkeypatch.setattr(model_utils.platform, "uname", lambda: system)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     return told

@@ -44,14 +44,14 @@ def test_two_processes_train_like_one_with_the_same_rows_to_a_step(train_by, two
 UNLIKE = """
 import os, sys
 import torch
-import model_utils, run_utils, step_utils, train
+import engine_runner, message_utils, model_utils, train
 attach_lora = model_utils.attach_lora
 def other_weights(*args):
     model = attach_lora(*args)
     for parameter in model.parameters():
         parameter.data.mul_(2 if parameter.requires_grad else 1)
     return model
-run, sizes = step_utils.StepRunner.run, []
+run, sizes = engine_runner.StepRunner.run, []
 def small_passes_only(runner, model, rows, *args):
     sizes.append(sum(len(row["input_ids"]) for row in rows))
     done = run(runner, model, rows, *args)
@@ -59,9 +59,9 @@ def small_passes_only(runner, model, rows, *args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return done
 if os.environ["RANK"] == "1":
-    step_utils.StepRunner.run = small_passes_only
+    engine_runner.StepRunner.run = small_passes_only
     model_utils.attach_lora = other_weights
-sys.exit(run_utils.run_script(train.main, sys.argv[1:]))
+sys.exit(message_utils.run_script(train.main, sys.argv[1:]))
 """
 
 
@@ -76,12 +76,12 @@ def test_one_process_with_less_memory_and_other_weights_changes_no_result(train_
 
 FULL_DISK = """
 import os, sys
-import checkpoint_utils, run_utils, train, training_utils
+import checkpoint_utils, message_utils, train, training_utils
 def fail(*args):
     raise OSError(28, "No space left on device")
 if os.environ["RANK"] == "0":
     training_utils.save_adapter = fail
-sys.exit(run_utils.run_script(train.main, sys.argv[1:]))
+sys.exit(message_utils.run_script(train.main, sys.argv[1:]))
 """
 
 

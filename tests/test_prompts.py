@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 import prompt_utils
 from conftest import refusal
 from data_utils import store_conversations
+from message_utils import UserError
 from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, encode_prompt, find_end_token
-from run_utils import UserError
 from token_utils import mark_trained_tokens, tokenize_conversations
 
 BOS, EOS = 1, 2  # ids of <s> and </s> in models/tiny-base

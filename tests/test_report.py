@@ -14,7 +14,7 @@ import report_utils
 import train
 from conftest import PROJECT, TINY_BASE, refusal
 from data_utils import load_conversations, store_conversations
-from run_utils import DEFAULTS, Settings
+from settings_utils import DEFAULTS, Settings
 from test_prompts import assistant, encoded, tokenize, user
 from token_utils import ANSWER_CUT, DROPPED, KEPT, SHORTENED, tokenize_conversations
 

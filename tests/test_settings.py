@@ -11,11 +11,15 @@ import pytest
 import torch
 
 import config
-import fault_utils
+import file_utils
+import message_utils
 import run_utils
+import settings_utils
 from conftest import refusal
+from file_utils import PROJECT_DIR
+from message_utils import UserError
 from progress_utils import format_duration
-from run_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, PROJECT_DIR, RANGES, Settings, UserError
+from settings_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, RANGES, Settings
 
 CONSTANTS = {name: value for name, value in vars(config).items() if name.isupper()}
 # The user's own names and values; DESIGN.md keeps them to the letter
@@ -54,8 +58,8 @@ TINY_BASE = config.CPU_DEMO["BASE_MODEL_NAME"]
 
 def given(*argv):
     """The settings that a command line gives."""
-    parser = run_utils.build_parser("train.py", "about")
-    return run_utils.parse_command_line(parser, [str(item) for item in argv])[1]
+    parser = settings_utils.build_parser("train.py", "about")
+    return settings_utils.parse_command_line(parser, [str(item) for item in argv])[1]
 
 
 def with_value(name, value):
@@ -64,12 +68,12 @@ def with_value(name, value):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(run_utils, "cuda_is_available", lambda: False)
+    monkeypatch.setattr(settings_utils, "cuda_is_available", lambda: False)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(run_utils, "cuda_is_available", lambda: True)
+    monkeypatch.setattr(settings_utils, "cuda_is_available", lambda: True)
 
 
 # ---- config.py -------------------------------------------------------------------------------------------------------
@@ -109,9 +113,9 @@ def test_every_number_of_config_has_limits_and_the_limits_name_only_settings():
 
 
 def test_config_as_it_ships_and_its_demo_keep_every_limit():
-    run_utils.check_settings(Settings(**DEFAULTS))
+    settings_utils.check_settings(Settings(**DEFAULTS))
     demo = {name.lower(): value for name, value in config.CPU_DEMO.items()}
-    run_utils.check_settings(Settings(**(DEFAULTS | demo)))
+    settings_utils.check_settings(Settings(**(DEFAULTS | demo)))
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def test_every_constant_has_a_flag_whose_help_shows_its_comment_and_default(name
         if line.startswith(f"{name.upper()} = ")
     )
     comment = line.split("  # ", 1)[1].strip()
-    lines = run_utils.build_parser("train.py", "about").format_help().splitlines()
+    lines = settings_utils.build_parser("train.py", "about").format_help().splitlines()
     start = next(index for index, line in enumerate(lines) if re.match(rf"  --{name}\b", line))
     assert len(comment) > 10
     shown = re.sub(r"^.*?VALUE\]?\s+", "", " ".join(lines[start : start + 2]))
@@ -132,7 +136,7 @@ def test_every_constant_has_a_flag_whose_help_shows_its_comment_and_default(name
 
 
 def test_every_setting_is_described_once_under_a_banner():
-    described = [name for banner, constants in run_utils.describe_settings() for name, _ in constants if banner]
+    described = [name for banner, constants in settings_utils.describe_settings() for name, _ in constants if banner]
     assert sorted(described) == sorted(DEFAULTS)
 
 
@@ -243,9 +247,9 @@ UPPER = [(name, high) for name, (_, high) in RANGES.items() if high is not None]
 
 @pytest.mark.parametrize(("name", "low"), LOWER)
 def test_the_lower_limit_is_inclusive_and_below_it_is_refused(name, low):
-    run_utils.check_settings(with_value(name, low))
+    settings_utils.check_settings(with_value(name, low))
     below = low - 1 if type(DEFAULTS[name]) is int else low - 1e-12
-    message = refusal(run_utils.check_settings, with_value(name, below))
+    message = refusal(settings_utils.check_settings, with_value(name, below))
     assert f"--{name} is {below}" in message
     assert str(low) in message
     assert str(DEFAULTS[name]) in message
@@ -253,15 +257,15 @@ def test_the_lower_limit_is_inclusive_and_below_it_is_refused(name, low):
 
 @pytest.mark.parametrize(("name", "high"), UPPER)
 def test_the_upper_limit_is_inclusive_and_above_it_is_refused(name, high):
-    run_utils.check_settings(with_value(name, high))
-    message = refusal(run_utils.check_settings, with_value(name, high + 1))
+    settings_utils.check_settings(with_value(name, high))
+    message = refusal(settings_utils.check_settings, with_value(name, high + 1))
     assert f"--{name} is {high + 1}" in message
     assert f"{high}" in message
 
 
 @pytest.mark.parametrize("name", RANGES)
 def test_nan_is_out_of_every_range(name):
-    assert "is nan" in refusal(run_utils.check_settings, with_value(name, float("nan")))
+    assert "is nan" in refusal(settings_utils.check_settings, with_value(name, float("nan")))
 
 
 @pytest.mark.parametrize(
@@ -269,41 +273,41 @@ def test_nan_is_out_of_every_range(name):
     [("use_4bit_quantization", "false"), ("batch_size", 4.0), ("batch_size", True), ("dataset_columns", "a")],
 )
 def test_an_edited_setting_of_another_type_is_refused(name, value):
-    assert f"{name.upper()} is {value!r}" in refusal(run_utils.check_settings, with_value(name, value))
+    assert f"{name.upper()} is {value!r}" in refusal(settings_utils.check_settings, with_value(name, value))
 
 
 @pytest.mark.parametrize("name", AUTO_SWITCHES)
 def test_a_switch_with_a_third_position_names_it_where_it_is_set_wrongly(name):
-    message = refusal(run_utils.check_settings, with_value(name, "yes"))
+    message = refusal(settings_utils.check_settings, with_value(name, "yes"))
     assert message.startswith(f"{name.upper()} is 'yes', expected True, False or \"auto\"")
 
 
 def test_a_whole_number_in_config_does_not_change_the_type_of_a_decimal_flag():
-    assert run_utils.parse_value("temperature", "0.7", 1) == 0.7
-    assert run_utils.check_settings(with_value("temperature", 1)).temperature == 1
+    assert settings_utils.parse_value("temperature", "0.7", 1) == 0.7
+    assert settings_utils.check_settings(with_value("temperature", 1)).temperature == 1
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_takes_its_listed_values_only(name):
     for choice in CHOICES[name]:
-        run_utils.check_settings(with_value(name, choice))
-    message = refusal(run_utils.check_settings, with_value(name, "nonsense"))
+        settings_utils.check_settings(with_value(name, choice))
+    message = refusal(settings_utils.check_settings, with_value(name, "nonsense"))
     assert "'nonsense'" in message
     assert all(choice in message for choice in CHOICES[name])
 
 
 @pytest.mark.parametrize("value", ["16", None])
 def test_a_value_of_the_wrong_type_in_config_is_a_line_and_no_traceback(value):
-    assert "LORA_R is" in refusal(run_utils.check_settings, with_value("lora_r", value))
+    assert "LORA_R is" in refusal(settings_utils.check_settings, with_value("lora_r", value))
 
 
 def test_make_settings_checks_what_it_merges(gpu):
-    assert "--lora_r is 0" in refusal(run_utils.make_settings, {"lora_r": 0})
+    assert "--lora_r is 0" in refusal(settings_utils.make_settings, {"lora_r": 0})
 
 
 # ---- make_settings and CPU_DEMO --------------------------------------------------------------------------------------
 def test_settings_are_a_frozen_snapshot(gpu, monkeypatch):
-    settings = run_utils.make_settings({"lora_r": 8})
+    settings = settings_utils.make_settings({"lora_r": 8})
     assert settings.lora_r == 8
     with pytest.raises(AttributeError):
         settings.lora_r = 4
@@ -312,16 +316,16 @@ def test_settings_are_a_frozen_snapshot(gpu, monkeypatch):
 
 
 def test_the_command_line_wins_over_config(gpu):
-    assert run_utils.make_settings({"lora_r": 8}) == Settings(**(DEFAULTS | {"lora_r": 8}))
+    assert settings_utils.make_settings({"lora_r": 8}) == Settings(**(DEFAULTS | {"lora_r": 8}))
 
 
 def test_without_cuda_the_demo_settings_apply_to_the_letter(no_gpu):
     demo = {name.lower(): value for name, value in config.CPU_DEMO.items()}
-    assert run_utils.make_settings() == Settings(**(DEFAULTS | demo))
+    assert settings_utils.make_settings() == Settings(**(DEFAULTS | demo))
 
 
 def test_the_demo_settings_are_announced_once_on_stderr_with_what_they_replace(no_gpu, capsys):
-    run_utils.make_settings({"num_epochs": 2})
+    settings_utils.make_settings({"num_epochs": 2})
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
@@ -332,30 +336,32 @@ def test_the_demo_settings_are_announced_once_on_stderr_with_what_they_replace(n
 
 
 def test_a_setting_on_the_command_line_wins_over_the_demo(no_gpu):
-    settings = run_utils.make_settings({"num_epochs": 2, "learning_rate": 1e-4})
+    settings = settings_utils.make_settings({"num_epochs": 2, "learning_rate": 1e-4})
     assert (settings.num_epochs, settings.learning_rate) == (2, 1e-4)
     assert settings.base_model_name == TINY_BASE
 
 
 def test_another_base_model_switches_the_demo_off_entirely(no_gpu, capsys):
-    settings = run_utils.make_settings({"base_model_name": "some/model"})
+    settings = settings_utils.make_settings({"base_model_name": "some/model"})
     assert settings == Settings(**(DEFAULTS | {"base_model_name": "some/model"}))
     assert capsys.readouterr().err == ""
 
 
 def test_naming_the_demo_base_keeps_the_demo(no_gpu):
-    assert run_utils.make_settings({"base_model_name": TINY_BASE}).learning_rate == config.CPU_DEMO["LEARNING_RATE"]
+    assert (
+        settings_utils.make_settings({"base_model_name": TINY_BASE}).learning_rate == config.CPU_DEMO["LEARNING_RATE"]
+    )
 
 
 @pytest.mark.parametrize("chosen", [{}, {"base_model_name": TINY_BASE}, {"device": "cpu"}])
 def test_the_demo_is_never_used_on_a_cuda_machine(gpu, capsys, chosen):
-    assert run_utils.make_settings(chosen) == Settings(**(DEFAULTS | chosen))
+    assert settings_utils.make_settings(chosen) == Settings(**(DEFAULTS | chosen))
     assert capsys.readouterr().err == ""
 
 
 def test_an_empty_cpu_demo_switches_it_off(no_gpu, monkeypatch):
     monkeypatch.setattr(config, "CPU_DEMO", {})
-    assert run_utils.make_settings() == Settings(**DEFAULTS)
+    assert settings_utils.make_settings() == Settings(**DEFAULTS)
 
 
 def test_of_an_adapters_record_only_what_binds_it_counts(gpu):
@@ -367,7 +373,7 @@ def test_of_an_adapters_record_only_what_binds_it_counts(gpu):
         "output_dir": "elsewhere",
         "gone_since": 1,
     }
-    settings = run_utils.make_settings({}, recorded)
+    settings = settings_utils.make_settings({}, recorded)
     assert (settings.base_model_name, settings.max_seq_length, settings.use_4bit_quantization) == (
         "some/model",
         128,
@@ -377,56 +383,56 @@ def test_of_an_adapters_record_only_what_binds_it_counts(gpu):
 
 
 def test_the_command_line_wins_over_an_adapters_record(gpu):
-    settings = run_utils.make_settings({"max_seq_length": 64}, {"max_seq_length": 128, "use_fp16": False})
+    settings = settings_utils.make_settings({"max_seq_length": 64}, {"max_seq_length": 128, "use_fp16": False})
     assert (settings.max_seq_length, settings.use_fp16) == (64, False)
 
 
 def test_an_adapters_record_wins_over_the_demo(no_gpu, capsys):
     recorded = {"base_model_name": TINY_BASE, "use_4bit_quantization": True}
-    settings = run_utils.make_settings({}, recorded)
+    settings = settings_utils.make_settings({}, recorded)
     assert settings.use_4bit_quantization is True
     assert settings.max_new_tokens == config.CPU_DEMO["MAX_NEW_TOKENS"]
     assert capsys.readouterr().err == ""
 
 
 def test_an_adapter_of_another_base_switches_the_demo_off(no_gpu):
-    settings = run_utils.make_settings({}, {"base_model_name": "some/model"})
+    settings = settings_utils.make_settings({}, {"base_model_name": "some/model"})
     assert settings == Settings(**(DEFAULTS | {"base_model_name": "some/model"}))
 
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
 def test_relative_paths_start_at_the_project_whatever_the_folder_of_the_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_utils.resolve_path("output/x") == PROJECT_DIR / "output" / "x"
-    assert run_utils.resolve_path("./data/../data/demo.json") == PROJECT_DIR / "data" / "demo.json"
+    assert file_utils.resolve_path("output/x") == PROJECT_DIR / "output" / "x"
+    assert file_utils.resolve_path("./data/../data/demo.json") == PROJECT_DIR / "data" / "demo.json"
 
 
 def test_absolute_paths_and_the_home_folder_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert run_utils.resolve_path(tmp_path / "x") == (tmp_path / "x").resolve()
-    assert run_utils.resolve_path("~/x") == (tmp_path / "x").resolve()
+    assert file_utils.resolve_path(tmp_path / "x") == (tmp_path / "x").resolve()
+    assert file_utils.resolve_path("~/x") == (tmp_path / "x").resolve()
 
 
 def test_a_path_is_shown_as_a_user_would_type_it(tmp_path):
-    assert run_utils.display_path(PROJECT_DIR / "data" / "demo.json") == os.path.join("data", "demo.json")
-    assert run_utils.display_path(tmp_path / "x") == str(tmp_path / "x")
+    assert file_utils.display_path(PROJECT_DIR / "data" / "demo.json") == os.path.join("data", "demo.json")
+    assert file_utils.display_path(tmp_path / "x") == str(tmp_path / "x")
     beside = PROJECT_DIR.with_name(PROJECT_DIR.name + "-copy")
-    assert run_utils.display_path(beside) == str(beside)
+    assert file_utils.display_path(beside) == str(beside)
 
 
 # ---- Folders and records ---------------------------------------------------------------------------------------------
 def test_written_json_is_read_back_as_it_was(tmp_path):
     value = {"text": "é\u2028☃", "number": 1.5, "nested": {"list": [None, True]}}
-    run_utils.write_json(tmp_path / "record.json", value)
-    assert run_utils.read_json(tmp_path / "record.json", "record") == value
+    file_utils.write_json(tmp_path / "record.json", value)
+    assert file_utils.read_json(tmp_path / "record.json", "record") == value
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
 @pytest.mark.parametrize("fault", ["disk full", "not serializable"])
 def test_a_failed_write_leaves_the_old_json_whole(tmp_path, monkeypatch, fault):
     path = tmp_path / "record.json"
-    run_utils.write_json(path, {"old": 1})
+    file_utils.write_json(path, {"old": 1})
 
     def write_half(self, text, **_):
         with open(self, "w", encoding="utf-8") as file:
@@ -436,8 +442,8 @@ def test_a_failed_write_leaves_the_old_json_whole(tmp_path, monkeypatch, fault):
     if fault == "disk full":
         monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises((OSError, TypeError)):
-        run_utils.write_json(path, {"new": 2 if fault == "disk full" else object()})
-    assert run_utils.read_json(path, "record") == {"old": 1}
+        file_utils.write_json(path, {"new": 2 if fault == "disk full" else object()})
+    assert file_utils.read_json(path, "record") == {"old": 1}
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b'"text"', b"\xff\xfe{", None])
@@ -445,7 +451,7 @@ def test_a_damaged_or_missing_record_is_named_in_one_line(tmp_path, content):
     path = tmp_path / "record.json"
     if content is not None:
         path.write_bytes(content)
-    message = refusal(run_utils.read_json, path, "the run record")
+    message = refusal(file_utils.read_json, path, "the run record")
     assert "the run record" in message
     assert str(path) in message
 
@@ -455,7 +461,7 @@ def test_an_earlier_run_is_moved_whole_and_the_rest_stays(tmp_path):
     (tmp_path / "adapter" / "weights").write_text("old")
     (tmp_path / "rows.jsonl").write_text("rows")
     (tmp_path / "notes.txt").write_text("mine")
-    target = fault_utils.set_aside_previous_run(tmp_path, ("adapter", "rows.jsonl", "absent"))
+    target = run_utils.set_aside_previous_run(tmp_path, ("adapter", "rows.jsonl", "absent"))
     assert target.parent == tmp_path / "previous"
     assert (target / "adapter" / "weights").read_text() == "old"
     assert (target / "rows.jsonl").read_text() == "rows"
@@ -463,34 +469,34 @@ def test_an_earlier_run_is_moved_whole_and_the_rest_stays(tmp_path):
 
 
 def test_setting_aside_nothing_makes_no_folder(tmp_path):
-    assert fault_utils.set_aside_previous_run(tmp_path, ("adapter",)) is None
+    assert run_utils.set_aside_previous_run(tmp_path, ("adapter",)) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_set_aside_within_one_second_never_overwrite_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(fault_utils.time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr(run_utils.time, "strftime", lambda _: "20260101-000000")
     targets = []
     for number in range(4):
         (tmp_path / "adapter").write_text(str(number))
-        targets.append(fault_utils.set_aside_previous_run(tmp_path, ("adapter",)))
+        targets.append(run_utils.set_aside_previous_run(tmp_path, ("adapter",)))
     assert [(target / "adapter").read_text() for target in targets] == ["0", "1", "2", "3"]
 
 
 def test_a_folder_that_does_not_exist_yet_is_writable_where_its_parent_is(tmp_path):
-    run_utils.check_writable(tmp_path / "a" / "b", "--logs_dir")
+    file_utils.check_writable(tmp_path / "a" / "b", "--logs_dir")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_where_a_folder_belongs_is_refused(tmp_path):
     (tmp_path / "output").write_text("a file")
-    message = refusal(run_utils.check_writable, tmp_path / "output" / "deeper", "--output_dir")
+    message = refusal(file_utils.check_writable, tmp_path / "output" / "deeper", "--output_dir")
     assert str(tmp_path / "output") in message
 
 
 def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
     # by a fake of os.access, since root may write anywhere
-    monkeypatch.setattr(run_utils.os, "access", lambda path, _: Path(path) != tmp_path)
-    message = refusal(run_utils.check_writable, tmp_path / "output", "--output_dir")
+    monkeypatch.setattr(file_utils.os, "access", lambda path, _: Path(path) != tmp_path)
+    message = refusal(file_utils.check_writable, tmp_path / "output", "--output_dir")
     assert str(tmp_path) in message
     assert "--output_dir" in message
 
@@ -501,10 +507,10 @@ def test_only_the_first_process_speaks_and_on_stderr(monkeypatch, capsys, rank, 
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    run_utils.say("hello")
+    message_utils.say("hello")
     out, err = capsys.readouterr()
     assert (out, err) == ("", heard)
-    run_utils.say("trouble", from_any=True)
+    message_utils.say("trouble", from_any=True)
     assert capsys.readouterr().err == ("trouble\n" if heard else "process 1: trouble\n")
 
 
@@ -517,7 +523,7 @@ def raiser(error):
 
 ENDS = [
     (None, True),
-    (run_utils.Stopped(15, "saved"), True),
+    (message_utils.Stopped(15, "saved"), True),
     (UserError("no space left"), True),
     (UserError("out of memory", alone=True), False),
     (ValueError(), False),
@@ -530,46 +536,46 @@ def test_processes_take_leave_of_each_other_where_all_end_together(end, left, mo
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
     with contextlib.suppress(ValueError):
-        run_utils.run_script(raiser(end) if end else len, [])
+        message_utils.run_script(raiser(end) if end else len, [])
     assert bool(calls) is left
 
 
 def test_a_script_that_ends_well_exits_with_zero_and_gets_its_arguments(capsys):
     seen = []
-    assert run_utils.run_script(seen.append, ["--lora_r", "8"]) == 0
+    assert message_utils.run_script(seen.append, ["--lora_r", "8"]) == 0
     assert seen == [["--lora_r", "8"]]
     assert capsys.readouterr().err == ""
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
-    assert run_utils.run_script(raiser(UserError("no such file")), []) == 2
+    assert message_utils.run_script(raiser(UserError("no such file")), []) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: no such file\n")
 
 
 def test_of_several_processes_the_first_says_a_mistake_or_the_one_that_meets_it_alone(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert run_utils.run_script(raiser(UserError("no such file")), []) == 2
+    assert message_utils.run_script(raiser(UserError("no such file")), []) == 2
     assert capsys.readouterr().err == ""
-    assert run_utils.run_script(raiser(UserError("out of memory", alone=True)), []) == 2
+    assert message_utils.run_script(raiser(UserError("out of memory", alone=True)), []) == 2
     assert capsys.readouterr().err == "process 1: error: out of memory\n"
 
 
 def test_debug_shows_the_traceback_of_a_users_mistake(capsys):
-    assert run_utils.run_script(raiser(UserError("no such file")), ["--debug"]) == 2
+    assert message_utils.run_script(raiser(UserError("no such file")), ["--debug"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("error: no such file\n")
 
 
 def test_ctrl_c_exits_with_130_and_no_traceback(capsys):
-    assert run_utils.run_script(raiser(KeyboardInterrupt()), []) == 130
+    assert message_utils.run_script(raiser(KeyboardInterrupt()), []) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_our_own_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        run_utils.run_script(raiser(ZeroDivisionError()), [])
+        message_utils.run_script(raiser(ZeroDivisionError()), [])
 
 
 def test_help_exits_with_zero_and_prints_every_group(capsys):
@@ -598,21 +604,21 @@ def test_durations_are_short_to_read(seconds, text):
 
 
 def test_a_deleted_setting_and_an_unknown_demo_setting_are_named(gpu, monkeypatch):
-    monkeypatch.setitem(run_utils.config.CPU_DEMO, "FOO", 1)
-    assert "FOO" in refusal(run_utils.make_settings)
-    monkeypatch.setattr(run_utils, "DEFAULTS", {k: v for k, v in run_utils.DEFAULTS.items() if k != "lora_r"})
-    assert "config.py lacks LORA_R" in refusal(run_utils.check_settings, run_utils.Settings(**(DEFAULTS)))
+    monkeypatch.setitem(settings_utils.config.CPU_DEMO, "FOO", 1)
+    assert "FOO" in refusal(settings_utils.make_settings)
+    monkeypatch.setattr(settings_utils, "DEFAULTS", {k: v for k, v in settings_utils.DEFAULTS.items() if k != "lora_r"})
+    assert "config.py lacks LORA_R" in refusal(settings_utils.check_settings, settings_utils.Settings(**(DEFAULTS)))
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/x", "a/b", ".."])
 def test_a_run_name_cannot_leave_the_logs_folder(name):
-    assert "--run_name" in refusal(run_utils.check_settings, with_value("run_name", name))
+    assert "--run_name" in refusal(settings_utils.check_settings, with_value("run_name", name))
 
 
 @pytest.mark.parametrize("name", ["custom_dataset_path", "output_dir", "base_model_name", "run_name"])
 def test_an_empty_value_is_not_taken_for_a_missing_one(name):
-    assert f"--{name} is empty" in refusal(run_utils.check_settings, with_value(name, " "))
+    assert f"--{name} is empty" in refusal(settings_utils.check_settings, with_value(name, " "))
 
 
 def test_control_characters_of_a_users_file_do_not_reach_the_terminal():
-    assert str(run_utils.UserError("columns found: \x1b[31mred\nx")) == "columns found: [31mred x"
+    assert str(message_utils.UserError("columns found: \x1b[31mred\nx")) == "columns found: [31mred x"

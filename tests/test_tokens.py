@@ -16,16 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-import cache_utils
+import engine_passes
+import file_utils
 import model_utils
 import prompt_utils
 import token_utils
 import train
 from conftest import PROJECT, TINY_BASE, refusal
 from data_utils import store_conversations
+from message_utils import UserError
 from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, find_end_token
 from report_utils import describe_tokens, token_lines
-from run_utils import DEFAULTS, Settings, UserError
+from settings_utils import DEFAULTS, Settings
 from test_prompts import (
     BOS,
     BOS_EACH_TURN,
@@ -217,7 +219,7 @@ def test_what_is_read_from_disk_is_what_single_rows_give(tokenizer):
     rows = tokenize(tokenizer, *conversations)
     for row, messages in zip(rows, conversations, strict=True):
         assert (row["input_ids"], row["labels"]) == encoded(tokenizer, *messages)
-    assert rows.index["trained"].tolist() == [token_utils.count_trained_tokens([row]) for row in rows]
+    assert rows.index["trained"].tolist() == [engine_passes.count_trained_tokens([row]) for row in rows]
     assert rows.index["length"].tolist() == [len(row["input_ids"]) for row in rows]
 
 
@@ -530,15 +532,15 @@ def fail(folder):
 def test_a_cached_folder_is_complete_or_absent(tmp_path):
     cache = tmp_path / "made" / "cache"
     with pytest.raises(RuntimeError, match="disk on fire"):
-        cache_utils.cached_folder(cache, "rows", "key", fail)
+        file_utils.cached_folder(cache, "rows", "key", fail)
     assert list(tmp_path.iterdir()) == []
-    folder = cache_utils.cached_folder(cache, "rows", "key", fill)
+    folder = file_utils.cached_folder(cache, "rows", "key", fill)
     assert {"half", "whole"} <= {path.name for path in folder.iterdir()}
     assert list(cache.iterdir()) == [folder]
     # it is there now, so the faulty build is not even tried
-    assert cache_utils.cached_folder(cache, "rows", "key", fail) == folder
+    assert file_utils.cached_folder(cache, "rows", "key", fail) == folder
     with pytest.raises(RuntimeError, match="disk on fire"):
-        cache_utils.cached_folder(cache, "rows", "another key", fail)
+        file_utils.cached_folder(cache, "rows", "another key", fail)
     assert list(cache.iterdir()) == [folder]
 
 
@@ -548,7 +550,7 @@ def test_while_a_folder_is_built_it_cannot_be_mistaken_for_a_complete_one(tmp_pa
         assert not (tmp_path / "rows-key").exists()
         assert folder.name.endswith(".incomplete")
 
-    assert cache_utils.cached_folder(tmp_path, "rows", "key", build) == tmp_path / "rows-key"
+    assert file_utils.cached_folder(tmp_path, "rows", "key", build) == tmp_path / "rows-key"
 
 
 def test_a_folder_that_another_process_finished_first_is_taken(tmp_path):
@@ -557,7 +559,7 @@ def test_a_folder_that_another_process_finished_first_is_taken(tmp_path):
         (tmp_path / "rows-key").mkdir()
         fill(tmp_path / "rows-key")
 
-    folder = cache_utils.cached_folder(tmp_path, "rows", "key", build)
+    folder = file_utils.cached_folder(tmp_path, "rows", "key", build)
     assert sorted(path.name for path in folder.iterdir()) == ["half", "whole"]
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -565,12 +567,12 @@ def test_a_folder_that_another_process_finished_first_is_taken(tmp_path):
 def test_of_many_folders_only_the_newest_used_are_kept(tmp_path):
     (tmp_path / "tokens-other").mkdir()
     os.utime(tmp_path / "tokens-other", (0, 0))
-    limit = cache_utils.CACHED_FOLDERS
+    limit = file_utils.CACHED_FOLDERS
     for number in range(limit):
-        folder = cache_utils.cached_folder(tmp_path, "rows", f"{number}", fill)
+        folder = file_utils.cached_folder(tmp_path, "rows", f"{number}", fill)
         os.utime(folder, (1000 + number, 1000 + number))
-    cache_utils.cached_folder(tmp_path, "rows", "0", fail)  # used, so the newest now
-    cache_utils.cached_folder(tmp_path, "rows", f"{limit}", fill)
+    file_utils.cached_folder(tmp_path, "rows", "0", fail)  # used, so the newest now
+    file_utils.cached_folder(tmp_path, "rows", f"{limit}", fill)
     kept = {path.name for path in tmp_path.glob("rows-*")}
     assert kept == {f"rows-{number}" for number in (0, *range(2, limit + 1))}
     assert (tmp_path / "tokens-other").exists()
@@ -677,7 +679,7 @@ def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_r
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 50))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_every_row_is_in_one_pass_and_no_pass_exceeds_the_limit(lengths, limit):
-    passes = token_utils.pack_rows(lengths, limit)
+    passes = engine_passes.pack_rows(lengths, limit)
     assert sorted(index for indices in passes for index in indices) == list(range(len(lengths)))
     totals = [sum(lengths[index] for index in indices) for indices in passes]
     assert all(total <= limit or len(indices) == 1 for total, indices in zip(totals, passes, strict=True))
@@ -686,11 +688,11 @@ def test_every_row_is_in_one_pass_and_no_pass_exceeds_the_limit(lengths, limit):
 
 
 def test_long_rows_are_placed_first_so_that_short_ones_fill_the_gaps():
-    assert [sorted(indices) for indices in token_utils.pack_rows([4, 5, 6, 5], 10)] == [[0, 2], [1, 3]]
+    assert [sorted(indices) for indices in engine_passes.pack_rows([4, 5, 6, 5], 10)] == [[0, 2], [1, 3]]
 
 
 def test_no_rows_are_no_passes():
-    assert token_utils.pack_rows([], 10) == []
+    assert engine_passes.pack_rows([], 10) == []
 
 
 ROWS = (
@@ -701,14 +703,14 @@ ROWS = (
 
 
 def test_a_pass_lays_rows_end_to_end_and_restarts_positions(tokenizer):
-    batch = token_utils.build_pass(ROWS)
+    batch = engine_passes.build_pass(ROWS)
     assert batch["input_ids"].tolist() == [[1, 11, 12, 2, 21, 31, 32, 33]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
     assert "attention_mask" not in batch  # with one, transformers lets the rows read each other
 
 
 def test_targets_are_the_next_trained_tokens_of_the_same_row():
-    batch = token_utils.build_pass(ROWS)
+    batch = engine_passes.build_pass(ROWS)
     assert batch["targets"].tolist() == [12, 2, 32]
     assert batch["predicting"].tolist() == [1, 2, 5]
     assert batch["row_of_target"].tolist() == [0, 0, 2]
@@ -718,31 +720,31 @@ def test_targets_are_the_next_trained_tokens_of_the_same_row():
 
 
 def test_a_pass_says_where_its_rows_begin_and_how_long_they_are_at_most():
-    batch = token_utils.build_pass(ROWS)
+    batch = engine_passes.build_pass(ROWS)
     assert batch["row_starts"].tolist() == [0, 4, 5, 8]
     assert batch["row_starts"].dtype == torch.int32
     assert batch["longest"] == 4
 
 
 def test_a_pass_without_targets_has_empty_indices_of_whole_numbers():
-    batch = token_utils.build_pass([ROWS[1]])
+    batch = engine_passes.build_pass([ROWS[1]])
     assert [batch[name].shape for name in ("predicting", "targets", "row_of_target")] == [(0,)] * 3
     assert {tensor.dtype for name, tensor in batch.items() if name not in ("row_starts", "longest")} == {torch.long}
 
 
 def test_trained_tokens_are_counted_as_they_are_predicted():
-    assert [token_utils.count_trained_tokens([row]) for row in ROWS] == [2, 0, 1]
-    assert token_utils.count_trained_tokens(ROWS) == len(token_utils.build_pass(ROWS)["targets"]) == 3
-    assert token_utils.count_trained_tokens([]) == 0
+    assert [engine_passes.count_trained_tokens([row]) for row in ROWS] == [2, 0, 1]
+    assert engine_passes.count_trained_tokens(ROWS) == len(engine_passes.build_pass(ROWS)["targets"]) == 3
+    assert engine_passes.count_trained_tokens([]) == 0
 
 
 def test_a_cached_folder_that_lost_a_part_is_built_again(tmp_path):
     def build(folder):
         (folder / "ids.bin").write_bytes(b"12345678")
 
-    folder = cache_utils.cached_folder(tmp_path, "tokens", "key", build)
+    folder = file_utils.cached_folder(tmp_path, "tokens", "key", build)
     (folder / "ids.bin").write_bytes(b"1234")
-    assert cache_utils.cached_folder(tmp_path, "tokens", "key", build) == folder
+    assert file_utils.cached_folder(tmp_path, "tokens", "key", build) == folder
     assert (folder / "ids.bin").read_bytes() == b"12345678"
 
 

@@ -22,17 +22,16 @@ from transformers import (
     Qwen3Config,
 )
 
-import lora_utils
+import engine_lora
 import progress_utils
 import train
 import training_utils
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
-from memory_utils import expected_peak
+from engine_passes import PassKernels, mean_loss, pass_losses, score_rows, transformers_model
+from engine_runner import StepRunner, choose_pass_tokens
 from model_utils import attach_lora
-from pass_utils import PassKernels, choose_pass_tokens, mean_loss, pass_losses, score_rows, transformers_model
-from plan_utils import check_compiler, count_steps
-from run_utils import DEFAULTS, Settings
-from step_utils import StepRunner
+from plan_utils import check_compiler, count_steps, expected_peak
+from settings_utils import DEFAULTS, Settings
 from training_utils import LoraTrainer, build_training_arguments
 
 TINY = {
@@ -627,7 +626,7 @@ def test_memory_that_runs_out_gives_up_dequantized_weights_first(count, tmp_path
     def run_out(*_):
         raise torch.OutOfMemoryError("fake")
 
-    monkeypatch.setattr(lora_utils.LoraGroup, "set_dequantized", lambda group, on: run_out() if on else None)
+    monkeypatch.setattr(engine_lora.LoraGroup, "set_dequantized", lambda group, on: run_out() if on else None)
     trainer.training_step(model, rows)
     assert not trainer.runner.dequantized
     messages = capsys.readouterr().err

@@ -15,29 +15,84 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 
-from kernel_utils import LinearCrossEntropy
-from lora_utils import FastLora, is_plain
-from pass_utils import (
+from engine_lora import FastLora, is_plain, lora_works
+from engine_passes import (
+    LinearCrossEntropy,
+    PassKernels,
+    build_pass,
     chosen_attention,
     decoder_layers,
     kernels_of,
     own_dropout,
     pass_losses,
+    probe_backward,
+    probe_losses,
+    probe_rows,
     row_arguments,
+    same_losses,
     to_device,
     transformers_model,
 )
-from run_utils import UserError, printable, say
-from token_utils import build_pass
+from message_utils import UserError, printable, say
 
 GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
 
 
-# ---- Decoder layers --------------------------------------------------------------------------------------------------
+# ---- Choosing --------------------------------------------------------------------------------------------------------
+
+
+def choose_kernels(model):
+    """Give the model the fast attention and loss as far as they compute what it computes by itself; say what is used.
+
+    Each is tried on two short rows and left out if it fails or if the losses differ. Varlen flash attention needs a
+    CUDA GPU of the Ampere generation or newer and half precision.
+    """
+    base, rows = transformers_model(model), probe_rows(model)
+    device, kernels = base.device, PassKernels()
+    if device.type != "cuda":
+        return
+    expected = probe_losses(model, rows[1:])
+    base.pass_kernels = kernels
+    kernels.fused_lora = lora_works(device, model.dtype)
+    head, half = base.get_output_embeddings(), model.dtype != torch.float32
+    for name, possible in (
+        ("varlen", half and torch.cuda.get_device_capability(device)[0] >= 8 and not own_dropout(base)),
+        ("fused_loss", type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad),
+    ):
+        setattr(kernels, name, possible)
+        try:
+            same = possible and same_losses(model, probe_losses(model, rows), expected)
+            setattr(kernels, name, same and probe_backward(model, rows))
+        except Exception:  # noqa: BLE001  whatever a kernel does not serve: head sizes, soft caps, sinks
+            setattr(kernels, name, False)
+    attention = "varlen flash attention" if kernels.varlen else "SDPA with a block mask"
+    say(f"Attention: {attention}; loss: {'fused with' if kernels.fused_loss else 'after'} the output layer")
+
+
+def choose_pass_tokens(model, max_tokens):
+    """Return the tokens that a pass may hold: at most max_tokens; 0, a row a pass, if the model mixes rows.
+
+    Tried on two short rows: what the first says must not move the second's losses at all, nor that it is there.
+    Attention layers with rotary positions keep rows laid end to end apart; recurrent and convolutional layers, and
+    learned absolute positions in some families, let a row read the one before it. A block mask costs as the square of
+    the pass, which outweighs the rest of a layer from some multiple of its width on.
+    """
+    base, rows = transformers_model(model), probe_rows(model)
+    found, expected = probe_losses(model, rows), probe_losses(model, rows[1:])
+    other = probe_losses(model, probe_rows(model, seed=1))
+    if same_losses(model, found, expected) and (found - other).abs().max() <= 1e-3:
+        return max_tokens if kernels_of(base).varlen else min(max_tokens, 2 * base.config.get_text_config().hidden_size)
+    say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")
+    return 0
+
+
 def can_compile(model):
     """Whether a model on a CUDA GPU has what compilation and graph replay are made for: plain LoRA layers above all."""
     plain = all(is_plain(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
     return kernels_of(transformers_model(model)).fused_lora and plain and bool(decoder_layers(model))
+
+
+# ---- Decoder layers --------------------------------------------------------------------------------------------------
 
 
 def wrap_layer(layer, runner):
@@ -65,6 +120,9 @@ def compiling():
     except torch._dynamo.exc.TorchDynamoException as error:
         found = str(error).strip().split("\n")[0]
         raise UserError(f"the layers cannot be compiled: {found}; mend that, or add --torch_compile false") from error
+
+
+# ---- Recorded passes -------------------------------------------------------------------------------------------------
 
 
 def recorded_tokens(count):
@@ -145,6 +203,8 @@ class Recordings:
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
+
+
 class StepRunner:
     """Computes the passes of a step: forward, loss and backward, the gradients adding up in the parameters' .grad."""
 

@@ -1,26 +1,23 @@
-"""The training step's kernels: LoRA over a frozen linear layer, NF4 weights, dropout, attention, loss.
+"""LoRA over frozen layers as one operation: NF4 weights, dropout, the adapter; and the layers that compute with it."""
 
-Each operation is written in plain PyTorch, which runs anywhere and which the tests compare with, and where that is slow
-also in Triton, which runs on CUDA. All are exact: the mathematics of transformers, peft and bitsandbytes in fewer
-kernels and without copies.
-"""
-
-import inspect
 from itertools import accumulate, pairwise
 
 import torch
 from torch.library import custom_op
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
-
-from run_utils import say
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # a CPU build of PyTorch, Windows or macOS
     triton = None
+from collections import Counter
+from itertools import groupby
+from types import MethodType
+
+from peft.tuners.lora import LoraLayer
+
+from engine_passes import decoder_layers, probe_losses, probe_rows
+from message_utils import say
 
 if triton:
 
@@ -52,29 +49,10 @@ if triton:
             value = tl.where(bits >= threshold, value * scale, 0.0)
             tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
-    @triton.jit
-    def _cross_entropy_kernel(logits, targets, losses, words, GRADIENT: tl.constexpr, SPAN: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
-        largest, total = -3.4e38, 0.0
-        for start in range(0, words, SPAN):
-            word = start + tl.arange(0, SPAN)
-            value = tl.load(logits + row * words + word, mask=word < words, other=float("-inf")).to(tl.float32)
-            larger = tl.maximum(largest, tl.max(value, 0))
-            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(value - larger), 0)
-            largest = larger
-        normalizer = largest + tl.log(total)
-        tl.store(losses + row, normalizer - tl.load(logits + row * words + target).to(tl.float32))
-        if GRADIENT:
-            tl.debug_barrier()  # the target's logit has been read
-            for start in range(0, words, SPAN):
-                word = start + tl.arange(0, SPAN)
-                value = tl.load(logits + row * words + word, mask=word < words, other=0.0).to(tl.float32)
-                gradient = tl.exp(value - normalizer) - tl.where(word == target, 1.0, 0.0)
-                tl.store(logits + row * words + word, gradient.to(logits.dtype.element_ty), mask=word < words)
-
 
 # ---- Frozen weights --------------------------------------------------------------------------------------------------
+
+
 def dequantize(frozen, out):
     """Fill out, an (out, in) weight matrix, from a frozen layer's NF4 tensors with double quantization; returns it.
 
@@ -120,6 +98,8 @@ def matrices(frozen, copies, inputs):
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
+
+
 def drop(x, seed, p, out=None):
     """x with a share p of its elements zeroed, the others divided by 1 - p; seed, a tensor of one integer, decides.
 
@@ -136,6 +116,8 @@ def drop(x, seed, p, out=None):
 
 
 # ---- LoRA over frozen linear layers ----------------------------------------------------------------------------------
+
+
 @custom_op("lora::linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
@@ -275,76 +257,150 @@ def try_lora(device, dtype):
     return problem is None
 
 
-# ---- Attention -------------------------------------------------------------------------------------------------------
-VARLEN = "varlen"
-# torch 2.13 asks whether key and value may have fewer heads; before, they simply may
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# ---- A model's LoRA layers -------------------------------------------------------------------------------------------
 
 
-def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """transformers' attention function for rows end to end: (1, heads, tokens, width) -> (1, tokens, heads, width).
+class FastLora:
+    """A model's LoRA layers, computing with the fused operation while they train.
 
-    cu_seq_lens_q: where each row starts, and the end, int32; max_length_q: no row is longer.
+    The optimizer keeps the adapter in float32; the layers multiply with copies in the model's own number format, which
+    refresh() renews after each optimizer step. draw_dropout() decides the masks of the next pass, from the CPU's random
+    numbers, so that the recomputation of a checkpointed layer meets the same.
     """
-    query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
-    if unknown := [name for name in ("softcap", "s_aux", "dropout") if kwargs.get(name)]:
-        raise NotImplementedError(f"varlen attention without {unknown}")
-    if torch.is_autocast_enabled(query.device.type):  # which treats PyTorch's own attention so: DoRA gives float32
-        half = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(half), key.to(half), value.to(half)
-    starts, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
-    out = varlen_attn(
-        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **_GROUPED
+
+    def __init__(self, model):
+        lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        layers = [layer for layer in lora_layers if is_plain(layer)]
+        self.covers_all = len(layers) == len(lora_layers)
+        shared = share_inputs(model, layers)
+        self.seeds = torch.zeros(len(shared), dtype=torch.int64, device=model.device)
+        self.groups = [
+            LoraGroup(group, self.seeds[number : number + 1], model.dtype) for number, group in enumerate(shared)
+        ]
+        self.weights = [weight for group in self.groups for weight in group.a + group.b]
+        self.copies = [copy for group in self.groups for copy in group.copies_of_a + group.copies_of_b]
+        self.copies_of_a = [copy for group in self.groups for copy in group.copies_of_a]
+        self.scalings = [group.scaling for group in self.groups for _ in group.copies_of_a]
+        self.refresh()
+
+    def set_dequantized(self, dequantized):
+        """Keep frozen 4-bit weights dequantized, two bytes more for each, or dequantize them in every pass."""
+        for group in self.groups:
+            group.set_dequantized(dequantized)
+
+    @torch.no_grad()
+    def refresh(self):
+        if self.groups:
+            torch._foreach_copy_(self.copies, self.weights)
+            torch._foreach_mul_(self.copies_of_a, self.scalings)
+
+    def forget(self):
+        """Let go of what a pass that broke off left for layers that it did not reach."""
+        for group in self.groups:
+            group.waiting = None
+
+    def draw_dropout(self):
+        seeds = torch.randint(2**31, self.seeds.shape, pin_memory=self.seeds.is_cuda)
+        self.seeds.copy_(seeds, non_blocking=True)
+
+
+class LoraGroup:
+    """LoRA layers that read the same tensor. The first that is called computes them all; the others take theirs.
+
+    They share dropout's mask, each drop of which has the same distribution as with masks of their own.
+    """
+
+    def __init__(self, layers, seed, dtype):
+        self.a = [layer.lora_A["default"].weight for layer in layers]
+        self.b = [layer.lora_B["default"].weight for layer in layers]
+        self.fast_a = torch.cat([weight.detach() for weight in self.a]).to(dtype)
+        self.copies_of_a = list(self.fast_a.split([len(weight) for weight in self.a]))
+        self.copies_of_b = [weight.detach().to(dtype, copy=True) for weight in self.b]
+        self.biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
+        self.stored = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
+        self.frozen = self.stored
+        self.seed, self.dropout, self.scaling = seed, dropout_of(layers[0]), layers[0].scaling["default"]
+        self.waiting = None  # the tensor that was read, and the outputs that the other layers will ask for
+        for number, layer in enumerate(layers):
+            layer.fast_group, layer.fast_number = self, number
+            layer.forward = MethodType(lora_forward, layer)
+
+    def set_dequantized(self, dequantized):
+        if not dequantized:
+            self.frozen = self.stored
+        elif self.frozen is self.stored:
+            self.frozen = list(matrices(self.stored, self.copies_of_b, self.fast_a.shape[1]))
+
+    def compute(self, x):
+        """The outputs of all layers."""
+        outputs, _ = torch.ops.lora.linear(
+            x.to(self.fast_a.dtype),
+            self.a,
+            self.b,
+            self.fast_a,
+            self.copies_of_b,
+            self.biases,
+            self.seed,
+            self.dropout,
+            self.scaling,
+            self.frozen,
+        )
+        return outputs
+
+
+def lora_forward(layer, x, *args, **kwargs):
+    """What takes the place of a plain LoRA layer's forward: the fused operation while the layer trains."""
+    if not layer.training or layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    group, number = layer.fast_group, layer.fast_number
+    if number == 0 or group.waiting is None or group.waiting[0] is not x:
+        group.waiting = (x, group.compute(x))
+    out = group.waiting[1][number]
+    if number == len(group.a) - 1:
+        group.waiting = None
+    return out
+
+
+def dropout_of(layer):
+    return getattr(layer.lora_dropout["default"], "p", 0.0)
+
+
+def is_plain(layer):
+    """Whether a LoRA layer is plain: one adapter, no variant such as DoRA, over a linear layer known here."""
+    base = layer.get_base_layer()
+    return (
+        isinstance(base, torch.nn.Linear)
+        and list(layer.lora_A) == ["default"]
+        and not layer.lora_variant
+        and layer.lora_B["default"].bias is None
+        and not layer.fan_in_fan_out
+        and frozen_tensors(base) is not None
     )
-    return out.unsqueeze(0), None
 
 
-AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+def share_inputs(model, layers):
+    """The layers in groups that read the same tensor one after the other, as query, key and value do; found by trying.
 
-
-# ---- Loss ------------------------------------------------------------------------------------------------------------
-def cross_entropy_(logits, targets, gradient):
-    """Cross entropy in nats, (tokens,) float32, of logits (tokens, words), which become their gradient if wanted."""
-    if logits.is_cuda and triton:
-        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        words = logits.shape[-1]
-        _cross_entropy_kernel[(len(targets),)](logits, targets, losses, words, gradient, SPAN=4096, num_warps=8)
-        return losses
-    values, targets = logits.float(), targets[:, None]
-    normalizer = torch.logsumexp(values, -1, keepdim=True)
-    losses = (normalizer - values.gather(-1, targets))[:, 0]
-    if gradient:
-        probabilities = (values - normalizer).exp_()
-        logits.copy_(probabilities.scatter_add_(-1, targets, probabilities.new_full(targets.shape, -1.0)))
-    return losses
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy in nats, (tokens,), of hidden states (tokens, width) against targets through the output layer.
-
-    At most LOGITS logits exist at a time, in the forward pass only, which also computes the gradient of the hidden
-    states. Exact for any weighting of the tokens. The output layer is frozen.
+    A group's layers have the same kind of weight, the same scaling and dropout, and biases all or none.
     """
+    calls = []  # keeps the tensors, so that no other can take the place of one
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0]))) for layer in layers
+    ]
+    try:
+        probe_losses(model, probe_rows(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    count = Counter(layer for layer, _ in calls)
+    # a decoder layer may be computed again by itself, so that no group reaches into another
+    owners = {module: number for number, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
 
-    LOGITS = 2**25  # 64 MiB in half precision
+    def kind(call):
+        layer, x = call
+        base, scaling = layer.base_layer, layer.scaling["default"]
+        return id(x), owners.get(layer), len(frozen_tensors(base)), base.bias is None, scaling, dropout_of(layer)
 
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        count = max(1, LinearCrossEntropy.LOGITS // len(weight))
-        for start in range(0, len(targets), count):
-            part = slice(start, start + count)
-            logits = hidden[part] @ weight.T
-            losses[part] = cross_entropy_(logits, targets[part], gradient is not None)
-            if gradient is not None:
-                gradient[part] = logits @ weight  # autocast computes some models' hidden states in float32
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad[:, None]).to(gradient.dtype), None, None
+    once = [(layer, x) for layer, x in calls if count[layer] == 1]
+    groups = [[layer for layer, _ in group] for _, group in groupby(once, kind)]
+    return groups + [[layer] for layer in layers if count[layer] != 1]

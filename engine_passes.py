@@ -1,0 +1,378 @@
+"""Passes: rows laid end to end without padding, computed together and kept apart; their losses and scores."""
+
+import contextlib
+import inspect
+import math
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of PyTorch, Windows or macOS
+    triton = None
+
+from prompt_utils import (
+    IGNORED,
+)
+
+# ---- Rows laid end to end --------------------------------------------------------------------------------------------
+
+
+def pack_rows(lengths, max_tokens):
+    """Cut one optimizer step's rows into few passes of at most max_tokens tokens; returns lists of indices.
+
+    First-fit decreasing. A row longer than max_tokens gets a pass of its own.
+    """
+    passes, room = [], []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = next((p for p, free in enumerate(room) if lengths[index] <= free), None)
+        if fitting is None:
+            passes.append([])
+            room.append(max_tokens)
+            fitting = len(passes) - 1
+        passes[fitting].append(index)
+        room[fitting] -= lengths[index]
+    return passes
+
+
+def build_pass(rows):
+    """Lay rows end to end, without padding, as one batch of size 1 for a causal LM.
+
+    input_ids and position_ids have shape (1, tokens); positions restart at 0 with each row, which is how transformers'
+    masks keep the rows apart (it needs attention_mask=None and use_cache=False; masking_utils.py). `row_starts`, one
+    more than there are rows, says the same to varlen attention, its last being the end; `longest`, rounded up to a
+    power of two, bounds the rows' lengths. `predicting` holds the positions whose next token is trained, `targets` that
+    token, `row_of_target` the row's index: (targets,) each.
+    """
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    labels = torch.cat([as_tensor(row["labels"]) for row in rows])
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    row_of_token = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+    trained = labels != IGNORED
+    trained[starts[:-1]] = False  # nothing comes before a row's first token
+    targets = trained.nonzero()[:, 0]
+    return {
+        "input_ids": torch.cat([as_tensor(row["input_ids"]) for row in rows])[None],
+        "position_ids": (torch.arange(len(labels)) - starts[row_of_token])[None],
+        "row_starts": starts.int(),
+        "longest": 1 << (int(lengths.max()) - 1).bit_length(),
+        "predicting": targets - 1,
+        "targets": labels[targets],
+        "row_of_target": row_of_token[targets],
+    }
+
+
+def as_tensor(ids):
+    return torch.as_tensor(ids, dtype=torch.long)
+
+
+def to_device(batch, device):
+    """A pass's tensors on the device, to a GPU without waiting for it; what is no tensor stays."""
+    cuda = device.type == "cuda"
+    return {
+        name: (value.pin_memory() if cuda else value).to(device, non_blocking=cuda) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
+
+
+def count_tokens(rows):
+    return sum(len(row["input_ids"]) for row in rows)
+
+
+def count_trained_tokens(rows):
+    """Number of tokens whose prediction is trained: labels other than IGNORED, without a row's first token."""
+    return sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+VARLEN = "varlen"
+
+
+# torch 2.13 asks whether key and value may have fewer heads; before, they simply may
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """transformers' attention function for rows end to end: (1, heads, tokens, width) -> (1, tokens, heads, width).
+
+    cu_seq_lens_q: where each row starts, and the end, int32; max_length_q: no row is longer.
+    """
+    query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
+    if unknown := [name for name in ("softcap", "s_aux", "dropout") if kwargs.get(name)]:
+        raise NotImplementedError(f"varlen attention without {unknown}")
+    if torch.is_autocast_enabled(query.device.type):  # which treats PyTorch's own attention so: DoRA gives float32
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    starts, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
+    out = varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **_GROUPED
+    )
+    return out.unsqueeze(0), None
+
+
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+
+
+if triton:
+
+    @triton.jit
+    def _cross_entropy_kernel(logits, targets, losses, words, GRADIENT: tl.constexpr, SPAN: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        largest, total = -3.4e38, 0.0
+        for start in range(0, words, SPAN):
+            word = start + tl.arange(0, SPAN)
+            value = tl.load(logits + row * words + word, mask=word < words, other=float("-inf")).to(tl.float32)
+            larger = tl.maximum(largest, tl.max(value, 0))
+            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(value - larger), 0)
+            largest = larger
+        normalizer = largest + tl.log(total)
+        tl.store(losses + row, normalizer - tl.load(logits + row * words + target).to(tl.float32))
+        if GRADIENT:
+            tl.debug_barrier()  # the target's logit has been read
+            for start in range(0, words, SPAN):
+                word = start + tl.arange(0, SPAN)
+                value = tl.load(logits + row * words + word, mask=word < words, other=0.0).to(tl.float32)
+                gradient = tl.exp(value - normalizer) - tl.where(word == target, 1.0, 0.0)
+                tl.store(logits + row * words + word, gradient.to(logits.dtype.element_ty), mask=word < words)
+
+
+def cross_entropy_(logits, targets, gradient):
+    """Cross entropy in nats, (tokens,) float32, of logits (tokens, words), which become their gradient if wanted."""
+    if logits.is_cuda and triton:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        words = logits.shape[-1]
+        _cross_entropy_kernel[(len(targets),)](logits, targets, losses, words, gradient, SPAN=4096, num_warps=8)
+        return losses
+    values, targets = logits.float(), targets[:, None]
+    normalizer = torch.logsumexp(values, -1, keepdim=True)
+    losses = (normalizer - values.gather(-1, targets))[:, 0]
+    if gradient:
+        probabilities = (values - normalizer).exp_()
+        logits.copy_(probabilities.scatter_add_(-1, targets, probabilities.new_full(targets.shape, -1.0)))
+    return losses
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross entropy in nats, (tokens,), of hidden states (tokens, width) against targets through the output layer.
+
+    At most LOGITS logits exist at a time, in the forward pass only, which also computes the gradient of the hidden
+    states. Exact for any weighting of the tokens. The output layer is frozen.
+    """
+
+    LOGITS = 2**25  # 64 MiB in half precision
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        count = max(1, LinearCrossEntropy.LOGITS // len(weight))
+        for start in range(0, len(targets), count):
+            part = slice(start, start + count)
+            logits = hidden[part] @ weight.T
+            losses[part] = cross_entropy_(logits, targets[part], gradient is not None)
+            if gradient is not None:
+                gradient[part] = logits @ weight  # autocast computes some models' hidden states in float32
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad[:, None]).to(gradient.dtype), None, None
+
+
+# ---- Passes ----------------------------------------------------------------------------------------------------------
+
+
+class PassKernels:
+    """What computes a model's passes: varlen attention, a loss that never stores the logits whole, fused LoRA layers.
+
+    choose_kernels sets one on the transformers model; peft's and Accelerate's wrappers are seen through.
+    """
+
+    varlen = fused_loss = fused_lora = False
+
+
+def transformers_model(model):
+    """The transformers model inside the wrappers of distributed training and peft."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model):
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def autocast(model):
+    """Compute in the model's half precision as training did; does nothing for a float32 model."""
+    dtype = model.dtype
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+
+
+@contextlib.contextmanager
+def chosen_attention(base):
+    """The attention that was chosen for passes; the model's own is back in place afterwards, as generation needs it."""
+    usual = base.config._attn_implementation
+    if kernels_of(base).varlen:
+        base.config._attn_implementation = VARLEN
+    try:
+        yield
+    finally:
+        base.config._attn_implementation = usual
+
+
+@contextlib.contextmanager
+def chosen_loss(base, targets):
+    """The output layer gives each target's loss in the place of logits, where the fused loss was chosen."""
+    if not kernels_of(base).fused_loss:
+        yield
+        return
+    head = base.get_output_embeddings()
+    head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def kernels_of(base):
+    return getattr(base, "pass_kernels", PassKernels)
+
+
+def row_arguments(base, batch):
+    """What tells the chosen attention where rows begin, beyond the position ids."""
+    if not kernels_of(base).varlen:
+        return {}
+    return {"cu_seq_lens_q": batch["row_starts"], "max_length_q": batch["longest"]}
+
+
+def pass_losses(model, rows):
+    """Cross entropy of every trained token of rows laid end to end; returns (losses, row of each), (targets,) each.
+
+    use_cache=False and no attention mask: only then do transformers' masks keep the rows apart. Logits are computed
+    only where a trained token follows.
+    """
+    base = transformers_model(model)
+    batch = to_device(build_pass(rows), base.device)
+    with chosen_attention(base), chosen_loss(base, batch["targets"]):
+        outputs = model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            logits_to_keep=batch["predicting"],
+            use_cache=False,
+            **row_arguments(base, batch),
+        ).logits[0]
+    if not kernels_of(base).fused_loss:
+        outputs = F.cross_entropy(outputs.float(), batch["targets"], reduction="none")
+    return outputs, batch["row_of_target"]
+
+
+def own_dropout(base):
+    """Whether a model's config has dropout of its own, beside LoRA's; a name that only sounds so costs speed alone."""
+    config = base.config.get_text_config().to_dict()
+    return any("drop" in name and isinstance(value, (int, float)) and value for name, value in config.items())
+
+
+# ---- Trying on two short rows ----------------------------------------------------------------------------------------
+
+
+def probe_rows(model, seed=0):
+    """Two short rows of random tokens, every token trained; the seed decides the first."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    draws = [torch.Generator().manual_seed(number) for number in (seed, 1000)]
+    ids = [torch.randint(vocabulary, (24,), generator=draw).tolist() for draw in draws]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@torch.no_grad()
+def probe_losses(model, rows):
+    """The losses of the last row's 23 trained tokens, with the others before it, in eval mode."""
+    training = model.training
+    try:
+        model.eval()
+        with autocast(model):
+            return pass_losses(model, rows)[0][-23:]
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def recomputing(base):
+    """Decoder layers are computed again in the backward pass: a DoRA layer keeps its weight dequantized until then."""
+    layers = decoder_layers(base)
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def probe_backward(model, rows):
+    """Whether the gradients of the rows' mean loss are finite, without a trace; so are those of a model not trained."""
+    base, trained = (
+        transformers_model(model),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+    )
+    if not trained:
+        return True
+    with torch.enable_grad(), autocast(model), chosen_attention(base), recomputing(base):
+        loss = pass_losses(model, rows)[0].mean()
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return all(bool(gradient.isfinite().all()) for gradient in found if gradient is not None)
+
+
+def same_losses(model, found, expected):
+    """Whether losses agree; in half precision the order of summation alone moves one by some tenths at times."""
+    return (found - expected).abs().mean().item() <= (1e-3 if model.dtype == torch.float32 else 0.15)
+
+
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_rows(model, rows, max_tokens, before_pass=lambda: None):
+    """Return [(negative log-likelihood in nats, trained tokens) for each row], whatever the batching."""
+    scores = [None] * len(rows)
+    model.eval()
+    for indices in pack_rows([len(row["input_ids"]) for row in rows], max_tokens):
+        before_pass()
+        group = [rows[index] for index in indices]
+        with autocast(model):
+            losses, row_of_target = pass_losses(model, group)
+        sums = torch.zeros(len(group), dtype=torch.float64)
+        sums.index_add_(0, row_of_target.cpu(), losses.cpu().double())
+        for index, row, total in zip(indices, group, sums.tolist(), strict=True):
+            scores[index] = (total, count_trained_tokens([row]))
+    return scores
+
+
+def mean_loss(scores):
+    """Token-weighted mean of score_rows' result, in nats a token; exp of it is the perplexity."""
+    return sum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
+
+
+def perplexity(loss):
+    """exp(loss), infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
