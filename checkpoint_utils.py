@@ -79,17 +79,17 @@ def rows_content(rows):
     return f"{len(rows)} rows {digest.hexdigest()[:SHOWN_DIGITS]}"
 
 
-def run_identity(settings, base, tokenizer, train_rows, validation_rows, arguments, dtype, models_dir):
+def run_identity(settings, base, rows, arguments):
     """All that the weights of a run depend on, {name: value}; an interrupted run goes on only where it is the same."""
     settled = {name: value for name, value in settings._asdict().items() if name not in FREE_SETTINGS}
     return settled | {
-        "base_model": f"{settings.base_model_name} @ {base_revision(base, models_dir)}",
-        "tokenizer": tokenizer_content(tokenizer),
-        "chat_template": template_content(tokenizer),
-        "training_data": rows_content(train_rows),
-        "validation_data": rows_content(validation_rows),
+        "base_model": f"{settings.base_model_name} @ {base_revision(base.path, base.models_dir)}",
+        "tokenizer": tokenizer_content(base.tokenizer),
+        "chat_template": template_content(base.tokenizer),
+        "training_data": rows_content(rows.training),
+        "validation_data": rows_content(rows.validation),
         "device": arguments.device.type,
-        "number_format": str(dtype).removeprefix("torch."),
+        "number_format": str(base.dtype).removeprefix("torch."),
         "processes": arguments.world_size,
         "versions": {name: version(name) for name in LIBRARIES},
     }

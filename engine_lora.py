@@ -1,23 +1,26 @@
-"""LoRA over frozen layers as one operation: NF4 weights, dropout, the adapter; and the layers that compute with it."""
+"""LoRA over frozen layers as one operation: NF4 weights, dropout, the adapter; and the layers that compute with it.
 
-from itertools import accumulate, pairwise
+Each operation is written in plain PyTorch, which runs anywhere and which the tests compare with, and where that is slow
+also in Triton, which runs on CUDA. All are exact: they are the mathematics of peft and bitsandbytes in fewer kernels and
+without copies.
+"""
+
+from collections import Counter
+from itertools import accumulate, groupby, pairwise
+from types import MethodType
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.library import custom_op
+
+from engine_passes import decoder_layers
+from message_utils import say
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # a CPU build of PyTorch, Windows or macOS
     triton = None
-from collections import Counter
-from itertools import groupby
-from types import MethodType
-
-from peft.tuners.lora import LoraLayer
-
-from engine_passes import decoder_layers, probe_losses, probe_rows
-from message_utils import say
 
 if triton:
 
@@ -51,8 +54,6 @@ if triton:
 
 
 # ---- Frozen weights --------------------------------------------------------------------------------------------------
-
-
 def dequantize(frozen, out):
     """Fill out, an (out, in) weight matrix, from a frozen layer's NF4 tensors with double quantization; returns it.
 
@@ -98,8 +99,6 @@ def matrices(frozen, copies, inputs):
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
-
-
 def drop(x, seed, p, out=None):
     """x with a share p of its elements zeroed, the others divided by 1 - p; seed, a tensor of one integer, decides.
 
@@ -116,31 +115,30 @@ def drop(x, seed, p, out=None):
 
 
 # ---- LoRA over frozen linear layers ----------------------------------------------------------------------------------
-
-
 @custom_op("lora::linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
     a: list[torch.Tensor],
     b: list[torch.Tensor],
-    a16: torch.Tensor,
-    b16: list[torch.Tensor],
+    scaled_a: torch.Tensor,
+    fast_b: list[torch.Tensor],
     biases: list[torch.Tensor],
     seed: torch.Tensor,
     dropout: float,
     scaling: float,
     frozen: list[torch.Tensor],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The outputs of LoRA layers that read the same x, (..., inputs); and x times their A's.
+    """The outputs of LoRA layers that read the same x, (..., inputs), and x times their A's, (rows, ranks of all).
 
-    a, b: the adapter, which the gradients belong to. a16: copies of the A's times the scaling, one below the other;
-    b16: copies of the B's. One dropout mask serves all. biases: none, or one of each. frozen: their frozen_tensors.
+    a, b: the adapter's weights, which get the gradients. scaled_a: copies of the A's times the scaling, one below the
+    other. fast_b: copies of the B's. biases: none, or one of each layer. frozen: the frozen_tensors of all layers. One
+    dropout mask serves them all.
     """
-    rows = x.reshape(-1, x.shape[-1]).contiguous()  # dropout's masks go by memory
-    down = (drop(rows, seed, dropout) if dropout else rows) @ a16.T
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # a dropout mask follows the order of the elements in memory
+    down = (drop(rows, seed, dropout) if dropout else rows) @ scaled_a.T
     outs = []
-    for copy, rank, matrix in zip(b16, ranks(b16), matrices(frozen, b16, x.shape[-1]), strict=True):
-        # the small product first: to add it to the large one would read and write all again
+    for copy, rank, matrix in zip(fast_b, ranks(fast_b), matrices(frozen, fast_b, x.shape[-1]), strict=True):
+        # the small product comes first: adding it to the large one would read and write the large one again
         outs.append((down[:, rank] @ copy.T).addmm_(rows, matrix.T))
     if biases:
         outs = [out.add_(bias) for out, bias in zip(outs, biases, strict=True)]
@@ -148,9 +146,9 @@ def _linear(
 
 
 @_linear.register_fake
-def _(x, a, b, a16, b16, *others):
-    outs = [x.new_empty(*x.shape[:-1], copy.shape[0]) for copy in b16]
-    return outs, x.new_empty(x.numel() // x.shape[-1], a16.shape[0])
+def _(x, a, b, scaled_a, fast_b, *others):
+    outs = [x.new_empty(*x.shape[:-1], copy.shape[0]) for copy in fast_b]
+    return outs, x.new_empty(x.numel() // x.shape[-1], scaled_a.shape[0])
 
 
 @custom_op("lora::linear_backward", mutates_args=())
@@ -158,8 +156,8 @@ def _linear_backward(
     grads: list[torch.Tensor],
     x: torch.Tensor,
     down: torch.Tensor,
-    a16: torch.Tensor,
-    b16: list[torch.Tensor],
+    scaled_a: torch.Tensor,
+    fast_b: list[torch.Tensor],
     seed: torch.Tensor,
     dropout: float,
     scaling: float,
@@ -169,64 +167,62 @@ def _linear_backward(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
     up, grads_b = torch.empty_like(down), []
-    for grad, copy, rank in zip(grads, b16, ranks(b16), strict=True):
+    for grad, copy, rank in zip(grads, fast_b, ranks(fast_b), strict=True):
         grads_b.append(matmul32(grad.T, down[:, rank]))
         torch.mm(grad, copy, out=up[:, rank])
     grad_a = matmul32(up.T, drop(rows, seed, dropout) if dropout else rows).mul_(scaling)
-    grad_x = up @ a16
+    grad_x = up @ scaled_a
     if dropout:
         drop(grad_x, seed, dropout, out=grad_x)
-    for grad, matrix in zip(grads, matrices(frozen, b16, x.shape[-1]), strict=True):
+    for grad, matrix in zip(grads, matrices(frozen, fast_b, x.shape[-1]), strict=True):
         grad_x.addmm_(grad, matrix)
     return grad_x.view(x.shape), grad_a, grads_b
 
 
 @_linear_backward.register_fake
-def _(grads, x, down, a16, b16, *others):
-    grads_b = [copy.new_empty(copy.shape, dtype=torch.float32) for copy in b16]
-    return x.new_empty(x.shape), a16.new_empty(a16.shape, dtype=torch.float32), grads_b
+def _(grads, x, down, scaled_a, fast_b, *others):
+    grads_b = [copy.new_empty(copy.shape, dtype=torch.float32) for copy in fast_b]
+    return x.new_empty(x.shape), scaled_a.new_empty(scaled_a.shape, dtype=torch.float32), grads_b
 
 
 def ranks(copies):
-    """Where each layer's ranks stand among all, by the copies of the B's, (outputs, rank) each."""
+    """Where each layer's ranks stand among those of all layers; copies: of the B's, (outputs, rank) each."""
     ends = accumulate((copy.shape[1] for copy in copies), initial=0)
     return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def matmul32(left, right):
-    """left @ right, the result in float32 whatever the operands are."""
+    """left @ right in float32, whatever number format the operands have."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
 
 
 def _remember(ctx, inputs, output):
-    x, _, _, a16, b16, biases, seed, ctx.dropout, ctx.scaling, frozen = inputs
-    ctx.count, ctx.biases = len(b16), len(biases)
-    ctx.save_for_backward(x, output[1], a16, seed, *b16, *frozen)
+    x, _, _, scaled_a, fast_b, biases, seed, ctx.dropout, ctx.scaling, frozen = inputs
+    ctx.count, ctx.biases = len(fast_b), len(biases)
+    ctx.save_for_backward(x, output[1], scaled_a, seed, *fast_b, *frozen)
 
 
 def _backward(ctx, grads, _):
-    x, down, a16, seed, *others = ctx.saved_tensors
-    b16, frozen = others[: ctx.count], others[ctx.count :]
+    x, down, scaled_a, seed, *others = ctx.saved_tensors
+    fast_b, frozen = others[: ctx.count], others[ctx.count :]
     grad_x, grad_a, grads_b = torch.ops.lora.linear_backward(
-        grads, x, down, a16, b16, seed, ctx.dropout, ctx.scaling, frozen
+        grads, x, down, scaled_a, fast_b, seed, ctx.dropout, ctx.scaling, frozen
     )
-    grads_a = grad_a.split([copy.shape[1] for copy in b16])
-    others = None, [None] * len(b16), [None] * ctx.biases, None, None, None, [None] * len(frozen)
+    grads_a = grad_a.split([copy.shape[1] for copy in fast_b])
+    others = None, [None] * len(fast_b), [None] * ctx.biases, None, None, None, [None] * len(frozen)
     return grad_x, list(grads_a), grads_b, *others
 
 
 _linear.register_autograd(_backward, setup_context=_remember)
 
 
-def lora_works(device, dtype):
-    """Whether the fused operation runs on a GPU, which takes Triton and a C compiler; says so if it fails."""
-    return triton is not None and dtype != torch.float32 and try_lora(device, dtype)
-
-
 def try_lora(device, dtype):
-    """Compare the fused operation with plain float32 on small tensors; says what is wrong, returns whether it fits."""
+    """Whether the fused operation computes what plain float32 does, tried on small tensors; says so if it does not.
+
+    On a GPU it takes Triton, and Triton takes a C compiler.
+    """
     draw, shapes = torch.Generator().manual_seed(0), ((48, 64), (32, 64), (8, 64), (32, 8))
     x, weight, a, b = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
     seed = torch.zeros(1, dtype=torch.long, device=device)
@@ -258,27 +254,33 @@ def try_lora(device, dtype):
 
 
 # ---- A model's LoRA layers -------------------------------------------------------------------------------------------
-
-
 class FastLora:
     """A model's LoRA layers, computing with the fused operation while they train.
 
-    The optimizer keeps the adapter in float32; the layers multiply with copies in the model's own number format, which
-    refresh() renews after each optimizer step. draw_dropout() decides the masks of the next pass, from the CPU's random
-    numbers, so that the recomputation of a checkpointed layer meets the same.
+    The optimizer keeps the adapter in float32. The layers multiply with copies in the model's own number format, which
+    refresh() renews after each optimizer step. draw_dropout() decides the masks of the next pass by the CPU's random
+    numbers, so that a checkpointed layer that is computed again meets the same masks.
+
+    compute_once: a function that lets the model compute once, by which the layers that read the same tensor are found.
+    patches: what the layers are changed through.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, compute_once, patches):
         lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         layers = [layer for layer in lora_layers if is_plain(layer)]
         self.covers_all = len(layers) == len(lora_layers)
-        shared = share_inputs(model, layers)
+        shared = share_inputs(model, layers, compute_once)
         self.seeds = torch.zeros(len(shared), dtype=torch.int64, device=model.device)
         self.groups = [
             LoraGroup(group, self.seeds[number : number + 1], model.dtype) for number, group in enumerate(shared)
         ]
+        for group in self.groups:
+            for number, layer in enumerate(group.layers):
+                patches.set(layer, "fast_group", group)
+                patches.set(layer, "fast_number", number)
+                patches.set(layer, "forward", MethodType(lora_forward, layer))
         self.weights = [weight for group in self.groups for weight in group.a + group.b]
-        self.copies = [copy for group in self.groups for copy in group.copies_of_a + group.copies_of_b]
+        self.copies = [copy for group in self.groups for copy in group.copies_of_a + group.fast_b]
         self.copies_of_a = [copy for group in self.groups for copy in group.copies_of_a]
         self.scalings = [group.scaling for group in self.groups for _ in group.copies_of_a]
         self.refresh()
@@ -290,12 +292,13 @@ class FastLora:
 
     @torch.no_grad()
     def refresh(self):
+        """Copy the adapter as the optimizer left it; the A's are multiplied by the scaling."""
         if self.groups:
             torch._foreach_copy_(self.copies, self.weights)
             torch._foreach_mul_(self.copies_of_a, self.scalings)
 
     def forget(self):
-        """Let go of what a pass that broke off left for layers that it did not reach."""
+        """Drop the outputs that a pass which broke off had computed for layers that it did not reach."""
         for group in self.groups:
             group.waiting = None
 
@@ -305,40 +308,38 @@ class FastLora:
 
 
 class LoraGroup:
-    """LoRA layers that read the same tensor. The first that is called computes them all; the others take theirs.
+    """LoRA layers that read the same tensor. The first one that is called computes all; the others take their outputs.
 
-    They share dropout's mask, each drop of which has the same distribution as with masks of their own.
+    They share a dropout mask, which has the same distribution for each layer as a mask of its own.
     """
 
     def __init__(self, layers, seed, dtype):
+        self.layers = layers
         self.a = [layer.lora_A["default"].weight for layer in layers]
         self.b = [layer.lora_B["default"].weight for layer in layers]
-        self.fast_a = torch.cat([weight.detach() for weight in self.a]).to(dtype)
-        self.copies_of_a = list(self.fast_a.split([len(weight) for weight in self.a]))
-        self.copies_of_b = [weight.detach().to(dtype, copy=True) for weight in self.b]
+        self.scaled_a = torch.cat([weight.detach() for weight in self.a]).to(dtype)
+        self.copies_of_a = list(self.scaled_a.split([len(weight) for weight in self.a]))
+        self.fast_b = [weight.detach().to(dtype, copy=True) for weight in self.b]
         self.biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
         self.stored = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
         self.frozen = self.stored
         self.seed, self.dropout, self.scaling = seed, dropout_of(layers[0]), layers[0].scaling["default"]
-        self.waiting = None  # the tensor that was read, and the outputs that the other layers will ask for
-        for number, layer in enumerate(layers):
-            layer.fast_group, layer.fast_number = self, number
-            layer.forward = MethodType(lora_forward, layer)
+        self.waiting = None  # the tensor that was read, and the outputs of all layers, until the last has taken its own
 
     def set_dequantized(self, dequantized):
         if not dequantized:
             self.frozen = self.stored
         elif self.frozen is self.stored:
-            self.frozen = list(matrices(self.stored, self.copies_of_b, self.fast_a.shape[1]))
+            self.frozen = list(matrices(self.stored, self.fast_b, self.scaled_a.shape[1]))
 
     def compute(self, x):
         """The outputs of all layers."""
         outputs, _ = torch.ops.lora.linear(
-            x.to(self.fast_a.dtype),
+            x.to(self.scaled_a.dtype),
             self.a,
             self.b,
-            self.fast_a,
-            self.copies_of_b,
+            self.scaled_a,
+            self.fast_b,
             self.biases,
             self.seed,
             self.dropout,
@@ -349,7 +350,7 @@ class LoraGroup:
 
 
 def lora_forward(layer, x, *args, **kwargs):
-    """What takes the place of a plain LoRA layer's forward: the fused operation while the layer trains."""
+    """The forward of a LoRA layer: the fused operation while the layer trains, peft's own otherwise."""
     if not layer.training or layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x, *args, **kwargs)
     group, number = layer.fast_group, layer.fast_number
@@ -366,7 +367,7 @@ def dropout_of(layer):
 
 
 def is_plain(layer):
-    """Whether a LoRA layer is plain: one adapter, no variant such as DoRA, over a linear layer known here."""
+    """Whether a LoRA layer is plain: one adapter, no variant such as DoRA, over a linear layer of a known kind."""
     base = layer.get_base_layer()
     return (
         isinstance(base, torch.nn.Linear)
@@ -378,22 +379,27 @@ def is_plain(layer):
     )
 
 
-def share_inputs(model, layers):
-    """The layers in groups that read the same tensor one after the other, as query, key and value do; found by trying.
+def all_plain(model):
+    """Whether every LoRA layer of the model is plain."""
+    return all(is_plain(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
 
-    A group's layers have the same kind of weight, the same scaling and dropout, and biases all or none.
+
+def share_inputs(model, layers, compute_once):
+    """Group the layers that read the same tensor one after the other, as query, key and value do; found by trying.
+
+    A group's layers have the same kind of weight, the same scaling and dropout, and either all have a bias or none has.
     """
-    calls = []  # keeps the tensors, so that no other can take the place of one
+    calls = []  # it keeps the tensors alive, so that none of their ids can come to mean another tensor
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0]))) for layer in layers
     ]
     try:
-        probe_losses(model, probe_rows(model))
+        compute_once()
     finally:
         for hook in hooks:
             hook.remove()
     count = Counter(layer for layer, _ in calls)
-    # a decoder layer may be computed again by itself, so that no group reaches into another
+    # checkpointing computes a decoder layer again by itself, so that no group may reach into another
     owners = {module: number for number, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
 
     def kind(call):

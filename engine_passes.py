@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import math
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,19 +15,19 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prompt_utils import IGNORED
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # a CPU build of PyTorch, Windows or macOS
     triton = None
 
-from prompt_utils import (
-    IGNORED,
-)
+
+GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
+
 
 # ---- Rows laid end to end --------------------------------------------------------------------------------------------
-
-
 def pack_rows(lengths, max_tokens):
     """Cut one optimizer step's rows into few passes of at most max_tokens tokens; returns lists of indices.
 
@@ -93,25 +94,43 @@ def count_trained_tokens(rows):
     return sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
 
 
+def longest_pass(rows, max_tokens):
+    """Of the passes of at most max_tokens tokens into which these rows are cut, the rows of the longest."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    passes = pack_rows(lengths, max_tokens)
+    return [rows[index] for index in max(passes, key=lambda group: sum(lengths[index] for index in group))]
+
+
+def recorded_tokens(count):
+    """The tokens of the recorded pass that serves a pass of so many."""
+    return math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
+
+
+def block_mask_tokens(base):
+    """How many tokens a pass may have where a block mask keeps the rows apart.
+
+    Its cost grows with the square of the pass, and outweighs the rest of a layer from some multiple of its width on.
+    """
+    return 2 * base.config.get_text_config().hidden_size
+
+
 # ---- Attention -------------------------------------------------------------------------------------------------------
-
-
 VARLEN = "varlen"
 
 
-# torch 2.13 asks whether key and value may have fewer heads; before, they simply may
+# torch 2.13 wants to be told that key and value may have fewer heads; older releases just allow it
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """transformers' attention function for rows end to end: (1, heads, tokens, width) -> (1, tokens, heads, width).
+    """An attention function for transformers, rows end to end: (1, heads, tokens, width) -> (1, tokens, heads, width).
 
-    cu_seq_lens_q: where each row starts, and the end, int32; max_length_q: no row is longer.
+    cu_seq_lens_q: where each row starts, and where the last one ends, int32. max_length_q: no row is longer.
     """
     query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
     if unknown := [name for name in ("softcap", "s_aux", "dropout") if kwargs.get(name)]:
         raise NotImplementedError(f"varlen attention without {unknown}")
-    if torch.is_autocast_enabled(query.device.type):  # which treats PyTorch's own attention so: DoRA gives float32
+    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention: DoRA's layers give float32
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
     starts, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
@@ -122,9 +141,11 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, sl
     return out.unsqueeze(0), None
 
 
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+
+
 # ---- Loss ------------------------------------------------------------------------------------------------------------
-
-
 if triton:
 
     @triton.jit
@@ -194,20 +215,39 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (gradient * grad[:, None]).to(gradient.dtype), None, None
 
 
+# ---- What is set on objects of other libraries -----------------------------------------------------------------------
+class Patches(contextlib.ExitStack):
+    """Attributes that are set on objects of other libraries, and all taken back together by close()."""
+
+    def __init__(self):
+        super().__init__()
+        self._known = {}  # keeps the owners, so that none of their ids can come to mean another object
+
+    def set(self, owner, name, value):
+        """Set an attribute; close() brings back what was there before the first time."""
+        if (id(owner), name) not in self._known:
+            self._known[id(owner), name] = owner
+            if name in vars(owner) or isinstance(getattr(type(owner), name, None), property):
+                self.callback(setattr, owner, name, getattr(owner, name))
+            else:
+                self.callback(delattr, owner, name)
+        setattr(owner, name, value)
+
+
 # ---- Passes ----------------------------------------------------------------------------------------------------------
+class Kernels(NamedTuple):
+    """Which fast kernels compute a model's passes; without them transformers, peft and PyTorch do."""
+
+    attention: bool = False  # varlen flash attention, for rows laid end to end
+    loss: bool = False  # the output layer and cross entropy together, which never store the logits whole
+    lora: bool = False  # a LoRA layer and its frozen weight as one operation, in training
 
 
-class PassKernels:
-    """What computes a model's passes: varlen attention, a loss that never stores the logits whole, fused LoRA layers.
-
-    choose_kernels sets one on the transformers model; peft's and Accelerate's wrappers are seen through.
-    """
-
-    varlen = fused_loss = fused_lora = False
+PLAIN = Kernels()
 
 
 def transformers_model(model):
-    """The transformers model inside the wrappers of distributed training and peft."""
+    """The transformers model inside the wrappers of distributed training and of peft."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -217,80 +257,65 @@ def decoder_layers(model):
 
 
 def autocast(model):
-    """Compute in the model's half precision as training did; does nothing for a float32 model."""
+    """Compute in the model's half precision, as training does; this changes nothing for a float32 model."""
     dtype = model.dtype
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
 @contextlib.contextmanager
-def chosen_attention(base):
-    """The attention that was chosen for passes; the model's own is back in place afterwards, as generation needs it."""
-    usual = base.config._attn_implementation
-    if kernels_of(base).varlen:
-        base.config._attn_implementation = VARLEN
-    try:
+def chosen_attention(base, kernels):
+    """Use the passes' attention inside. Generation needs the model's own one, which is back in place afterwards."""
+    with Patches() as patches:
+        if kernels.attention:
+            patches.set(base.config, "_attn_implementation", VARLEN)
         yield
-    finally:
-        base.config._attn_implementation = usual
 
 
 @contextlib.contextmanager
-def chosen_loss(base, targets):
-    """The output layer gives each target's loss in the place of logits, where the fused loss was chosen."""
-    if not kernels_of(base).fused_loss:
+def chosen_loss(base, kernels, targets):
+    """Let the output layer return the loss of each target instead of logits, where the fused loss is used."""
+    with Patches() as patches:
+        if kernels.loss:
+            head = base.get_output_embeddings()
+            patches.set(head, "forward", lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None])
         yield
-        return
-    head = base.get_output_embeddings()
-    head.forward = lambda hidden: LinearCrossEntropy.apply(hidden[0], head.weight, targets)[None]
-    try:
-        yield
-    finally:
-        del head.forward
 
 
-def kernels_of(base):
-    return getattr(base, "pass_kernels", PassKernels)
+def attention_arguments(kernels, batch):
+    """The model arguments that tell varlen attention where rows begin; other attention reads the position ids."""
+    return {"cu_seq_lens_q": batch["row_starts"], "max_length_q": batch["longest"]} if kernels.attention else {}
 
 
-def row_arguments(base, batch):
-    """What tells the chosen attention where rows begin, beyond the position ids."""
-    if not kernels_of(base).varlen:
-        return {}
-    return {"cu_seq_lens_q": batch["row_starts"], "max_length_q": batch["longest"]}
+def pass_losses(model, rows, kernels=PLAIN):
+    """Cross entropy in nats of every trained token of rows laid end to end, and the index of its row: (targets,) each.
 
-
-def pass_losses(model, rows):
-    """Cross entropy of every trained token of rows laid end to end; returns (losses, row of each), (targets,) each.
-
-    use_cache=False and no attention mask: only then do transformers' masks keep the rows apart. Logits are computed
-    only where a trained token follows.
+    transformers' masks keep the rows apart only with use_cache=False and no attention mask. Logits are computed only
+    where a trained token follows.
     """
     base = transformers_model(model)
     batch = to_device(build_pass(rows), base.device)
-    with chosen_attention(base), chosen_loss(base, batch["targets"]):
+    with chosen_attention(base, kernels), chosen_loss(base, kernels, batch["targets"]):
         outputs = model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             logits_to_keep=batch["predicting"],
             use_cache=False,
-            **row_arguments(base, batch),
+            **attention_arguments(kernels, batch),
         ).logits[0]
-    if not kernels_of(base).fused_loss:
+    if not kernels.loss:
         outputs = F.cross_entropy(outputs.float(), batch["targets"], reduction="none")
     return outputs, batch["row_of_target"]
 
 
 def own_dropout(base):
-    """Whether a model's config has dropout of its own, beside LoRA's; a name that only sounds so costs speed alone."""
+    """Whether the model's config has dropout of its own, beside LoRA's; a name that only sounds so costs speed alone."""
     config = base.config.get_text_config().to_dict()
     return any("drop" in name and isinstance(value, (int, float)) and value for name, value in config.items())
 
 
-# ---- Trying on two short rows ----------------------------------------------------------------------------------------
-
-
+# ---- Trying a model on two short rows --------------------------------------------------------------------------------
 def probe_rows(model, seed=0):
-    """Two short rows of random tokens, every token trained; the seed decides the first."""
+    """Two short rows of random tokens, every token trained; the seed decides the first, the second is always the same."""
     vocabulary = model.get_input_embeddings().num_embeddings
     draws = [torch.Generator().manual_seed(number) for number in (seed, 1000)]
     ids = [torch.randint(vocabulary, (24,), generator=draw).tolist() for draw in draws]
@@ -298,65 +323,62 @@ def probe_rows(model, seed=0):
 
 
 @torch.no_grad()
-def probe_losses(model, rows):
-    """The losses of the last row's 23 trained tokens, with the others before it, in eval mode."""
+def probe_losses(model, rows, kernels=PLAIN):
+    """The losses of the last row's 23 trained tokens, in eval mode, with the other rows laid before it."""
     training = model.training
     try:
         model.eval()
         with autocast(model):
-            return pass_losses(model, rows)[0][-23:]
+            return pass_losses(model, rows, kernels)[0][-23:]
     finally:
         model.train(training)
 
 
-@contextlib.contextmanager
-def recomputing(base):
-    """Decoder layers are computed again in the backward pass: a DoRA layer keeps its weight dequantized until then."""
-    layers = decoder_layers(base)
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+def probe_backward(model, rows, kernels):
+    """Whether the gradients of the rows' mean loss are finite, and so they count where no weight is trained.
 
-
-def probe_backward(model, rows):
-    """Whether the gradients of the rows' mean loss are finite, without a trace; so are those of a model not trained."""
-    base, trained = (
-        transformers_model(model),
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-    )
+    It leaves no trace. Decoder layers are checkpointed meanwhile: DoRA keeps weights dequantized for the backward pass.
+    """
+    base, trained = transformers_model(model), [p for p in model.parameters() if p.requires_grad]
     if not trained:
         return True
-    with torch.enable_grad(), autocast(model), chosen_attention(base), recomputing(base):
-        loss = pass_losses(model, rows)[0].mean()
+    with Patches() as patches, torch.enable_grad(), autocast(model), chosen_attention(base, kernels):
+        for layer in decoder_layers(base):
+            patches.set(layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
+        loss = pass_losses(model, rows, kernels)[0].mean()
         found = torch.autograd.grad(loss, trained, allow_unused=True)
     return all(bool(gradient.isfinite().all()) for gradient in found if gradient is not None)
 
 
 def same_losses(model, found, expected):
-    """Whether losses agree; in half precision the order of summation alone moves one by some tenths at times."""
+    """Whether losses agree. In half precision the order of summation alone moves one by some tenths at times."""
     return (found - expected).abs().mean().item() <= (1e-3 if model.dtype == torch.float32 else 0.15)
 
 
+def mixes_rows(model, kernels):
+    """Whether a row's losses depend on the row that is laid before it.
+
+    What the first row says, or that it is there at all, must not move the second row's losses. Attention layers with
+    rotary positions keep rows apart; recurrent and convolutional layers, and learned absolute positions in some
+    families, let a row read the one before it.
+    """
+    rows = probe_rows(model)
+    found, alone = probe_losses(model, rows, kernels), probe_losses(model, rows[1:], kernels)
+    behind_another = probe_losses(model, probe_rows(model, seed=1), kernels)
+    return not (same_losses(model, found, alone) and (found - behind_another).abs().max() <= 1e-3)
+
+
 # ---- Scores ----------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def score_rows(model, rows, max_tokens, before_pass=lambda: None):
-    """Return [(negative log-likelihood in nats, trained tokens) for each row], whatever the batching."""
+def score_rows(model, rows, max_pass_tokens, kernels=PLAIN, before_pass=lambda: None):
+    """Return [(negative log-likelihood in nats, trained tokens) for each row], however the rows are cut into passes."""
     scores = [None] * len(rows)
     model.eval()
-    for indices in pack_rows([len(row["input_ids"]) for row in rows], max_tokens):
+    for indices in pack_rows([len(row["input_ids"]) for row in rows], max_pass_tokens):
         before_pass()
         group = [rows[index] for index in indices]
         with autocast(model):
-            losses, row_of_target = pass_losses(model, group)
+            losses, row_of_target = pass_losses(model, group, kernels)
         sums = torch.zeros(len(group), dtype=torch.float64)
         sums.index_add_(0, row_of_target.cpu(), losses.cpu().double())
         for index, row, total in zip(indices, group, sums.tolist(), strict=True):
@@ -365,14 +387,10 @@ def score_rows(model, rows, max_tokens, before_pass=lambda: None):
 
 
 def mean_loss(scores):
-    """Token-weighted mean of score_rows' result, in nats a token; exp of it is the perplexity."""
+    """Token-weighted mean of score_rows' result, in nats a token; its exponential is the perplexity."""
     return sum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
 
 
 def perplexity(loss):
     """exp(loss), infinite where it overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)

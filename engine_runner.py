@@ -1,135 +1,69 @@
-"""How an optimizer step's passes are computed: LoRA kernels, gradient checkpointing, compilation and graph replay.
+"""The runner: it computes optimizer steps as a StepPlan has it, and lowers the plan where it has to.
 
-Everything here changes the speed and the memory of a pass and nothing else. What a model, a machine or a run is not fit
+Everything here changes the speed and the memory of a step and nothing else. What a model, a machine or a run is not fit
 for is left out, and the plain way through transformers and peft remains.
 """
 
-import contextlib
 import gc
-import math
+import time
 import weakref
 from collections import namedtuple
+from functools import partial
 from types import MethodType
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 
-from engine_lora import FastLora, is_plain, lora_works
+from engine_lora import FastLora, try_lora
 from engine_passes import (
+    GRAPH_TOKENS,
+    PLAIN,
+    Kernels,
     LinearCrossEntropy,
-    PassKernels,
+    Patches,
+    attention_arguments,
+    block_mask_tokens,
     build_pass,
     chosen_attention,
+    count_tokens,
+    count_trained_tokens,
     decoder_layers,
-    kernels_of,
+    longest_pass,
+    mixes_rows,
     own_dropout,
+    pack_rows,
     pass_losses,
     probe_backward,
     probe_losses,
     probe_rows,
-    row_arguments,
+    recorded_tokens,
     same_losses,
+    score_rows,
     to_device,
     transformers_model,
 )
 from message_utils import UserError, printable, say
 
-GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
-
-
-# ---- Choosing --------------------------------------------------------------------------------------------------------
-
-
-def choose_kernels(model):
-    """Give the model the fast attention and loss as far as they compute what it computes by itself; say what is used.
-
-    Each is tried on two short rows and left out if it fails or if the losses differ. Varlen flash attention needs a
-    CUDA GPU of the Ampere generation or newer and half precision.
-    """
-    base, rows = transformers_model(model), probe_rows(model)
-    device, kernels = base.device, PassKernels()
-    if device.type != "cuda":
-        return
-    expected = probe_losses(model, rows[1:])
-    base.pass_kernels = kernels
-    kernels.fused_lora = lora_works(device, model.dtype)
-    head, half = base.get_output_embeddings(), model.dtype != torch.float32
-    for name, possible in (
-        ("varlen", half and torch.cuda.get_device_capability(device)[0] >= 8 and not own_dropout(base)),
-        ("fused_loss", type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad),
-    ):
-        setattr(kernels, name, possible)
-        try:
-            same = possible and same_losses(model, probe_losses(model, rows), expected)
-            setattr(kernels, name, same and probe_backward(model, rows))
-        except Exception:  # noqa: BLE001  whatever a kernel does not serve: head sizes, soft caps, sinks
-            setattr(kernels, name, False)
-    attention = "varlen flash attention" if kernels.varlen else "SDPA with a block mask"
-    say(f"Attention: {attention}; loss: {'fused with' if kernels.fused_loss else 'after'} the output layer")
-
-
-def choose_pass_tokens(model, max_tokens):
-    """Return the tokens that a pass may hold: at most max_tokens; 0, a row a pass, if the model mixes rows.
-
-    Tried on two short rows: what the first says must not move the second's losses at all, nor that it is there.
-    Attention layers with rotary positions keep rows laid end to end apart; recurrent and convolutional layers, and
-    learned absolute positions in some families, let a row read the one before it. A block mask costs as the square of
-    the pass, which outweighs the rest of a layer from some multiple of its width on.
-    """
-    base, rows = transformers_model(model), probe_rows(model)
-    found, expected = probe_losses(model, rows), probe_losses(model, rows[1:])
-    other = probe_losses(model, probe_rows(model, seed=1))
-    if same_losses(model, found, expected) and (found - other).abs().max() <= 1e-3:
-        return max_tokens if kernels_of(base).varlen else min(max_tokens, 2 * base.config.get_text_config().hidden_size)
-    say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")
-    return 0
-
-
-def can_compile(model):
-    """Whether a model on a CUDA GPU has what compilation and graph replay are made for: plain LoRA layers above all."""
-    plain = all(is_plain(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
-    return kernels_of(transformers_model(model)).fused_lora and plain and bool(decoder_layers(model))
-
 
 # ---- Decoder layers --------------------------------------------------------------------------------------------------
-
-
-def wrap_layer(layer, runner):
-    """Checkpoint and compile a decoder layer while it trains, as the runner has it."""
+def layer_forward(layer, runner):
+    """A forward for a decoder layer that checkpoints and compiles it while it trains, as the runner's plan has it."""
     plain = MethodType(type(layer).forward, layer)
-    compiled = MethodType(torch.compile(type(layer).forward, dynamic=True), layer) if runner.compiled else plain
+    compiled = MethodType(torch.compile(type(layer).forward, dynamic=True), layer) if runner.plan.compiled else plain
 
     def forward(*args, **kwargs):
         if not layer.training or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        inner = compiled if runner.compiled else plain
-        if runner.checkpointing:
+        inner = compiled if runner.plan.compiled else plain
+        if runner.plan.checkpointing:
             keep = not runner.seeded_dropout
             return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=keep, **kwargs)
         return inner(*args, **kwargs)
 
-    layer.forward = forward
-
-
-@contextlib.contextmanager
-def compiling():
-    """Turn a compiler that fails, or that is not there, into one line."""
-    try:
-        yield
-    except torch._dynamo.exc.TorchDynamoException as error:
-        found = str(error).strip().split("\n")[0]
-        raise UserError(f"the layers cannot be compiled: {found}; mend that, or add --torch_compile false") from error
+    return forward
 
 
 # ---- Recorded passes -------------------------------------------------------------------------------------------------
-
-
-def recorded_tokens(count):
-    """The tokens of the recorded pass that serves a pass of so many."""
-    return math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
-
-
 class PassGraph:
     """Forward and backward of the decoder for passes of one length, recorded as CUDA graphs and replayed.
 
@@ -137,13 +71,16 @@ class PassGraph:
     with one more row, from which nothing is learned. The output layer and the loss stay outside.
     """
 
-    def __init__(self, base, parameters, gradients, tokens, rows, longest, recordings):
-        self.tokens, self.rows, device = tokens, rows, base.device
+    def __init__(self, runner, tokens):
+        base, recordings, parameters = runner.base, runner.recordings, runner.parameters
+        self.tokens, device = tokens, base.device
+        self.rows = rows = runner.plan.rows_a_step + 1  # what fills a pass up is a row too
+        longest = max(runner.plan.longest_row, GRAPH_TOKENS)
         self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device=device)
         self.starts[0] = 0
-        arguments = row_arguments(base, {"row_starts": self.starts, "longest": longest})
+        arguments = attention_arguments(runner.plan.kernels, {"row_starts": self.starts, "longest": longest})
         decoder = base.get_decoder()
 
         def forward():
@@ -165,7 +102,7 @@ class PassGraph:
             hidden = forward()
             self.hidden.copy_(hidden.detach())
         with torch.cuda.graph(self.backward, **how):
-            torch._foreach_add_(gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
+            torch._foreach_add_(runner.gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
 
     def fill(self, batch):
         """Copy one pass's host tensors to the graph's inputs; what is left over becomes one more row."""
@@ -203,52 +140,169 @@ class Recordings:
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
+# what the longest pass takes: its tokens, its seconds, and those of the try before, which may compile and record
+Rehearsal = namedtuple("Rehearsal", "tokens seconds earlier_seconds")
 
 
 class StepRunner:
-    """Computes the passes of a step: forward, loss and backward, the gradients adding up in the parameters' .grad."""
+    """Computes optimizer steps on a model as a StepPlan has it; the gradients add up in the parameters' .grad.
 
-    def __init__(
-        self, model, checkpointing=False, dequantized=False, compiled=False, graphs=False, rows_a_pass=1, longest=1
-    ):
-        self.base = transformers_model(model)
-        kernels = kernels_of(self.base)
-        self.lora = FastLora(model) if kernels.fused_lora else None
-        self.checkpointing, self.compiled = checkpointing, compiled
-        self.dequantized = dequantized and self.lora is not None
-        # else PyTorch's random state decides, which a checkpointed layer must then find again
+    It alone carries the plan out, and lowers it (`plan` is always what is in force) where a kernel does not serve the
+    model, a pass cannot be compiled or recorded, or the memory runs out. None of this changes a result beyond rounding.
+    What it sets on the model, and on the Accelerator that it is given, is taken back by close().
+    """
+
+    def __init__(self, model, plan, accelerator=None):
+        self.model, self.base, self.plan, self.accelerator = model, transformers_model(model), plan, accelerator
+        self.processes = accelerator.num_processes if accelerator else 1
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.flat = self.gradients = self.recordings = self.lora = None
+        self.patches = Patches()
+        try:
+            self._try_kernels()
+            self._change_model()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Take back all that was set on the model, and give back what recorded passes hold."""
+        self.release()
+        self.patches.close()
+        self.lora = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def lower(self, **changes):
+        self.plan = self.plan._replace(**changes)
+
+    # ---- The plan against the model ----
+    def _try_kernels(self):
+        """Keep of the planned kernels those that compute what the model computes by itself; say what is used."""
+        planned, kernels = self.plan.kernels, PLAIN
+        if planned.lora and try_lora(self.base.device, self.model.dtype):
+            kernels = kernels._replace(lora=True)
+        for name in ("attention", "loss"):
+            more = kernels._replace(**{name: True})
+            if getattr(planned, name) and self._serves(more):
+                kernels = more
+        self.lower(kernels=kernels)
+        if planned.attention and not kernels.attention:
+            self.lower(max_pass_tokens=min(self.plan.max_pass_tokens, block_mask_tokens(self.base)))
+        if self.base.device.type == "cuda":
+            attention = "varlen flash attention" if kernels.attention else "SDPA with a block mask"
+            say(f"Attention: {attention}; loss: {'fused with' if kernels.loss else 'after'} the output layer")
+        if self.plan.max_pass_tokens and mixes_rows(self.model, kernels):
+            say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")
+            self.lower(max_pass_tokens=0)
+
+    def _serves(self, kernels):
+        """Whether kernels give the model's own losses and finite gradients, tried on two short rows."""
+        rows = probe_rows(self.model)
+        expected = probe_losses(self.model, rows[1:])
+        try:
+            same = same_losses(self.model, probe_losses(self.model, rows, kernels), expected)
+            return same and probe_backward(self.model, rows, kernels)
+        except Exception:  # noqa: BLE001  whatever a kernel does not serve: head sizes, soft caps, attention sinks
+            return False
+
+    def _change_model(self):
+        """Set on the model what the plan asks for."""
+        kernels, layers = self.plan.kernels, decoder_layers(self.base)
+        if kernels.lora:
+            compute_once = partial(probe_losses, self.model, probe_rows(self.model), kernels)
+            self.lora = FastLora(self.model, compute_once, self.patches)
+        # whether seeds that are drawn before a pass decide all of its dropout, and not PyTorch's random state
         self.seeded_dropout = bool(self.lora and self.lora.covers_all) and not own_dropout(self.base)
-        layers = decoder_layers(self.base) if checkpointing or compiled else []
-        for layer in layers:
-            wrap_layer(layer, self)
-        if checkpointing and not layers:  # then transformers' own way
+        if self.plan.compiled == "auto" and not (self.lora and self.lora.covers_all and layers):
+            say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
+            self.lower(compiled=False, recorded=False)
+        self.lower(
+            dequantized=self.plan.dequantized and self.lora is not None,
+            recorded=self.plan.recorded and self.seeded_dropout and kernels == Kernels(True, True, True),
+        )
+        if self.plan.checkpointing or self.plan.compiled:
+            for layer in layers:
+                self.patches.set(layer, "forward", layer_forward(layer, self))
+        if self.plan.checkpointing and not layers:  # transformers' own way is left
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
-        if compiled:  # then the first layer's code is that of the others
+            self.patches.callback(self.base.gradient_checkpointing_disable)
+        if (
+            self.plan.compiled
+        ):  # then the first layer's input needs a gradient as the others' do, and all share their code
             self.base.enable_input_require_grads()
-        graphs = graphs and self.seeded_dropout and kernels.varlen and kernels.fused_loss
-        self.recording, self.recordings = graphs, None
-        self.rows_a_pass, self.longest = rows_a_pass, max(longest, GRAPH_TOKENS)  # what fills a pass up is a row too
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.averaging = False  # whether several processes average their gradients
-        self.flat = self.gradients = None
+            self.patches.callback(self.base.disable_input_require_grads)
+        if self.accelerator:
+            # Module.zero_grad walks through all modules
+            self.patches.set(self.model, "zero_grad", lambda **_: self.release_gradients())
+            # evaluation_mode: no DDP, which would average in each pass, and whose hooks on a stream break recording
+            prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.patches.set(self.accelerator, "prepare_model", prepare)
+
+    # ---- Steps ----
+    def step(self, rows):
+        """Forward and backward over the rows of a step; returns their mean loss a trained token, in nats.
+
+        The trained tokens are those of all processes. Each process returns its share of the loss times the number of
+        processes, so that the mean over the processes is the step's loss; the gradients are averaged likewise.
+        """
+        if not (self.model.training and self.base.training):  # a loaded base comes in eval mode
+            self.model.train()
+        trained = count_trained_tokens(rows)
+        if self.processes > 1:
+            trained = self.accelerator.reduce(torch.tensor(trained, device=self.base.device), "sum")
+        loss = self.forward_backward(rows, self.processes / trained)
+        if self.processes > 1:
+            self.flat.copy_(self.accelerator.reduce(self.flat, "mean"))
+        return loss
+
+    def forward_backward(self, rows, scale):
+        """All passes of a step; returns scale times the sum of the losses, and adds up its gradients.
+
+        Out of memory first gives up dequantized weights, then halves the ceiling of the passes. Each try begins with
+        the same random numbers of the CPU. No process waits for another in here; step() averages the gradients.
+        """
+        random_state = torch.get_rng_state()
+        while True:
+            torch.set_rng_state(random_state)
+            try:
+                return self._run_passes(rows, scale)
+            except torch.OutOfMemoryError as error:
+                largest = None if self.plan.dequantized else self._largest_pass(rows, error)
+            except Exception as error:
+                if not self._simplify(error):
+                    raise
+                continue
+            # recover outside `except`: there the exception's traceback keeps the failed pass's tensors alive
+            if largest is None:
+                self._give_up_dequantized()
+            else:
+                self._halve_passes(largest)
+
+    def _run_passes(self, rows, scale):
+        self.begin()
+        loss = torch.zeros((), device=self.base.device)
+        for indices in pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens):
+            loss += self.run_pass([rows[index] for index in indices], scale)
+        return loss
 
     def begin(self):
-        """Start a step: no gradients yet, and the adapter as the optimizer left it."""
+        """Begin a step: without gradients, and with the adapter as the optimizer left it."""
         if self.lora:
             self.lora.forget()
             self.lora.refresh()
-        if self.dequantized:  # at the first step, where memory that runs out is dealt with
+        if self.plan.dequantized:  # dequantized in the first step, where memory that runs out is dealt with
             self.lora.set_dequantized(True)
         self.release_gradients()
-        if self.joined:
+        if self.plan.recorded or self.processes > 1:  # recorded passes add to one tensor, processes average one tensor
             self._join_gradients()
 
-    @property
-    def joined(self):
-        """Whether all gradients are parts of one tensor: recorded passes add to it, several processes average it."""
-        return self.recording or self.averaging
-
     def _join_gradients(self):
+        """Make all gradients parts of one tensor, which is zero."""
         if self.flat is None:
             sizes = [parameter.numel() for parameter in self.parameters]
             self.flat = torch.empty(sum(sizes), device=self.base.device)
@@ -258,27 +312,26 @@ class StepRunner:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
-    def clip(self, max_norm):
-        """Scale the gradients down to max_norm if they are longer together; returns their norm before that."""
-        if not self.joined:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
-        norm = torch.linalg.vector_norm(self.flat)
-        self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def run(self, model, rows, scale, backward):
-        """One pass: add the gradients of scale times the sum of its losses; returns that product, detached."""
+    def run_pass(self, rows, scale):
+        """One pass: returns scale times the sum of its losses, detached, and adds the gradients of that."""
         if self.lora:
             self.lora.draw_dropout()
-        with chosen_attention(self.base):  # also for the layers that the backward pass computes again
-            if self.recording:
-                return self._replay(rows, scale, backward)
-            losses, _ = pass_losses(model, rows)
+        with chosen_attention(self.base, self.plan.kernels):  # also for layers that the backward pass computes again
+            if self.plan.recorded:
+                return self._replay(rows, scale)
+            losses, _ = pass_losses(self.model, rows, self.plan.kernels)
             loss = losses.sum() * scale
-            backward(loss)
+            self._backward(loss)
             return loss.detach()
 
-    def _replay(self, rows, scale, backward):
+    def _backward(self, loss):
+        """Accelerate scales the loss of float16."""
+        if self.accelerator:
+            self.accelerator.backward(loss)
+        else:
+            loss.backward()
+
+    def _replay(self, rows, scale):
         batch = build_pass(rows)
         graph = self._graph(batch["input_ids"].shape[1])
         graph.fill(batch)
@@ -288,79 +341,186 @@ class StepRunner:
         weight = self.base.get_output_embeddings().weight
         losses = LinearCrossEntropy.apply(hidden[0].index_select(0, batch["predicting"]), weight, batch["targets"])
         loss = losses.sum() * scale
-        backward(loss)
+        self._backward(loss)
         graph.grad_hidden.copy_(hidden.grad)
         graph.backward.replay()
         return loss.detach()
 
     def _graph(self, count):
-        """The recorded pass for so many tokens, recorded where it is the first of its length."""
+        """The recorded pass that serves so many tokens; it is recorded when the first pass of its length comes."""
         tokens = recorded_tokens(count)
         if self.recordings is None:
             self.recordings = Recordings(self.base.device)
             weakref.finalize(self, self.recordings.release)  # garbage collection keeps to no order
         graphs = self.recordings.graphs
         if tokens not in graphs:
-            size = (tokens, self.rows_a_pass + 1, self.longest)
             usual = torch.cuda.current_stream()
             try:
-                graphs[tokens] = PassGraph(self.base, self.parameters, self.gradients, *size, self.recordings)
+                graphs[tokens] = PassGraph(self, tokens)
             except RuntimeError as error:  # a recording that breaks off leaves its stream in place and hides the reason
                 torch.cuda.set_stream(usual)
                 reason = error.__context__
                 raise reason if isinstance(reason, torch.OutOfMemoryError) else error from None
         return graphs[tokens]
 
-    @contextlib.contextmanager
-    def plain_passes(self):
-        """Neither compiled nor recorded passes meanwhile."""
-        recording, compiled = self.recording, self.compiled
-        self.recording = self.compiled = False
-        try:
-            yield
-        finally:
-            self.recording, self.compiled = recording, compiled
-
-    def simplify(self, error):
-        """Do without what may have failed: recorded passes, then compiled layers; False if there is neither."""
-        what = "recorded" if self.recording else "compiled" if self.compiled else None
+    # ---- Falling back ----
+    def _simplify(self, error):
+        """Do without what may have failed: recorded passes, then compiled layers; False where there is neither."""
+        what = "recorded" if self.plan.recorded else "compiled" if self.plan.compiled else None
         if what is None:
             return False
         reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
         say(f"This model's passes cannot be {what} ({reason}), which is slower and computes the same", from_any=True)
-        if what == "compiled":
-            self.compiled = False
-        self.recording = False
+        self.lower(recorded=False, compiled=self.plan.compiled and what != "compiled")
         self.release()
         return True
 
-    def give_up_dequantized(self):
-        """Dequantize frozen weights in each pass, as what is recorded from here on does."""
-        self.dequantized = False
+    def _give_up_dequantized(self):
+        say(
+            "Out of memory; from here on frozen weights are dequantized in each pass: slower, the same result",
+            from_any=True,
+        )
+        self.lower(dequantized=False)
         self.lora.set_dequantized(False)
+        self.release()  # what is recorded from here on dequantizes in each pass too
+
+    def _halve_passes(self, largest):
         self.release()
+        say(
+            f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
+            " more passes and gives the same result",
+            from_any=True,
+        )
+        self.lower(max_pass_tokens=largest // 2)
+
+    def _largest_pass(self, rows, error):
+        """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
+        group = longest_pass(rows, self.plan.max_pass_tokens)
+        largest = count_tokens(group)
+        if len(group) == 1:
+            raise UserError(
+                f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
+                " --gradient_checkpointing or --use_4bit_quantization",
+                alone=True,
+            ) from error
+        return largest
 
     def release_gradients(self):
         for parameter in self.parameters:
             parameter.grad = None
 
     def release(self):
-        """Give back what recorded passes and gradients hold, after the memory ran out."""
+        """Give back what recorded passes and gradients hold."""
         if self.lora:
             self.lora.forget()
         gc.collect()  # a recording that broke off lives on in the frames of its exception
         if self.recordings is not None:
             self.recordings.release()
             self.recordings = None
-        self.release_cache()
-
-    def release_cache(self):
         self.release_gradients()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    # ---- Before the first step ----
+    def rehearse(self, longest, typical):
+        """Compute the longest pass that these rows ask for, and leave no trace; returns what it takes, a Rehearsal.
 
-StepFlags = namedtuple("StepFlags", "step rows loss flags wait")  # flags: how many processes met a fault, and a signal
+        longest: the longest rows, as many as a step has. typical: rows of usual length, by whose gradients compiled
+        layers are compared with plain ones.
+        """
+        cuda = self.base.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()  # what loading left
+        with torch.random.fork_rng([self.base.device] if cuda else []):
+            if self.plan.compiled:
+                self._compare_with_plain_passes(typical)
+            again = (
+                self.plan.compiled or self.base.device.type != "cpu"
+            )  # the first try compiles, records, loads kernels
+            earlier_seconds = seconds = 0.0
+            while True:
+                before, started = self.plan, time.perf_counter()
+                group = longest_pass(longest, self.plan.max_pass_tokens)
+                self.forward_backward(group, 1e-3).item()
+                earlier_seconds, seconds = seconds, time.perf_counter() - started
+                lowered = before != self.plan
+                if not (again or lowered):
+                    break
+                again = lowered
+        self.release_gradients()
+        return Rehearsal(count_tokens(group), seconds, earlier_seconds)
+
+    def _compare_with_plain_passes(self, rows):
+        """Do without compiled layers and recorded passes unless these rows' gradients are those of plain passes."""
+
+        def gradient():
+            torch.manual_seed(0)  # the same dropout
+            # a small factor, since that of float16's loss scaling comes on top
+            self.forward_backward(rows, 1e-4)
+            # compared on the host, since two more copies of the gradients would add to the peak of the memory
+            return torch.cat([parameter.grad.cpu().flatten() for parameter in self.parameters])
+
+        found, used = gradient(), self.plan
+        self.lower(compiled=False, recorded=False)
+        expected = gradient()
+        if torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # false for nan
+            self.lower(compiled=used.compiled, recorded=used.recorded)
+        else:
+            say("Compiled layers have other gradients than plain ones; none is used, which is slower", from_any=True)
+        self.release()  # the longest pass is to be recorded first, whose memory then serves the others
+
+    # ---- Scores and clipping ----
+    def score(self, rows, before_pass=lambda: None, max_pass_tokens=None):
+        """score_rows by the plan's kernels, in passes of its size unless another is given."""
+        size = self.plan.max_pass_tokens if max_pass_tokens is None else max_pass_tokens
+        return score_rows(self.model, rows, size, self.plan.kernels, before_pass)
+
+    def clip(self, max_norm):
+        """Scale the gradients so that they are no longer than max_norm together; returns their norm before that."""
+        if self.flat is None or self.parameters[0].grad is not self.gradients[0]:
+            return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+# ---- Whether steps were finite ---------------------------------------------------------------------------------------
+StepFlags = namedtuple("StepFlags", "step rows loss faults stopping")  # the last two: in how many processes
+
+
+class StepCheck:
+    """Whether steps were finite, which the host learns one step later: it prepares a step while the GPU computes one.
+
+    An optimizer with a fused kernel leaves out a step that was flagged. Whatever logs, evaluates or saves reads first.
+    """
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.pending = None  # the newest step's StepFlags, its flags on their way to the host, and what to wait for
+
+    def note(self, step, rows, loss, finite, stopping, optimizer):
+        """Flag a step that is not finite, and whether this process is to stop; returns the StepFlags of the one before.
+
+        finite: a tensor that holds a truth value. optimizer: the one that is to leave out this step, or None.
+        """
+        # one message for both flags; all processes must decide alike
+        flags = torch.stack([~finite, torch.full_like(finite, stopping)]).int()
+        if self.runner.processes > 1:
+            flags = self.runner.accelerator.reduce(flags, "sum")
+        before = self.read()
+        self.pending = (StepFlags(step, rows, loss, 0, 0), *start_copy_to_host(flags))
+        if optimizer is not None:
+            self.runner.patches.set(optimizer, "found_inf", flags[0].clamp(max=1).float())
+        return before
+
+    def read(self):
+        """The StepFlags of the newest step that was not read yet, or None."""
+        if self.pending is None:
+            return None
+        (found, flags, wait), self.pending = self.pending, None
+        wait()
+        faults, stopping = flags.tolist()
+        return found._replace(faults=faults, stopping=stopping)
 
 
 def start_copy_to_host(tensor):

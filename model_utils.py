@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -35,24 +36,19 @@ from message_utils import UserError, quiet_libraries, say
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids
 from settings_utils import DEFAULTS, make_settings
 
+try:
+    import resource
+except ImportError:  # Windows has no such figure in its standard library
+    resource = None
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 SETTINGS_FILE = "settings.json"
-
-
 IDENTITY_FILE = "identity.json"  # beside an adapter
-
-
+GIB = 2**30
 PROBE_TEXT = "### Instruction:\nWhat does a good answer look like?\n\n### Response:\nIt is short, clear and true."
 
 
 # ---- Devices and number formats --------------------------------------------------------------------------------------
-
-
-GIB = 2**30
-
-
 def resolve_device(device):
     """Return the torch.device to run on: "cuda" falls back to MPS or the CPU, and says so; "cpu" forces the CPU.
 
@@ -98,17 +94,13 @@ def measured_peak(device):
         return torch.cuda.max_memory_reserved(device) / GIB
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / GIB
-    try:
-        import resource
-    except ImportError:  # Windows has no such figure in the standard library
+    if resource is None:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(path, models_dir=None):
     """Load a tokenizer ready for training: a pad token other than EOS, a chat template, padding on the right."""
     with hub_errors(path, "restore the folder's tokenizer files or give another one"):
@@ -135,6 +127,34 @@ def choose_pad_token(tokenizer):
 
 
 # ---- Base model and LoRA ---------------------------------------------------------------------------------------------
+class Base(NamedTuple):
+    """A base model as the settings name it, before its weights are loaded."""
+
+    path: str  # a local folder, or a Hub id
+    models_dir: Path
+    device: torch.device
+    dtype: torch.dtype  # of what is not quantized
+    tokenizer: object
+    shapes: object  # the model with its adapter, on the device meta: without memory for its weights
+    content: str | None = None  # base_content, known once the weights are there
+
+
+def find_base(settings):
+    """Find the base model and prepare the device for it; returns a Base."""
+    models_dir, device = resolve_path(settings.models_dir), resolve_device(settings.device)
+    grow_gpu_memory(device)
+    dtype = choose_dtype(device, settings.use_fp16)
+    path = locate_model(settings.base_model_name, models_dir)
+    tokenizer = load_tokenizer(path, models_dir)
+    return Base(path, models_dir, device, dtype, tokenizer, empty_model(path, settings, models_dir))
+
+
+def load_for_training(settings, base):
+    """Load the weights of a Base and attach a fresh adapter; returns the model, and the Base with its content."""
+    quantization = build_quantization_config(settings, base.dtype)
+    model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
+    share_token_ids(model, base.tokenizer)
+    return attach_lora(model, settings), base._replace(content=base_content(base.path, base.models_dir))
 
 
 def build_quantization_config(settings, dtype):
@@ -173,7 +193,6 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
         )
     if device.type == "cpu":
         keep_four_bits_trainable(model)
-    model.content = base_content(path, models_dir)  # adapters record what they were trained on
     return model.eval()
 
 
@@ -271,8 +290,6 @@ def count_parameters(model):
 
 
 # ---- What a base model and a tokenizer are, as hashes ----------------------------------------------------------------
-
-
 def base_content(name, models_dir):
     """Hash of a base model's config and of each tensor's name, type, shape and first 4 KiB.
 
@@ -326,22 +343,26 @@ def template_content(tokenizer):
 
 
 # ---- Saved adapters --------------------------------------------------------------------------------------------------
+def save_adapter(model, tokenizer, path, content=None):
+    """Write the adapter, and the tokenizer with its chat template, as safetensors and JSON only.
 
-
-def save_adapter(model, tokenizer, path):
-    """Write the adapter, and the tokenizer with its chat template, as safetensors and JSON only."""
+    content: the base's base_content, which the adapter records; None: nothing is recorded.
+    """
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
     model.save_pretrained(path, save_embedding_layers=False)
     tokenizer.save_pretrained(path)
-    if content := getattr(model.get_base_model(), "content", None):
+    if content:
         write_adapter_identity(Path(path), model.peft_config["default"].base_model_name_or_path, content)
     make_readable(path)
 
 
-def save_finished_adapter(model, tokenizer, path, settings, record):
-    """Save an adapter with its settings, run record and model card; the folder appears only when it is complete."""
+def save_finished_adapter(model, base, path, settings, record):
+    """Save an adapter with its settings, run record and model card; the folder appears only when it is complete.
+
+    base: the Base that it was trained on.
+    """
     with staged_folder(path) as staged:
-        save_adapter(model, tokenizer, staged)
+        save_adapter(model, base.tokenizer, staged, base.content)
         write_recorded_settings(staged, settings)
         write_json(staged / "run.json", record)
         (staged / "README.md").write_text(model_card(settings, record), encoding="utf-8")
@@ -453,7 +474,8 @@ def load_trained_model(adapter_path, settings=None):
     tokenizer = load_tokenizer(str(folder))
     say(f"Base model: {settings.base_model_name}, adapter: {display_path(folder)}")
     base = load_settings_base(settings)
-    check_adapter_identity(folder, settings.base_model_name, base.content)
+    content = base_content(base.name_or_path, resolve_path(settings.models_dir))
+    check_adapter_identity(folder, settings.base_model_name, content)
     return load_adapter(base, folder).eval(), tokenizer
 
 
@@ -486,8 +508,6 @@ def load_adapter(base, folder):
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
-
-
 def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir"]):
     """Merge the adapter into its base model and save a folder that plain transformers loads.
 

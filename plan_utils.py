@@ -1,7 +1,7 @@
-"""The plan: what a run will do and what it needs, said before any weight is loaded."""
+"""The plan: what a run will do, how its steps will be computed and what they need, before any weight is loaded."""
 
 import math
-from collections import namedtuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,28 +9,32 @@ from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import TorchDynamoException
 
 from checkpoint_utils import run_bytes
-from engine_lora import triton
-from engine_passes import LinearCrossEntropy, decoder_layers, pack_rows, transformers_model
-from engine_runner import can_compile, recorded_tokens
+from engine_lora import all_plain, triton
+from engine_passes import (
+    PLAIN,
+    Kernels,
+    LinearCrossEntropy,
+    block_mask_tokens,
+    decoder_layers,
+    own_dropout,
+    pack_rows,
+    recorded_tokens,
+    transformers_model,
+)
 from message_utils import UserError, say
 from model_utils import GIB, count_parameters
 
 PASSES_WORTH_COMPILING = 200
-
-
-ALLOCATOR = 1.06  # reserved by PyTorch over what tensors take, as measured on an H200
-
-
-NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # a weight: four bits, and of each 64 a scale of one byte with its own scale
+ALLOCATOR = 1.06  # PyTorch reserves so much more than its tensors take, as measured on an H200
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # a weight takes four bits, and 64 weights share a scale of one byte, scaled too
 
 
 # ---- Rows and steps --------------------------------------------------------------------------------------------------
-
-
 def row_lengths(rows):
-    """(rows,) tokens each."""
-    index = getattr(rows, "index", None)
-    return index["length"] if isinstance(index, np.ndarray) else np.array([len(row["input_ids"]) for row in rows])
+    """The tokens of each row, (rows,), without reading the rows of TokenizedRows, which know them."""
+    if isinstance(rows, list):
+        return np.array([len(row["input_ids"]) for row in rows])
+    return rows.index["length"]
 
 
 def typical_rows(rows, count):
@@ -43,13 +47,6 @@ def longest_rows(rows, count):
     """The `count` longest rows of a dataset."""
     lengths = row_lengths(rows)
     return [rows[int(index)] for index in np.argsort(-lengths, kind="stable")[:count]]
-
-
-def longest_pass(rows, max_tokens):
-    """Of the passes of at most max_tokens tokens into which these rows are cut, the rows of the longest."""
-    lengths = [len(row["input_ids"]) for row in rows]
-    passes = pack_rows(lengths, max_tokens)
-    return [rows[index] for index in max(passes, key=lambda group: sum(lengths[index] for index in group))]
 
 
 def count_steps(rows, settings, processes=1):
@@ -87,77 +84,146 @@ def count_recordings(rows, rows_a_step, processes, steps, max_pass_tokens):
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
+class Gpu(NamedTuple):
+    """What a plan must know of a CUDA GPU: its memory in bytes, and which kernels it can run."""
+
+    free: int
+    total: int
+    flash_attention: bool = True  # of the Ampere generation or newer
+    triton: bool = True  # Triton, in which the fused kernels are written, is installed
 
 
-def print_plan(settings, device, dtype, rows, validation_rows, parameters, processes=1):
-    """Say, before any weight is loaded, what the run will do and what it needs."""
-    total, trainable = parameters
-    steps = count_steps(len(rows), settings, processes)
-    tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
-    quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
-    disk = run_bytes(trainable, settings.save_total_limit) / 2**20
-    say(
-        f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(dtype).removeprefix('torch.')}"
-        f" on {device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
-    )
-    say(
-        f"Plan: {len(rows)} rows ({tokens:,} tokens, {trained / tokens:.0%} trained), {len(validation_rows)} held out;"
-        f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
-        f" about {disk:,.0f} MiB on disk"
-    )
-    if steps == 1 and settings.warmup_ratio > 0:
-        say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
-
-
-# whether activations are recomputed, and whether frozen 4-bit weights stay dequantized
-MemoryPlan = namedtuple("MemoryPlan", "checkpointing dequantized", defaults=(False, False))
-
-
-def plan_memory(shapes, settings, device, dtype, rows, processes=1):
-    """Say how much GPU memory training should take; returns the MemoryPlan.
-
-    shapes: the model without weights. GRADIENT_CHECKPOINTING = "auto" recomputes where a tenth of the free memory
-    would not be left over. Without it frozen 4-bit weights stay dequantized where that leaves a tenth.
-    """
+def look_at_gpu(device):
+    """The Gpu that a device is, or None where it is no CUDA GPU."""
     if device.type != "cuda":
-        return MemoryPlan(settings.gradient_checkpointing is True)
-    count = settings.batch_size * settings.gradient_accumulation_steps
-    step = int(np.sort(row_lengths(rows))[-count:].sum())
+        return None
+    newer = torch.cuda.get_device_capability(device)[0] >= 8
+    return Gpu(*torch.cuda.mem_get_info(device), flash_attention=newer, triton=triton is not None)
+
+
+class StepPlan(NamedTuple):
+    """How the optimizer steps of a run are computed: plan_steps makes it, and StepRunner alone carries it out.
+
+    Where a kernel does not serve the model or the memory runs out, the runner lowers its plan.
+    """
+
+    kernels: Kernels = PLAIN
+    checkpointing: bool = False  # the activations of a decoder layer are computed again in the backward pass
+    dequantized: bool = False  # frozen 4-bit weights stay dequantized
+    compiled: bool | str = False  # decoder layers are compiled; "auto": only if the fused LoRA layers serve the model
+    recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
+    max_pass_tokens: int = 0  # a pass holds at most so many tokens; 0: each row is a pass of its own
+    rows_a_step: int = 1  # in each process
+    longest_row: int = 1  # in tokens
+    expected_bytes: float = 0.0  # peak of the GPU's memory; 0 on other devices
+    expected_seconds: float = 0.0  # of all steps; the rehearsal tells
+
+
+def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1):
+    """Decide how the steps of a run on these TokenizedRows are computed, and say it of a CUDA GPU; a StepPlan.
+
+    shapes: the model with its adapter, without weights. gpu: None where there is no CUDA GPU.
+    """
+    base, rows_a_step = transformers_model(shapes), settings.batch_size * settings.gradient_accumulation_steps
+    kernels = plan_kernels(shapes, dtype, gpu)
+    max_pass_tokens = plan_pass_tokens(base, settings, kernels)
+    plan = StepPlan(
+        kernels,
+        checkpointing=settings.gradient_checkpointing is True,
+        compiled=settings.torch_compile is True,
+        max_pass_tokens=max_pass_tokens,
+        rows_a_step=rows_a_step,
+        longest_row=int(row_lengths(rows).max()),
+    )
+    if gpu is None:
+        return plan
+    passes = count_passes(rows, settings, max_pass_tokens, processes)
+    compiled = plan_compilation(shapes, settings, kernels, passes)
+    plan = plan._replace(compiled=compiled, recorded=bool(compiled))
+    return plan_memory(plan, shapes, settings, dtype, rows, gpu)
+
+
+def plan_kernels(model, dtype, gpu):
+    """The Kernels that should serve a model on a GPU; the runner tries them and leaves out those that do not."""
+    if gpu is None:
+        return PLAIN
+    base = transformers_model(model)
+    head, half = base.get_output_embeddings(), dtype != torch.float32
+    return Kernels(
+        attention=half and gpu.flash_attention and not own_dropout(base),
+        loss=type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad,
+        lora=half and gpu.triton,
+    )
+
+
+def plan_scores(model, settings):
+    """The StepPlan by which the rows of an evaluation are scored."""
+    base = transformers_model(model)
+    kernels = plan_kernels(model, model.dtype, look_at_gpu(base.device))._replace(lora=False)
+    return StepPlan(kernels, max_pass_tokens=plan_pass_tokens(base, settings, kernels))
+
+
+def plan_pass_tokens(base, settings, kernels):
+    """The tokens that a pass may hold: those of a padded batch, or fewer where a block mask must keep rows apart."""
     ceiling = settings.batch_size * settings.max_seq_length
-    tokens = min(max(ceiling, int(row_lengths(rows).max())), step)
-    compiled = compiling_pays(settings, device, count_passes(rows, settings, ceiling, processes))
-    compiled = compiled and (settings.torch_compile is True or not settings.use_dora)  # as choose_compilation does
-    free, total = torch.cuda.mem_get_info(device)
+    return ceiling if kernels.attention else min(ceiling, block_mask_tokens(base))
+
+
+def plan_compilation(shapes, settings, kernels, passes):
+    """StepPlan.compiled of a run of so many passes on a CUDA GPU; says why, unless the user decided it."""
+    if settings.torch_compile != "auto":
+        return settings.torch_compile
+    if not (kernels.lora and all_plain(shapes) and decoder_layers(shapes)):
+        say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
+        return False
+    if passes < PASSES_WORTH_COMPILING:
+        say(f"The layers are not compiled: {passes:,} passes would not repay it; --torch_compile true does it")
+        return False
+    say(f"Compiling the layers takes half a minute or so, which {passes:,} passes repay")
+    return "auto"
+
+
+def plan_memory(plan, shapes, settings, dtype, rows, gpu):
+    """Complete a StepPlan by what depends on a GPU's memory, and say how much training should take.
+
+    GRADIENT_CHECKPOINTING = "auto" recomputes where less than a tenth of the free memory would be left over. Without
+    checkpointing, frozen 4-bit weights stay dequantized where a tenth is left over beside them.
+    """
+    tokens = min(
+        max(plan.max_pass_tokens, plan.longest_row), int(np.sort(row_lengths(rows))[-plan.rows_a_step :].sum())
+    )
     checkpointing, reason = settings.gradient_checkpointing, ""
     if checkpointing == "auto":
-        plain = expected_peak(shapes, settings, dtype, tokens, False, compiled)
-        checkpointing = plain > 0.9 * free
-        reason = f", as {plain / GIB:.1f} GiB would {'not ' * checkpointing}fit without it"
-    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, compiled)
-    fused = triton and dtype != torch.float32 and not settings.use_dora
+        plain = expected_peak(shapes, settings, dtype, tokens, False, plan.compiled)
+        checkpointing = plain > 0.9 * gpu.free
+        reason = f", as {plain / GIB:.1f} GiB would {'not fit' if checkpointing else 'fit'} without it"
+    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, plan.compiled)
+    fused = plan.kernels.lora and all_plain(shapes)
     more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
-    dequantized = 0 < more <= 0.9 * free - peak and not checkpointing
+    dequantized = 0 < more <= 0.9 * gpu.free - peak and not checkpointing
     if dequantized:
         peak += more
         reason += f"; {more / GIB:.1f} GiB are for weights that are dequantized once, which is faster"
     say(
-        f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {free / GIB:.1f} of"
-        f" {total / GIB:.1f} GiB are free; gradient checkpointing {'on' if checkpointing else 'off'}{reason}"
+        f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {gpu.free / GIB:.1f} of"
+        f" {gpu.total / GIB:.1f} GiB are free; gradient checkpointing {'on' if checkpointing else 'off'}{reason}"
     )
-    if peak > free:
+    if peak > gpu.free:
         say("That may not fit: lower --batch_size or --max_seq_length; passes that do not fit are made smaller")
-    return MemoryPlan(checkpointing, dequantized)
+    return plan._replace(checkpointing=checkpointing, dequantized=dequantized, expected_bytes=peak)
 
 
-def compiling_pays(settings, device, passes):
-    """Whether a run is to compile its layers: as TORCH_COMPILE says, by "auto" on CUDA if so many passes repay it."""
-    if settings.torch_compile != "auto":
-        return settings.torch_compile
-    return device.type == "cuda" and triton is not None and passes >= PASSES_WORTH_COMPILING
+def expected_seconds(plan, rehearsal, rows, steps, processes=1):
+    """Seconds that so many steps will take: the rehearsed pass's speed, and what recording each new length takes."""
+    seconds = steps * tokens_a_step(rows, plan.rows_a_step, processes) / rehearsal.tokens * rehearsal.seconds
+    if plan.recorded:
+        lengths = count_recordings(rows, plan.rows_a_step, processes, steps, plan.max_pass_tokens)
+        seconds += lengths * max(0, rehearsal.earlier_seconds - rehearsal.seconds)
+    return seconds
 
 
 def check_compiler(settings, device):
-    """Raise UserError if layers are to be compiled on a CPU that has no C++ compiler; found out on a tiny function."""
+    """Raise UserError if layers are to be compiled on a CPU that has no C++ compiler; a tiny function tells."""
     if device.type != "cpu" or settings.torch_compile is not True:
         return
     try:
@@ -170,23 +236,27 @@ def check_compiler(settings, device):
     say("The layers will be compiled, half a minute or so, which seldom pays on a CPU (--torch_compile false: no)")
 
 
-def choose_compilation(model, settings, device, passes):
-    """Whether to compile this model's layers in a run of so many passes; says why or why not on a CUDA GPU."""
-    pays = compiling_pays(settings, device, passes)
-    if settings.torch_compile == "auto" and device.type == "cuda":
-        if not can_compile(model):
-            say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
-            return False
-        if pays:
-            say(f"Compiling the layers takes half a minute or so, which {passes:,} passes repay")
-        else:
-            say(f"The layers are not compiled: {passes:,} passes would not repay it; --torch_compile true does it")
-    return pays
+def print_plan(settings, base, rows, validation_rows, processes=1):
+    """Say, before any weight is loaded, what the run will do and what it needs; base: model_utils.Base."""
+    total, trainable = count_parameters(base.shapes)
+    steps = count_steps(len(rows), settings, processes)
+    tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
+    quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
+    disk = run_bytes(trainable, settings.save_total_limit) / 2**20
+    say(
+        f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(base.dtype).removeprefix('torch.')}"
+        f" on {base.device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
+    )
+    say(
+        f"Plan: {len(rows)} rows ({tokens:,} tokens, {trained / tokens:.0%} trained), {len(validation_rows)} held out;"
+        f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
+        f" about {disk:,.0f} MiB on disk"
+    )
+    if steps == 1 and settings.warmup_ratio > 0:
+        say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
-
-
 def weight_bytes(model, settings, dtype):
     """Memory of the base's weights as they will be loaded: linear layers but the output in NF4 where quantized."""
     base = transformers_model(model)

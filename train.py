@@ -12,30 +12,42 @@ import os
 import platform
 import sys
 import time
+from collections import namedtuple
 from importlib.metadata import version
 
-from file_utils import check_writable, display_path, resolve_path, write_json
+from file_utils import check_writable, display_path, resolve_path, saving, write_json
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, settle
-from run_utils import ADAPTER, CACHE, CHECKPOINTS, DATA_REPORT, RUN_FOLDERS, VALIDATION_ROWS
+from run_utils import (
+    ADAPTER,
+    CACHE,
+    CHECKPOINTS,
+    DATA_REPORT,
+    RUN_FOLDERS,
+    VALIDATION_ROWS,
+    RunLock,
+    set_aside_previous_run,
+)
 from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
 
-# imported when they are first used: torch and what builds on it take seconds
+# These rooms import torch or other libraries, which takes seconds: --help, a mistyped flag and a faulty row come first.
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
-file_utils = LateImport("file_utils")
 generation_utils = LateImport("generation_utils")
-hub_utils = LateImport("hub_utils")
 model_utils = LateImport("model_utils")
 plan_utils = LateImport("plan_utils")
 process_utils = LateImport("process_utils")
 progress_utils = LateImport("progress_utils")
 prompt_utils = LateImport("prompt_utils")
 report_utils = LateImport("report_utils")
-run_utils = LateImport("run_utils")
 token_utils = LateImport("token_utils")
 torch = LateImport("torch")
 training_utils = LateImport("training_utils")
+
+# What the phases of a run hand on. Beside these, the phase of the base model gives a model_utils.Base.
+Data = namedtuple("Data", "training validation reports")  # Conversations, and a DataReport of each file
+Rows = namedtuple("Rows", "training validation report")  # TokenizedRows, and the data report
+Plan = namedtuple("Plan", "arguments steps")  # the Trainer's arguments, and a StepPlan
 
 
 def main(argv):
@@ -51,136 +63,80 @@ def main(argv):
 
 
 def train(settings, dry_run=False, fresh=False):
-    """The phases of a run: tokenizer, data, plan, model, trainer, training, saving."""
+    """The phases of a run: data, base model, rows, plan, and the run itself."""
     started = time.time()
-    train_set, validation_set, read = load_data(settings)
-
-    settle()
-    output_dir, models_dir = resolve_path(settings.output_dir), resolve_path(settings.models_dir)
-    lock = run_utils.RunLock(output_dir, held_by_us=os.environ.get("RANK", "0") == "0")
+    data = load_data(settings)
+    lock = RunLock(resolve_path(settings.output_dir), held_by_us=os.environ.get("RANK", "0") == "0")
     if not dry_run:
         lock.check()
-    device = model_utils.resolve_device(settings.device)
-    model_utils.grow_gpu_memory(device)
-    dtype = model_utils.choose_dtype(device, settings.use_fp16)
-    base = hub_utils.locate_model(settings.base_model_name, models_dir)
-    tokenizer = model_utils.load_tokenizer(base, models_dir)
+    base = model_utils.find_base(settings)
+    folder = resolve_path(settings.output_dir) / CHECKPOINTS
     arguments = training_utils.build_training_arguments(
-        settings, output_dir / CHECKPOINTS, device, dtype, bool(validation_set)
+        settings, folder, base.device, base.dtype, bool(data.validation)
     )
-    with process_utils.first_process_first():
-        train_rows, validation_rows = tokenize_data(tokenizer, train_set, validation_set, settings)
-    report = report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows)
-    shapes = model_utils.empty_model(base, settings, models_dir)
-    parameters = model_utils.count_parameters(shapes)
-    plan_utils.print_plan(
-        settings, device, dtype, train_rows, validation_rows, parameters, processes=arguments.world_size
-    )
-    memory = plan_utils.plan_memory(shapes, settings, device, dtype, train_rows, arguments.world_size)
-    plan_utils.check_compiler(settings, device)
+    settle()
+    rows = prepare_rows(settings, base, data)
+    plan = make_plan(settings, base, rows, arguments)
     if dry_run:
-        write_report(settings, report, dry_run=True)
+        write_report(settings, rows.report, dry_run=True)
         return
-    identity = checkpoint_utils.run_identity(
-        settings, base, tokenizer, train_rows, validation_rows, arguments, dtype, models_dir
-    )
+    identity = checkpoint_utils.run_identity(settings, base, rows, arguments)
     with lock:
-        checkpoints = open_checkpoints(settings, identity, parameters[1], fresh)
-        quantization = model_utils.build_quantization_config(settings, dtype)
-        model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
-        model_utils.share_token_ids(model, tokenizer)
-        model = model_utils.attach_lora(model, settings)
-        callbacks = build_callbacks(settings, tokenizer, validation_set, checkpoints)
-        process_utils.from_first_process(prepare_output, settings, validation_set, report, checkpoints.resumption)
-        trainer = training_utils.build_trainer(
-            model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints, memory
-        )
-        run(trainer, settings, validation_rows, started)
-
-
-def run(trainer, settings, validation_rows, started):
-    """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
-
-    resumption = trainer.checkpoints.resumption
-    say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
-    with trainer.signals:
-        try:
-            trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
-        except KeyboardInterrupt:
-            say(f"\nStopped at once, in step {trainer.state.global_step + 1}; {trainer.checkpoints.last()}")
-            raise
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory beside the passes of step {trainer.state.global_step + 1}, in the optimizer or an"
-                f" evaluation; {trainer.checkpoints.last()}; switch on --gradient_checkpointing, or train anew with"
-                " --fresh, half the --batch_size and twice the --gradient_accumulation_steps",
-                alone=True,
-            ) from error
-        finish(trainer, settings, validation_rows, started)
+        checkpoints = open_checkpoints(settings, base, identity, fresh)
+        model, base = model_utils.load_for_training(settings, base)
+        trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints)
+        run(trainer, settings, base, rows, started)
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
-
-
 def load_data(settings):
-    """Return the training and validation Conversations and what was read, after saying it."""
-
-    cache_dir = resolve_path(settings.output_dir) / CACHE
-    path = settings.custom_dataset_path or "data/demo.json"
+    """Read the rows as Conversations and split them, after saying what was read; returns Data."""
+    path, cache_dir = settings.custom_dataset_path or "data/demo.json", resolve_path(settings.output_dir) / CACHE
     conversations, report = data_utils.load_announced("Data", path, settings.dataset_columns, cache_dir)
     if settings.max_train_rows:
         chosen = data_utils.split_conversations(conversations, 0, settings.seed)[0]
         conversations = chosen.select(range(min(len(chosen), settings.max_train_rows)))
     if settings.validation_dataset_path is None:
-        return *data_utils.split_conversations(conversations, settings.validation_split, settings.seed), [report]
+        return Data(*data_utils.split_conversations(conversations, settings.validation_split, settings.seed), [report])
     validation, validation_report = data_utils.load_announced(
         "Validation data", settings.validation_dataset_path, settings.dataset_columns, cache_dir
     )
-    return data_utils.remove_overlap(conversations, validation), validation, [report, validation_report]
+    return Data(data_utils.remove_overlap(conversations, validation), validation, [report, validation_report])
 
 
-def tokenize_data(tokenizer, train_set, validation_set, settings):
-    """Tokenize both sets; at least one row of each must be left."""
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+def prepare_rows(settings, base, data):
+    """Tokenize the data, and print the data report and a row as the model sees it; returns Rows.
 
-    cache_dir = resolve_path(settings.output_dir) / CACHE
-    for name, conversations in (("training", train_set), ("validation", validation_set)):
-        rows = token_utils.tokenize_conversations(
-            tokenizer, conversations, settings.max_seq_length, f"{name} data", cache_dir
-        )
-        if len(conversations) and not len(rows):
-            raise UserError(
-                f"no token of the {name} data's {len(conversations)} rows can be trained at --max_seq_length"
-                f" {settings.max_seq_length}; raise it"
-            )
-        yield rows
-
-
-def report_data(settings, tokenizer, read, train_set, validation_set, train_rows, validation_rows):
-    """Print the data report with one row as the model sees it, and return it; refuse data of which too much is lost."""
-
+    Raises UserError where too much of the data would be lost.
+    """
+    with process_utils.first_process_first():
+        training = tokenize(settings, base, data.training, "training data")
+        validation = tokenize(settings, base, data.validation, "validation data")
     report = report_utils.build_report(
-        read, train_set, validation_set, train_rows, validation_rows, settings.max_seq_length
+        data.reports, data.training, data.validation, training, validation, settings.max_seq_length
     )
     report_utils.print_report(report)
-    say(f"Template: {prompt_utils.describe_template(tokenizer)}")
-    show_example(tokenizer, train_rows)
+    say(f"Template: {prompt_utils.describe_template(base.tokenizer)}")
+    show_example(base.tokenizer, training)
     report_utils.check_cut_limit(report, settings.answers_cut_limit)
-    return report
+    return Rows(training, validation, report)
 
 
-def write_report(settings, report, dry_run=False):
-    """Write the report to OUTPUT_DIR; a dry run leaves that of an earlier run there alone."""
-    folder = resolve_path(settings.output_dir)
-    if dry_run and any((folder / name).exists() for name in (ADAPTER, CHECKPOINTS)):
-        folder = folder / CACHE
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / DATA_REPORT, report)
-    say(f"Data report: {display_path(folder / DATA_REPORT)}")
+def tokenize(settings, base, conversations, name):
+    """The TokenizedRows of conversations; at least one must be left where there are any."""
+    cache_dir = resolve_path(settings.output_dir) / CACHE
+    rows = token_utils.tokenize_conversations(base.tokenizer, conversations, settings.max_seq_length, name, cache_dir)
+    if len(conversations) and not len(rows):
+        raise UserError(
+            f"no token of the {name}'s {len(conversations)} rows can be trained at --max_seq_length"
+            f" {settings.max_seq_length}; raise it"
+        )
+    return rows
 
 
 def show_example(tokenizer, rows):
     """Show a row of usual length as the model sees it, its trained tokens marked."""
-
     lengths = rows.index["length"][:1000]
     example = rows[int(abs(lengths - sorted(lengths)[len(lengths) // 2]).argmin())]
     color = sys.stderr.isatty()
@@ -190,25 +146,50 @@ def show_example(tokenizer, rows):
     say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n")
 
 
-# ---- Before and after training ---------------------------------------------------------------------------------------
+def write_report(settings, report, dry_run=False):
+    """Write the data report to OUTPUT_DIR; a dry run leaves that of an earlier run there alone."""
+    folder = resolve_path(settings.output_dir)
+    if dry_run and any((folder / name).exists() for name in (ADAPTER, CHECKPOINTS)):
+        folder = folder / CACHE
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / DATA_REPORT, report)
+    say(f"Data report: {display_path(folder / DATA_REPORT)}")
 
 
-def open_checkpoints(settings, identity, trainable, fresh):
+# ---- Plan ------------------------------------------------------------------------------------------------------------
+def make_plan(settings, base, rows, arguments):
+    """Decide how the steps are computed, and say what the run will do and what it needs; returns a Plan."""
+    plan_utils.print_plan(settings, base, rows.training, rows.validation, arguments.world_size)
+    gpu = plan_utils.look_at_gpu(base.device)
+    steps = plan_utils.plan_steps(base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size)
+    plan_utils.check_compiler(settings, base.device)
+    return Plan(arguments, steps)
+
+
+# ---- Run -------------------------------------------------------------------------------------------------------------
+def open_checkpoints(settings, base, identity, fresh):
     """Decide, in the first process for all, whether an interrupted run goes on; refuse one that is another run's."""
-
     output_dir = resolve_path(settings.output_dir)
     resumption = None
     if not (output_dir / ADAPTER).exists():  # else the run there had finished
         resumption = process_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
     run_name = settings.run_name or (resumption and resumption.run_name) or time.strftime("%Y%m%d-%H%M%S")
+    trainable = model_utils.count_parameters(base.shapes)[1]
     folder = output_dir / CHECKPOINTS
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
     checkpoints.check_space()
     return checkpoints
 
 
-def build_callbacks(settings, tokenizer, validation_set, checkpoints):
+def prepare_trainer(settings, base, data, rows, plan, model, checkpoints):
+    """Make the output folder ready, and put the Trainer of a model with its adapter together."""
+    callbacks = build_callbacks(settings, base.tokenizer, data.validation, checkpoints)
+    process_utils.from_first_process(prepare_output, settings, data.validation, rows.report, checkpoints.resumption)
+    return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks)
 
+
+def build_callbacks(settings, tokenizer, validation_set, checkpoints):
+    """What the run shows of itself: lines, TensorBoard, and sample answers to the first validation prompts."""
     log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
     board = progress_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
@@ -222,10 +203,9 @@ def build_callbacks(settings, tokenizer, validation_set, checkpoints):
 
 def prepare_output(settings, validation_set, report, resumption):
     """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
-
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
-        moved_to = run_utils.set_aside_previous_run(output_dir, RUN_FOLDERS)
+        moved_to = set_aside_previous_run(output_dir, RUN_FOLDERS)
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
@@ -233,51 +213,75 @@ def prepare_output(settings, validation_set, report, resumption):
         data_utils.store_conversations(output_dir / VALIDATION_ROWS, validation_set)
 
 
-def finish(trainer, settings, validation_rows, started):
-    """Save the adapter with its record, and say how the run went and what to type next."""
+def run(trainer, settings, base, rows, started):
+    """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
+    resumption = trainer.checkpoints.resumption
+    say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
+    with trainer.signals, trainer.runner:
+        try:
+            trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
+        except KeyboardInterrupt:
+            say(f"\nStopped at once, in step {trainer.state.global_step + 1}; {trainer.checkpoints.last()}")
+            raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory beside the passes of step {trainer.state.global_step + 1}, in the optimizer or an"
+                f" evaluation; {trainer.checkpoints.last()}; switch on --gradient_checkpointing, or train anew with"
+                " --fresh, half the --batch_size and twice the --gradient_accumulation_steps",
+                alone=True,
+            ) from error
+        if trainer.is_world_process_zero():
+            finish(trainer, settings, base, rows, started)
 
-    if not trainer.is_world_process_zero():
-        return
-    state, resumption = trainer.state, trainer.checkpoints.resumption
+
+def finish(trainer, settings, base, rows, started):
+    """Save the adapter with its record, and say how the run went and what to type next."""
+    checkpoints = trainer.checkpoints
+    record = build_record(trainer, rows, checkpoints.started if checkpoints.resumption else started)
+    adapter_dir = resolve_path(settings.output_dir) / ADAPTER
+    with saving("the adapter", f"{checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
+        model_utils.save_finished_adapter(trainer.model, base, adapter_dir, settings, record)
+    print_summary(settings, adapter_dir, record)
+
+
+def build_record(trainer, rows, started):
+    """What run.json holds of a finished run."""
+    state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    record = {
+    return {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seconds": round(time.time() - (trainer.checkpoints.started if resumption else started), 1),
+        "seconds": round(time.time() - started, 1),
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "validation_loss": state.best_metric,  # of the checkpoint that was kept
         "peak_memory_gib": round(model_utils.measured_peak(trainer.args.device), 3),
-        "training_rows": len(trainer.train_dataset),
-        "validation_rows": len(validation_rows),
+        "training_rows": len(rows.training),
+        "validation_rows": len(rows.validation),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "python": platform.python_version(),
     }
-    adapter_dir = resolve_path(settings.output_dir) / ADAPTER
-    with file_utils.saving("the adapter", f"{trainer.checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
-        model_utils.save_finished_adapter(trainer.model, trainer.processing_class, adapter_dir, settings, record)
-    print_summary(settings, adapter_dir, record)
 
 
 def print_summary(settings, adapter_dir, record):
-
-    validation, has_validation = "", record["validation_loss"] is not None
-    if has_validation:
+    """Say on stdout how the run went, where the adapter is, and what to type next."""
+    where = "" if settings.output_dir == DEFAULTS["output_dir"] else f" --output_dir {settings.output_dir}"
+    validation, following = "", [f"Next: python inference.py{where}   talk to it"]
+    if record["validation_loss"] is not None:
         perplexity = engine_passes.perplexity(record["validation_loss"])
         validation = f", validation loss {record['validation_loss']:.4f} (perplexity {perplexity:.2f})"
         if record["best_step"]:
             validation += f" from step {record['best_step']}"
-    where = "" if settings.output_dir == DEFAULTS["output_dir"] else f" --output_dir {settings.output_dir}"
-    print(
-        f"\nDone in {progress_utils.format_duration(record['seconds'])}: {record['steps']} steps, training loss"
-        f" {record['first_loss']:.4f} -> {record['last_loss']:.4f}{validation},"
-        f" peak memory {record['peak_memory_gib']:.2f} GiB.\n"
-        f"Adapter: {display_path(adapter_dir)}\n"
-        + f"Next: python evaluate.py{where}    base versus tuned, in figures and answers\n" * has_validation
-        + f"Next: python inference.py{where}   talk to it",
-        flush=True,
-    )
+        following.insert(0, f"Next: python evaluate.py{where}    base versus tuned, in figures and answers")
+    duration = progress_utils.format_duration(record["seconds"])
+    lines = [
+        f"\nDone in {duration}: {record['steps']} steps, training loss {record['first_loss']:.4f} ->"
+        f" {record['last_loss']:.4f}{validation}, peak memory {record['peak_memory_gib']:.2f} GiB.",
+        f"Adapter: {display_path(adapter_dir)}",
+        *following,
+    ]
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

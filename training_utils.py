@@ -1,10 +1,9 @@
-"""The Trainer subclass with its exact, padding-free passes, its arguments and its making."""
+"""The Trainer, its arguments and its making."""
 
 import contextlib
 import math
 import time
 from collections import UserList
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,38 +11,134 @@ from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-import plan_utils
 from checkpoint_utils import AGAIN
-from engine_passes import count_tokens, count_trained_tokens, pack_rows, perplexity, score_rows
-from engine_runner import StepFlags, StepRunner, choose_kernels, choose_pass_tokens, compiling, start_copy_to_host
+from engine_passes import count_tokens, pack_rows, perplexity
+from engine_runner import StepCheck, StepRunner
 from file_utils import display_path
 from message_utils import Stopped, UserError, say
 from model_utils import measured_peak, save_adapter
+from plan_utils import StepPlan, expected_seconds, longest_rows, typical_rows
 from process_utils import StopSignals
 from progress_utils import format_duration
 
-# ---- Trainer ---------------------------------------------------------------------------------------------------------
+# What LoraTrainer relies on beside the Trainer's public methods. A test tells when a release of it has lost one.
+TRAINER_METHODS = (
+    "_clip_grad_norm",
+    "_get_grad_norm",
+    "_get_output_dir",
+    "_init_training_state",
+    "_maybe_log_save_evaluate",
+    "_run_epoch",
+    "_save",
+    "_save_checkpoint",
+)
+TRAINER_ATTRIBUTES = ("_tr_loss", "_globalstep_last_logged", "_n_gpu")  # the last one is the arguments'
 
 
 class EvaluationStopped(Exception):
     """A signal came during an evaluation."""
 
 
-class ResumableTrainer(Trainer):
-    """A Trainer that saves and resumes by Checkpoints, and that a signal ends after its step or in an evaluation.
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+class LoraTrainer(Trainer):
+    """A Trainer whose steps are a StepRunner's, and whose checkpoints are a Checkpoints'; a signal ends it well.
 
-    Several processes learn of each other's signals with the flags of a step, so that it may take two steps more.
+    Its batch is the BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS rows of an optimizer step, and it accumulates nothing. The
+    loss is the sum over the step's trained tokens divided by their number, over all passes and processes, so that the
+    gradient does not depend on how the rows were cut. A signal ends it after its step or in an evaluation; several
+    processes learn of each other's signals with the flags of a step, so that it may take two steps more.
+
+    checkpoints: None where nothing can be saved. base_content: of the base model, which each saved adapter records.
     """
 
-    def __init__(self, *args, checkpoints=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.checkpoints = checkpoints  # None: nothing can be saved, which a test may be content with
+    def __init__(self, *args, plan=None, checkpoints=None, base_content=None, **kwargs):
+        # UserList: the Trainer would search a plain list of rows for tensors, token by token
+        super().__init__(*args, data_collator=UserList, **kwargs)
+        self.runner = StepRunner(self.model, plan or StepPlan(), self.accelerator)
+        self.check = StepCheck(self.runner)
+        self.checkpoints, self.base_content = checkpoints, base_content
         self.signals = StopSignals()
-        self.stop_now = 0  # how many processes had got a signal by the last step that was looked at
+        self.stop_now = 0  # how many processes had got a signal by the last step whose flags were read
         self.evaluation_due = False  # whether the step that is saved still has to be evaluated
+        self.rehearsed = False
+        self.rows_of_step, self.loss_of_step = [], None
+        self.speed = SpeedMeter()
 
+    # ---- A step ----
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward over one step's rows; returns the step's mean loss a token."""
+        self.speed.start()
+        if not self.rehearsed:
+            self.rehearsed = True
+            broadcast([parameter.detach() for parameter in self.runner.parameters])  # all begin with the first's
+            self._rehearse()
+            self.speed.start()
+        self.rows_of_step, self.loss_of_step = inputs, self.runner.step(inputs)
+        self.speed.tokens += count_tokens(inputs)
+        return self.loss_of_step
+
+    def _rehearse(self):
+        """Let the runner rehearse the longest pass that the data can ask for, and say what it takes."""
+        rows, rows_a_step = self.train_dataset, self.args.per_device_train_batch_size
+        steps = self.state.max_steps - self.state.global_step
+        rehearsal = self.runner.rehearse(longest_rows(rows, rows_a_step), typical_rows(rows, 2))
+        seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, self.accelerator.num_processes)
+        self.runner.lower(expected_seconds=seconds)
+        peak = measured_peak(self.args.device)
+        say(
+            f"Rehearsal: the longest pass, {rehearsal.tokens:,} tokens, takes {rehearsal.seconds:.2f} s and"
+            f" {peak:.2f} GiB; the {steps} steps will take about {format_duration(seconds)}"
+        )
+
+    def _clip_grad_norm(self, model):
+        """Accelerate's clipping walks through all modules several times a step."""
+        self.accelerator.unscale_gradients()
+        return self.runner.clip(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Flag a loss or gradient that is not finite; the optimizer leaves out a flagged step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite, scaler = torch.isfinite(self.loss_of_step), self.accelerator.scaler
+        # the loss scaling of float16 answers an overflowing gradient by a smaller scale, as it must at first
+        if scaler is None or scaler.get_scale() <= 1:
+            finite &= torch.isfinite(norm)
+        optimizer = self.optimizer.optimizer
+        leaves_out = optimizer.defaults.get("fused") and scaler is None
+        self._judge(
+            self.check.note(
+                self.state.global_step + 1,
+                self.rows_of_step,
+                self.loss_of_step,
+                finite,
+                self.signals.requested > 0,
+                optimizer if leaves_out else None,
+            )
+        )
+        if not leaves_out:
+            self._judge(self.check.read())
+        return norm
+
+    def _judge(self, flags):
+        """Refuse a step that was not finite; note how many processes got a signal. flags: StepFlags or None."""
+        if flags is None:
+            return
+        self.stop_now = flags.stopping
+        if flags.faults:
+            what = "gradient" if torch.isfinite(flags.loss) else "loss"
+            refuse(self, f"the {what} of step {flags.step}", flags.rows, "training data")
+
+    def floating_point_ops(self, inputs):
+        """Not counted: the Trainer's estimate needs padded batches."""
+        return 0
+
+    # ---- Between two steps ----
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
         long = self.control.should_evaluate or self.control.should_save
+        if long or self.control.should_log:
+            self._judge(self.check.read())  # which waits for the GPU
+        self.speed.pause()
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationStopped:
@@ -52,7 +147,28 @@ class ResumableTrainer(Trainer):
         ask = long or self.accelerator.num_processes == 1
         if (self.stop_now or (ask and self._stop_requested())) and not self.control.should_training_stop:
             self._stop()
+        self.speed.start()  # the time of evaluations and saves is no training time
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""
+        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        mine, loss = validation_loss(self.runner, rows, self.accelerator, self.stop_if_requested)
+        if not math.isfinite(loss):
+            refuse(self, f"the validation loss of step {self.state.global_step}", mine, "validation data")
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs, start_time=None):
+        """Add speed and memory to the training losses. Speed counts real tokens and training time only."""
+        if "loss" in logs:
+            self.speed.pause()  # reading the loss waited for the GPU to finish its steps
+            logs["tokens_per_second"] = round(self.accelerator.num_processes * self.speed.read(), 1)
+            logs["peak_memory_gib"] = round(measured_peak(self.args.device), 3)
+        super().log(logs, start_time)
+
+    # ---- Stopping ----
     def _stop_requested(self):
         """Whether any process got a signal; the same answer in all of them."""
         if self.accelerator.num_processes == 1:
@@ -60,8 +176,13 @@ class ResumableTrainer(Trainer):
         requested = torch.tensor(self.signals.requested, device=self.args.device)
         return self.accelerator.reduce(requested, "sum").item() > 0
 
+    def stop_if_requested(self):
+        """Raise EvaluationStopped in all processes if any got a signal; all must ask equally often."""
+        if self._stop_requested():
+            raise EvaluationStopped
+
     def _stop(self, evaluated=True):
-        """Save where the run is and end it, as a signal asked; a resumed run makes up for an evaluation not finished.
+        """Save where the training is and end it, as a signal asked; when it goes on, a broken-off evaluation is made.
 
         That evaluation draws no random numbers and changes no weight, so it may as well come after the save.
         """
@@ -73,20 +194,20 @@ class ResumableTrainer(Trainer):
         where = f"Stopped {'at' if evaluated else 'in the evaluation of'} step {step} of {steps}"
         raise Stopped(number, f"{where}, saved in {display_path(self.checkpoints.path(step))}; {AGAIN}")
 
-    def stop_if_requested(self):
-        """Raise EvaluationStopped in all processes if any got a signal; all must ask equally often."""
-        if self._stop_requested():
-            raise EvaluationStopped
-
+    # ---- Saving ----
     def _get_output_dir(self, trial):
         """Where the Trainer puts checkpoint-<step>: a folder that it leaves only when it is whole."""
         return str(self.checkpoints.staging) if self.checkpoints else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
+        self._judge(self.check.read())
         # each process adds up its own rows' losses, and the log shows their mean
         loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
-        progress = {"loss_since_log": loss, "last_logged_step": self._globalstep_last_logged}
-        progress["evaluation_due"] = self.evaluation_due
+        progress = {
+            "loss_since_log": loss,
+            "last_logged_step": self._globalstep_last_logged,
+            "evaluation_due": self.evaluation_due,
+        }
         with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
             super()._save_checkpoint(model, trial)
 
@@ -96,6 +217,13 @@ class ResumableTrainer(Trainer):
         with self.checkpoints.saving_together(step) if _internal_call else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir=None, state_dict=None):
+        """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
+        if self.args.should_save:  # the first process alone: two would write into the same files
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_adapter(self.model, self.processing_class, output_dir, self.base_content)
+
+    # ---- Going on ----
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
         begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
         if checkpoint is not None:
@@ -107,7 +235,7 @@ class ResumableTrainer(Trainer):
         return begin
 
     def _run_epoch(self, **kwargs):
-        """One epoch, or the rest of it where a run is resumed; the loss that was not logged yet is kept."""
+        """One epoch, or the rest of it where the training goes on; the loss that was not logged yet is kept."""
         resumption = self.checkpoints and self.checkpoints.resumption
         if resumption and self.state.global_step == resumption.step:
             self._tr_loss += resumption.progress["loss_since_log"]
@@ -121,7 +249,10 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def _make_up_for_evaluation(self, arguments):
-        """Evaluate the resumed step, in whose evaluation a signal came. Its checkpoint has the weights already."""
+        """Evaluate the step at which the training goes on, in whose evaluation a signal had come.
+
+        Its checkpoint has the weights already.
+        """
         self.control.should_evaluate, self.control.should_save = True, False
         names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
         self._maybe_log_save_evaluate(self._tr_loss, None, *(arguments[name] for name in names))
@@ -129,274 +260,66 @@ class ResumableTrainer(Trainer):
         self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
 
 
-class LoraTrainer(ResumableTrainer):
-    """A Trainer whose optimizer step sees one batch of rows and cuts it into passes of at most max_pass_tokens tokens.
+class SpeedMeter:
+    """Counts tokens, and the seconds in which they were trained; evaluations and saves are left out."""
 
-    The batch is BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS rows; the Trainer itself accumulates nothing. The loss is the
-    sum over trained tokens divided by the step's number of trained tokens over all passes and processes, so that the
-    gradient does not depend on how the rows were cut.
+    def __init__(self):
+        self.tokens, self.seconds = 0, 0.0
+        self.started = time.perf_counter()
+
+    def start(self):
+        """What went by since the last call counts as no training time."""
+        self.started = time.perf_counter()
+
+    def pause(self):
+        """What went by since the last call counts as training time."""
+        before, self.started = self.started, time.perf_counter()
+        self.seconds += self.started - before
+
+    def read(self):
+        """Tokens a second since the last reading."""
+        speed = self.tokens / self.seconds
+        self.tokens, self.seconds = 0, 0.0
+        return speed
+
+
+def validation_loss(runner, rows, accelerator, before_pass):
+    """The rows of this process, and the mean loss a trained token over the rows of all processes, in nats.
+
+    before_pass is called as often in each process, since in it all of them ask each other.
     """
+    processes, lengths = accelerator.num_processes, [len(row["input_ids"]) for row in rows]
+    mine = rows[accelerator.process_index :: processes]
+    max_tokens = min(gather_object([runner.plan.max_pass_tokens]))  # memory may have run out in one process alone
+    passes = [len(pack_rows(lengths[rank::processes], max_tokens)) for rank in range(processes)]
+    scores = runner.score(mine, before_pass, max_tokens)
+    for _ in range(max(passes) - passes[accelerator.process_index]):
+        before_pass()
+    # float64 counts tokens exactly, and a process without rows must send the type that the others send
+    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    sums = [sum(nll for nll, _ in scores), sum(tokens for _, tokens in scores)]
+    nll, tokens = accelerator.reduce(torch.tensor(sums, dtype=exact, device=accelerator.device), "sum").tolist()
+    return mine, nll / tokens
 
-    def __init__(self, *args, max_pass_tokens, runner=None, **kwargs):
-        # a list of rows would be searched for tensors, token by token
-        super().__init__(*args, data_collator=UserList, **kwargs)
-        self.runner = runner or StepRunner(self.model)
-        self.model.zero_grad = lambda **_: self.runner.release_gradients()  # Module's walks through all modules
-        self.model.train()  # the whole of it: a loaded base comes in eval mode
-        self.runner.averaging = self.accelerator.num_processes > 1
-        # no DDP, which would average in each pass; what it keeps of the first stream breaks a recording
-        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self.rehearsed = False
-        self.rows_of_step, self.loss_of_step = [], None
-        self.unchecked = None  # StepFlags of the newest step, until they are read
-        self.max_pass_tokens = max_pass_tokens
-        self.tokens_trained, self.seconds_trained = 0, 0.0  # real tokens of this process and time, since the last log
-        self.clock = time.perf_counter()
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward over one step's rows; returns the step's mean loss a token."""
-        self.clock = time.perf_counter()
-        self.rows_of_step = inputs
-        if not self.model.training:  # it walks through all modules
-            model.train()
-        processes, trained = self.accelerator.num_processes, count_trained_tokens(inputs)
-        if processes > 1:
-            trained = self.accelerator.reduce(torch.tensor(trained, device=self.args.device), "sum")
-        if not self.rehearsed:
-            self.rehearsed = True
-            broadcast([parameter.detach() for parameter in self.runner.parameters])  # all begin with the first's
-            self._rehearse()
-        # the gradients of the processes are averaged, hence the factor
-        step_loss = self._forward_backward(inputs, processes / trained)
-        if self.runner.averaging:
-            self.runner.flat.copy_(self.accelerator.reduce(self.runner.flat, "mean"))
-        self.tokens_trained += count_tokens(inputs)
-        self.loss_of_step = step_loss
-        return step_loss
+def refuse(trainer, what, rows, name):
+    """Raise the UserError of a loss or gradient that is not finite, naming the rows at fault as far as they are known.
 
-    def _forward_backward(self, rows, scale):
-        """All passes of a step; returns the sum of scale times each loss.
-
-        Out of memory gives up dequantized weights, then halves the passes' ceiling. Each try begins with the same
-        random numbers of the CPU. No process waits for another here: training_step averages the gradients.
-        """
-        seed = torch.get_rng_state()
-        while True:
-            torch.set_rng_state(seed)
-            try:
-                return self._run_passes(rows, scale)
-            except torch.OutOfMemoryError as error:
-                largest = None if self.runner.dequantized else self._largest_pass(rows, error)
-            except Exception as error:
-                if not self.runner.simplify(error):
-                    raise
-                continue
-            # here, where the exception no longer holds on to the tensors of its frames
-            if largest is None:
-                self.runner.give_up_dequantized()
-                kept = "frozen weights are dequantized in each pass: slower, the same result"
-                say(f"Out of memory; from here on {kept}", from_any=True)
-                continue
-            self.runner.release()
-            say(
-                f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
-                " more passes and gives the same result",
-                from_any=True,
-            )
-            self.max_pass_tokens = largest // 2
-
-    def _run_passes(self, rows, scale):
-        self.runner.begin()
-        step_loss = torch.zeros((), device=self.args.device)
-        for indices in pack_rows([len(row["input_ids"]) for row in rows], self.max_pass_tokens):
-            step_loss += self.runner.run(self.model, [rows[i] for i in indices], scale, self.accelerator.backward)
-        return step_loss
-
-    def _largest_pass(self, rows, error):
-        """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
-        group = plan_utils.longest_pass(rows, self.max_pass_tokens)
-        largest = count_tokens(group)
-        if len(group) == 1:
-            raise UserError(
-                f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
-                " --gradient_checkpointing or --use_4bit_quantization",
-                alone=True,
-            ) from error
-        return largest
-
-    def _compare_with_plain_passes(self):
-        """Do without compiled layers and recorded passes unless a typical pass has the gradients of a plain one."""
-
-        def gradient():
-            torch.manual_seed(0)  # the same dropout
-            # a small factor, since that of float16's loss scaling comes on top
-            self._forward_backward(plan_utils.typical_rows(self.train_dataset, 2), 1e-4)
-            # compared on the host, since two more copies of the gradients would add to the peak of the memory
-            return torch.cat([parameter.grad.cpu().flatten() for parameter in self.runner.parameters])
-
-        found = gradient()
-        with self.runner.plain_passes():
-            expected = gradient()
-        if not torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # nan is none
-            say("Compiled layers have other gradients than plain ones; none is used, which is slower", from_any=True)
-            self.runner.compiled = self.runner.recording = False
-        self.runner.release()  # the longest pass is to be recorded first, whose memory then serves the others
-
-    def _rehearse(self):
-        """Run the longest pass that the data can ask for, without a trace, and say what it takes."""
-        rows = plan_utils.longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        if devices:
-            torch.cuda.empty_cache()  # what loading left
-        with torch.random.fork_rng(devices):
-            if self.runner.compiled:
-                self._compare_with_plain_passes()
-            first = self.runner.compiled or self.args.device.type != "cpu"  # it compiles, records, or loads kernels
-            seconds = 0.0
-            while True:
-                before, started = (self.max_pass_tokens, self.runner.dequantized), time.perf_counter()
-                group = plan_utils.longest_pass(rows, self.max_pass_tokens)
-                with compiling():
-                    self._forward_backward(group, 1e-3).item()
-                earlier, seconds = seconds, time.perf_counter() - started
-                again = before != (self.max_pass_tokens, self.runner.dequantized)
-                if not (first or again):
-                    break
-                first = again
-        self.runner.release_gradients()
-        tokens, peak = count_tokens(group), measured_peak(self.args.device)
-        steps = self.state.max_steps - self.state.global_step
-        shares = (self.train_dataset, self.args.per_device_train_batch_size, self.accelerator.num_processes)
-        expected = steps * plan_utils.tokens_a_step(*shares) / tokens * seconds
-        if self.runner.recording:
-            expected += plan_utils.count_recordings(*shares, steps, self.max_pass_tokens) * max(0, earlier - seconds)
-        say(
-            f"Rehearsal: the longest pass, {tokens:,} tokens, takes {seconds:.2f} s and {peak:.2f} GiB; the {steps}"
-            f" steps will take about {format_duration(expected)}"
-        )
-        self.clock = time.perf_counter()
-
-    def _clip_grad_norm(self, model):
-        """Accelerate's clipping walks through all modules several times a step."""
-        self.accelerator.unscale_gradients()
-        return self.runner.clip(self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Flag a loss or gradient that is not finite, and whether to stop; the optimizer leaves out a flagged step.
-
-        The host reads a step's flags in the next one, before its optimizer step, so that it prepares a step while the
-        GPU still computes the one before. What logs, evaluates or saves reads them first.
-        """
-        norm = super()._get_grad_norm(model, grad_norm)
-        finite = torch.isfinite(self.loss_of_step)
-        if not self._scaler_will_skip():
-            finite &= torch.isfinite(norm)
-        # one message for both; all processes must decide alike
-        flags = torch.stack([~finite, torch.full_like(finite, self.signals.requested > 0)]).int()
-        flags = self.accelerator.reduce(flags, "sum")
-        self._check_step()
-        step, optimizer = self.state.global_step + 1, self.optimizer.optimizer
-        self.unchecked = StepFlags(step, self.rows_of_step, self.loss_of_step, *start_copy_to_host(flags))
-        if optimizer.defaults.get("fused") and self.accelerator.scaler is None:
-            optimizer.found_inf = flags[0].clamp(max=1).float()
-        else:
-            self._check_step()
-        return norm
-
-    def _scaler_will_skip(self):
-        """Whether fp16's loss scaling answers an overflowing gradient by a smaller scale, as it must at first."""
-        scaler = self.accelerator.scaler
-        return scaler is not None and scaler.get_scale() > 1
-
-    def _check_step(self):
-        """Read the newest step's flags: refuse a loss or gradient that was not finite; note who got a signal."""
-        if self.unchecked is None:
-            return
-        step, rows, loss, flags, wait = self.unchecked
-        self.unchecked = None
-        wait()
-        faults, self.stop_now = flags.tolist()
-        if faults:
-            self._refuse(f"the {'gradient' if torch.isfinite(loss) else 'loss'} of step {step}", rows)
-
-    def _refuse(self, what, rows, name="training data"):
-        """Raise the UserError of a loss or gradient that is not finite, naming the rows at fault as far as known."""
-        scores = score_rows(self.model, rows, 0)
-        bad = [row["row"] for row, (nll, _) in zip(rows, scores, strict=True) if not math.isfinite(nll)]
-        numbers = gather_object([(bad, [row["row"] for row in rows])])
-        numbers = sorted({number for own, _ in numbers for number in own} or {n for _, every in numbers for n in every})
-        shown = ", ".join(map(str, numbers[:20])) + f" and {len(numbers) - 20} more" * (len(numbers) > 20)
-        last = self.checkpoints.last() if self.checkpoints else "nothing saved"
-        raise UserError(
-            f"{what} is not finite (nan or inf); its rows of the {name}: {shown}; {last}; look at these rows, or train"
-            " anew with --fresh and a lower --learning_rate or a longer --warmup_ratio"
-        )
-
-    def _count_time(self):
-        """Add the time since the step began, or since the last call, to the time spent in training."""
-        started, self.clock = self.clock, time.perf_counter()
-        self.seconds_trained += self.clock - started
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_log = True  # the last loss belongs to the record, whatever LOGGING_STEPS is
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._check_step()  # which waits for the GPU
-        self._count_time()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.clock = time.perf_counter()  # what it took to evaluate and save is no training time
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""
-        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
-        processes, lengths = self.accelerator.num_processes, [len(row["input_ids"]) for row in rows]
-        mine = rows[self.accelerator.process_index :: processes]
-        max_tokens = min(gather_object([self.max_pass_tokens]))  # memory may have run out in one alone
-        passes = [len(pack_rows(lengths[rank::processes], max_tokens)) for rank in range(processes)]
-        scores = score_rows(self.model, mine, max_tokens, self.stop_if_requested)
-        for _ in range(max(passes) - passes[self.accelerator.process_index]):
-            self.stop_if_requested()  # as often in each process, since all ask together
-        # float64 counts tokens exactly, and a process without rows must send the type that the others send
-        exact = torch.float32 if self.args.device.type == "mps" else torch.float64
-        sums = [sum(nll for nll, _ in scores), sum(tokens for _, tokens in scores)]
-        sums = torch.tensor(sums, dtype=exact, device=self.args.device)
-        nll, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        loss = nll / tokens
-        if not math.isfinite(loss):
-            self._refuse(f"the validation loss of step {self.state.global_step}", mine, "validation data")
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def log(self, logs, start_time=None):
-        """Add speed and memory to the training losses. Speed counts real tokens and training time only."""
-        if "loss" in logs:
-            self._count_time()  # reading the loss waited for the GPU to finish its steps
-            processes = self.accelerator.num_processes
-            logs["tokens_per_second"] = round(processes * self.tokens_trained / self.seconds_trained, 1)
-            logs["peak_memory_gib"] = round(measured_peak(self.args.device), 3)
-            self.tokens_trained, self.seconds_trained = 0, 0.0
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs):
-        """Not counted: the Trainer's estimate needs padded batches."""
-        return 0
-
-    def _save_checkpoint(self, model, trial):
-        self._check_step()
-        super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
-        if self.args.should_save:  # the first process alone: two would write into the same files
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_adapter(self.model, self.processing_class, output_dir)
+    Each row is scored by itself for that; the rows of all processes are named where none is found.
+    """
+    scores = trainer.runner.score(rows, max_pass_tokens=0)
+    bad = [row["row"] for row, (nll, _) in zip(rows, scores, strict=True) if not math.isfinite(nll)]
+    numbers = gather_object([(bad, [row["row"] for row in rows])])
+    numbers = sorted({number for own, _ in numbers for number in own} or {n for _, every in numbers for n in every})
+    more = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
+    last = trainer.checkpoints.last() if trainer.checkpoints else "nothing saved"
+    raise UserError(
+        f"{what} is not finite (nan or inf); its rows of the {name}: {', '.join(map(str, numbers[:20]))}{more}; {last};"
+        " look at these rows, or train anew with --fresh and a lower --learning_rate or a longer --warmup_ratio"
+    )
 
 
 # ---- Making it -------------------------------------------------------------------------------------------------------
-
-
 def build_training_arguments(settings, output_dir, device, dtype, has_validation):
     """Trainer's arguments; evaluation and checkpoints fall on the same steps, so that the best one can be kept."""
     sharding = [name for name in ("FSDP", "DeepSpeed") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")]
@@ -417,7 +340,7 @@ def build_training_arguments(settings, output_dir, device, dtype, has_validation
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=choose_optimizer(settings, device),
-        gradient_checkpointing=False,  # StepRunner's, which the fused kernels and compilation are made for
+        gradient_checkpointing=False,  # the StepRunner checkpoints
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
@@ -455,40 +378,27 @@ def choose_optimizer(settings, device):
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 
-def build_trainer(
-    model, tokenizer, train_rows, validation_rows, settings, arguments, callbacks, checkpoints=None, memory=None
-):
-    """A LoraTrainer with the fastest passes that the model, the machine and the length of the run are fit for.
+def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks=()):
+    """A LoraTrainer of a model with its adapter.
 
-    memory: plan_utils.plan_memory's MemoryPlan.
+    base: a model_utils.Base. rows: its `training` and `validation` are TokenizedRows. plan: its `arguments` are the
+    TrainingArguments, its `steps` are a StepPlan.
     """
-    if settings.early_stopping_patience and validation_rows:
-        callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping_patience)]
-    choose_kernels(model)
-    max_pass_tokens = choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
-    passes = plan_utils.count_passes(train_rows, settings, max_pass_tokens, arguments.world_size)
-    compiled = plan_utils.choose_compilation(model, settings, arguments.device, passes)
-    runner = StepRunner(
-        model,
-        **(memory or plan_utils.MemoryPlan())._asdict(),
-        compiled=compiled,
-        graphs=compiled,
-        rows_a_pass=arguments.per_device_train_batch_size,
-        longest=int(plan_utils.row_lengths(train_rows).max()),
-    )
     trainer = LoraTrainer(
         model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows or None,
-        processing_class=tokenizer,
-        max_pass_tokens=max_pass_tokens,
-        runner=runner,
+        args=plan.arguments,
+        train_dataset=rows.training,
+        eval_dataset=rows.validation or None,
+        processing_class=base.tokenizer,
+        optimizers=(build_optimizer(model, settings, plan.arguments), None),
+        plan=plan.steps,
         checkpoints=checkpoints,
-        optimizers=(build_optimizer(model, settings, arguments), None),
+        base_content=base.content,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    if settings.early_stopping_patience and rows.validation:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer

@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 import model_utils
 import plan_utils
+import train
 import training_utils
 from file_utils import resolve_path
 
@@ -25,19 +26,15 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 # ---- Ours and the plain Trainer --------------------------------------------------------------------------------------
 def build_ours(settings, rows, tokenizer, folder):
     """As train.py does it, from the 16-bit weights, but for validation and checkpoints."""
-    device = model_utils.resolve_device(settings.device)
-    model_utils.grow_gpu_memory(device)
-    dtype = model_utils.choose_dtype(device, settings.use_fp16)
-    shapes = model_utils.empty_model(settings.base_model_name, settings)
-    memory = plan_utils.plan_memory(shapes, settings, device, dtype, rows)
-    model = model_utils.load_settings_base(settings)
-    model_utils.share_token_ids(model, tokenizer)
-    model = model_utils.attach_lora(model, settings)
+    base = model_utils.find_base(settings)._replace(tokenizer=tokenizer)
     arguments = training_utils.build_training_arguments(
-        settings, resolve_path(settings.output_dir), device, dtype, has_validation=False
+        settings, resolve_path(settings.output_dir), base.device, base.dtype, has_validation=False
     )
     arguments.save_strategy = SaveStrategy.NO
-    return training_utils.build_trainer(model, tokenizer, rows, [], settings, arguments, [], memory=memory)
+    gpu = plan_utils.look_at_gpu(base.device)
+    plan = train.Plan(arguments, plan_utils.plan_steps(base.shapes, settings, base.dtype, rows, gpu))
+    model, base = model_utils.load_for_training(settings, base)
+    return training_utils.build_trainer(settings, base, train.Rows(rows, [], None), plan, model)
 
 
 def build_reference(settings, rows, tokenizer, folder):
