@@ -19,6 +19,7 @@ from settings_utils import build_parser, make_settings, parse_command_line
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
 engine_runner = LateImport("engine_runner")
+plan_utils = LateImport("plan_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
 pandas = LateImport("pandas")
@@ -41,8 +42,7 @@ def main(argv):
 
 
 def evaluate(adapter_path, given, run_dir, target):
-    """The phases: settings, rows, model, figures and answers of base and tuned, report."""
-
+    """The phases: settings, data, model, rows, figures and answers of base and tuned, report."""
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
     cache_dir, target = target / CACHE, target / "evaluation"
     check_writable(target, "--output_dir")
@@ -51,12 +51,9 @@ def evaluate(adapter_path, given, run_dir, target):
     settle()
     rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
     say(f"Measuring base and tuned model on {len(rows)} rows")
-    engine_runner.choose_kernels(model)
-    pass_tokens = engine_runner.choose_pass_tokens(model, settings.batch_size * settings.max_seq_length)
-    metrics = measure(model, rows, pass_tokens)
-    generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    chosen = conversations[: settings.eval_samples]
-    samples = answer_side_by_side(model, tokenizer, chosen, generation, settings.max_seq_length)
+    with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings)) as runner:
+        metrics = measure(model, runner, rows)
+    samples = answer_side_by_side(model, tokenizer, conversations[: settings.eval_samples], settings)
     metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name}
     write_report(target, metrics, samples)
     print_report(target, metrics, samples)
@@ -91,12 +88,11 @@ def tokenize_rows(tokenizer, conversations, settings, cache_dir):
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
-def measure(model, rows, max_tokens):
+def measure(model, runner, rows):
     """Token-weighted loss and perplexity of base and tuned over the same answers, and a verdict."""
-
-    tuned = engine_passes.score_rows(model, rows, max_tokens)
+    tuned = runner.score(rows)
     with model.disable_adapter():
-        base = engine_passes.score_rows(model, rows, max_tokens)
+        base = runner.score(rows)
     metrics = {"rows": len(rows), "answer_tokens": sum(tokens for _, tokens in base)}
     for name, scores in (("base", base), ("tuned", tuned)):
         loss = engine_passes.mean_loss(scores)
@@ -129,15 +125,15 @@ def bootstrap_interval(base, tuned, resamples=2000, seed=0):
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
-def answer_side_by_side(model, tokenizer, conversations, generation, max_prompt_tokens):
+def answer_side_by_side(model, tokenizer, conversations, settings):
     """Let base and tuned answer the last question of each conversation; returns one dict a row."""
-
     if not conversations:
         return []
     ends = [data_utils.last_answer(messages) for _, messages in conversations]
     prompts = [messages[:end] for (_, messages), end in zip(conversations, ends, strict=True)]
     say(f"Letting both answer {len(prompts)} of them")
-    limit = {"max_prompt_tokens": max_prompt_tokens}
+    generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
+    limit = {"max_prompt_tokens": settings.max_seq_length}
     tuned = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)
     with model.disable_adapter():
         base = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)

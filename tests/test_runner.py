@@ -1,0 +1,215 @@
+"""The runner carries out a plan, lowers it where it must, and leaves the model as it was."""
+
+import pytest
+import torch
+
+from conftest import refusal
+from engine_passes import Kernels, mean_loss, score_rows
+from engine_runner import StepRunner
+from plan_utils import StepPlan
+from tiny import (
+    SETTINGS,
+    assert_same,
+    bundled_model,
+    gradients,
+    make_model,
+    make_rows,
+    reference_gradients,
+    run_out_of_memory,
+)
+
+LONG = StepPlan(max_pass_tokens=1000)
+
+
+# ---- Everything is taken back ----------------------------------------------------------------------------------------
+def state_of(model):
+    """What a module's instances hold beside weights and submodules, hooks included."""
+    held = {}
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in ("training", "_parameters", "_buffers")}
+        held[name] = {key: dict(value) if isinstance(value, dict) else value for key, value in own.items()}
+    return held, model.get_base_model().config.to_dict(), model.get_base_model().config._attn_implementation
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_is_as_it_was_when_the_runner_is_closed(checkpointing):
+    model, rows = bundled_model(), make_rows(vocabulary=8000)
+    before = state_of(model)
+    plan = LONG._replace(kernels=Kernels(loss=True, lora=True), checkpointing=checkpointing)
+    with StepRunner(model, plan) as runner:
+        assert runner.plan.kernels == Kernels(loss=True, lora=True)
+        runner.step(rows)
+        assert state_of(model) != before  # the check can tell
+    assert state_of(model) == before
+
+
+def test_a_runner_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
+    model = bundled_model()
+    before = state_of(model)
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        StepRunner(model, LONG._replace(kernels=Kernels(lora=True), compiled=True))
+    assert state_of(model) == before
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+def test_a_planned_kernel_that_does_not_serve_is_left_out():
+    plan = StepPlan(Kernels(attention=True, loss=True), max_pass_tokens=1000)
+    runner = StepRunner(make_model(), plan)
+    assert runner.plan.kernels == Kernels(loss=True)  # varlen attention needs a GPU
+    assert runner.plan.max_pass_tokens == 64  # what a block mask allows a layer of width 32
+
+
+def test_layers_are_compiled_unasked_only_where_all_lora_layers_are_plain(capsys):
+    for changes, expected in (({}, "auto"), ({"use_dora": True}, False)):
+        plan = LONG._replace(kernels=Kernels(lora=True), compiled="auto", recorded=True)
+        runner = StepRunner(bundled_model(**changes), plan)
+        assert runner.plan.compiled == expected
+        assert not runner.plan.recorded  # which takes all three kernels
+        assert ("The layers are not compiled" in capsys.readouterr().err) is not expected
+    runner = StepRunner(bundled_model(), LONG._replace(compiled="auto"))
+    assert runner.plan.compiled is False
+
+
+# ---- Compiled and recorded passes ------------------------------------------------------------------------------------
+def compile_to(monkeypatch, factor=1.0):
+    """Let torch.compile return the layer's own forward, whose output is multiplied; returns a list of its calls."""
+    calls = []
+
+    def compiled(forward, **_):
+        return lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs) * factor
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return calls
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_compiled_layers_are_used_only_if_they_have_the_gradients_of_plain_ones(factor, monkeypatch, capsys):
+    model, rows = make_model(), make_rows()
+    expected, calls = reference_gradients(model, rows), compile_to(monkeypatch, factor)
+    runner = StepRunner(model, LONG._replace(compiled=True))
+    runner.rehearse(rows, rows[:2])
+    assert calls
+    assert runner.plan.compiled is (factor == 1)
+    assert ("Compiled layers have other gradients" in capsys.readouterr().err) is (factor != 1)
+    runner.step(rows)
+    assert_same(gradients(model), expected)
+
+
+def test_what_cannot_be_compiled_is_computed_without(monkeypatch, capsys):
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: lambda *args, **kwargs: 1 / 0)
+    runner = StepRunner(model, LONG._replace(compiled=True))
+    runner.step(rows)
+    messages = capsys.readouterr().err
+    assert messages.count("This model's passes cannot be compiled (ZeroDivisionError: division by zero)") == 1
+    assert_same(gradients(model), expected)
+
+
+def test_what_cannot_be_recorded_is_computed_without(capsys):
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    runner = StepRunner(model, LONG)
+    runner.lower(recorded=True)  # which a CPU cannot do
+    runner.step(rows)
+    assert "This model's passes cannot be recorded (" in capsys.readouterr().err
+    assert not runner.plan.recorded
+    assert_same(gradients(model), expected)
+
+
+def test_an_error_with_nothing_left_to_do_without_is_a_bug_and_raised():
+    model = make_model()
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        StepRunner(model, StepPlan()).step(make_rows())
+
+
+def test_passes_that_are_computed_again_have_the_same_dropout(monkeypatch):
+    settings = SETTINGS._replace(lora_dropout=0.5)
+    model, rows, calls = make_model(settings=settings), make_rows(), []
+    runner = StepRunner(model, LONG)
+    torch.manual_seed(1)
+    runner.step(rows)
+    expected = gradients(model)
+
+    def compiled(forward, **_):
+        def fail_late(*args, **kwargs):
+            if len(calls) == 2:  # in the second layer, when the first has drawn its dropout
+                raise RuntimeError("this is known too late")
+            return calls.append(1) or forward(*args, **kwargs)
+
+        return fail_late
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    runner = StepRunner(model, LONG._replace(compiled=True))
+    calls.append(1)
+    torch.manual_seed(1)
+    runner.step(rows)
+    assert not runner.plan.compiled
+    for parameter, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected[parameter]), parameter
+    runner.step(rows)
+    assert not torch.equal(gradients(model)[parameter], expected[parameter])  # the next step's is another
+
+
+# ---- Out of memory ---------------------------------------------------------------------------------------------------
+def test_out_of_memory_makes_the_passes_smaller_and_changes_no_result(capsys):
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    sizes = run_out_of_memory(model, 35)
+    runner = StepRunner(model, LONG)
+    loss = runner.step(rows).item()
+    assert_same(gradients(model), expected)
+    assert loss == pytest.approx(mean_loss(score_rows(model, rows, 30)), rel=1e-5)
+    assert runner.plan.max_pass_tokens == 32  # 64 tokens of the whole step, halved
+    message = "Out of memory with a pass of 64 tokens; from here on at most 32"
+    assert capsys.readouterr().err.count(message) == 1
+    assert max(sizes) <= 32
+    runner.step(rows)
+    assert "Out of memory" not in capsys.readouterr().err
+
+
+def test_a_row_that_does_not_fit_by_itself_ends_in_one_line():
+    model, rows = make_model(), make_rows()
+    run_out_of_memory(model, 20)
+    message = refusal(StepRunner(model, LONG).step, rows)
+    assert "out of memory with a single row of 30 tokens" in message
+    assert "--max_seq_length" in message
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_memory_that_runs_out_gives_up_dequantized_weights_first(count, capsys):
+    model, rows = bundled_model(four_bit=True), make_rows(vocabulary=8000)[:count]
+    expected = reference_gradients(model, rows)
+    runner = StepRunner(model, LONG._replace(kernels=Kernels(lora=True), dequantized=True))
+
+    def fail_while_dequantized(*_):
+        if runner.plan.dequantized:
+            raise torch.OutOfMemoryError("fake")
+
+    model.register_forward_pre_hook(fail_while_dequantized)
+    runner.step(rows)
+    assert not runner.plan.dequantized
+    messages = capsys.readouterr().err
+    assert "Out of memory; from here on frozen weights are dequantized in each pass" in messages
+    assert "at most" not in messages
+    assert runner.plan.max_pass_tokens == 1000
+    assert_same(gradients(model), expected, 3e-5)
+
+
+# ---- The rehearsal ---------------------------------------------------------------------------------------------------
+def test_the_rehearsal_tells_the_longest_pass_and_leaves_no_trace():
+    model, rows = make_model(settings=SETTINGS._replace(lora_dropout=0.5)), make_rows()
+    runner, found = StepRunner(model, LONG), []
+    for rehearse in (False, True):
+        torch.manual_seed(3)
+        if rehearse:
+            rehearsal = runner.rehearse([rows[3], rows[1]], rows[:2])
+            assert all(parameter.grad is None for parameter in runner.parameters)
+        runner.step(rows[:2])
+        found.append(gradients(model))
+    assert rehearsal.tokens == 47
+    assert rehearsal.seconds > 0
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name])

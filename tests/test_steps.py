@@ -1,0 +1,98 @@
+"""An optimizer step is exact: its gradient and its loss are those of single rows, however the rows are cut."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine_passes import mean_loss, pass_losses, score_rows
+from engine_runner import StepRunner
+from plan_utils import StepPlan, plan_pass_tokens
+from tiny import CONFIGS, SETTINGS, TINY, assert_same, gradients, make_model, make_rows, reference_gradients
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("max_pass_tokens", [1, 31, 40, 1000])
+def test_the_gradient_of_a_step_equals_that_of_single_rows(name, max_pass_tokens):
+    model, rows = make_model(name), make_rows()
+    expected = reference_gradients(model, rows)
+    StepRunner(model, StepPlan(max_pass_tokens=max_pass_tokens)).step(rows)
+    assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_changing_one_row_changes_no_other_rows_losses(name):
+    model, rows = make_model(name).eval(), make_rows()
+    changed = [*make_rows(seed=1)[:2], *rows[2:]]
+    before, after = score_rows(model, rows, 1000), score_rows(model, changed, 1000)
+    assert before[0][0] != pytest.approx(after[0][0])
+    for index in (2, 3, 4):
+        assert before[index][0] == pytest.approx(after[index][0], rel=1e-5)
+
+
+MIXING = {
+    "lfm2 (convolution)": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "opt (learned positions)": {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_model_that_mixes_rows_gets_one_row_a_pass_and_then_scores_them_right(name, capsys):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, **MIXING[name], initializer_range=0.3)).eval()
+    rows, runner = make_rows(), StepRunner(model, StepPlan(max_pass_tokens=1000))
+    assert runner.plan.max_pass_tokens == 0
+    assert "each row is computed by itself" in capsys.readouterr().err
+    alone = [score_rows(model, [row], 1000)[0][0] for row in rows]
+    assert [nll for nll, _ in runner.score(rows)] == pytest.approx(alone, rel=1e-5)
+    assert [nll for nll, _ in score_rows(model, rows, 1000)] != pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_keeps_rows_apart_gets_the_passes_that_were_planned(name):
+    model = make_model(name)
+    for batch_size, expected in ((1, 50), (20, 2 * TINY["hidden_size"])):  # a block mask grows with the square
+        settings = SETTINGS._replace(batch_size=batch_size, max_seq_length=50)
+        plan = StepPlan(max_pass_tokens=plan_pass_tokens(model.get_base_model(), settings, StepPlan().kernels))
+        assert StepRunner(model, plan).plan.max_pass_tokens == expected
+    assert model.training
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, rows = make_model(), make_rows()
+    expected = reference_gradients(model, rows)
+    StepRunner(model, StepPlan(checkpointing=True, max_pass_tokens=40)).step(rows)
+    assert_same(gradients(model), expected)
+
+
+def test_what_checkpointing_computes_again_meets_the_same_dropout():
+    found = []
+    for checkpointing in (False, True):
+        model, rows = make_model(settings=SETTINGS._replace(lora_dropout=0.5)), make_rows()
+        runner = StepRunner(model, StepPlan(checkpointing=checkpointing, max_pass_tokens=1000))
+        torch.manual_seed(3)
+        runner.step(rows)
+        found.append(gradients(model))
+    for parameter, gradient in found[0].items():
+        torch.testing.assert_close(found[1][parameter], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens():
+    model, rows = make_model(), make_rows()
+    loss = StepRunner(model, StepPlan(max_pass_tokens=31)).step(rows).item()
+    assert loss == pytest.approx(mean_loss(score_rows(model, rows, 1000)), rel=1e-5)
+
+
+def test_scores_do_not_depend_on_how_rows_are_grouped():
+    model, rows = make_model().eval(), make_rows()
+    alone = [score_rows(model, [row], 1000)[0] for row in rows]
+    for max_tokens in (1, 31, 1000):
+        for (nll, tokens), (expected, expected_tokens) in zip(score_rows(model, rows, max_tokens), alone, strict=True):
+            assert nll == pytest.approx(expected, rel=1e-5)
+            assert tokens == expected_tokens
+
+
+def test_only_positions_before_a_trained_token_cost_logits():
+    model, rows = make_model(), make_rows()
+    losses, row_of_target = pass_losses(model, rows)
+    assert len(losses) == sum(label != -100 for row in rows for label in row["labels"][1:])
+    assert row_of_target.tolist() == sorted(row_of_target.tolist())
