@@ -93,7 +93,12 @@ def measure(model, runner, rows):
     tuned = runner.score(rows)
     with model.disable_adapter():
         base = runner.score(rows)
-    metrics = {"rows": len(rows), "answer_tokens": sum(tokens for _, tokens in base)}
+    return compare(base, tuned)
+
+
+def compare(base, tuned):
+    """The figures of two models' scores, [(negative log-likelihood in nats, tokens) of each row], and a verdict."""
+    metrics = {"rows": len(base), "answer_tokens": sum(tokens for _, tokens in base)}
     for name, scores in (("base", base), ("tuned", tuned)):
         loss = engine_passes.mean_loss(scores)
         metrics[f"{name}_loss"] = loss
@@ -102,7 +107,7 @@ def measure(model, runner, rows):
     low, high = bootstrap_interval(base, tuned)
     metrics |= {"loss_change_low": low, "loss_change_high": high}
     metrics["verdict"] = "better" if high < 0 else "worse" if low > 0 else "no different"
-    if len(rows) < 5:
+    if len(base) < 5:
         metrics["verdict"] = "not told apart by so few rows"
     return metrics
 

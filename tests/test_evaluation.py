@@ -9,9 +9,11 @@ import pytest
 import engine_passes
 import evaluate
 from conftest import TINY_BASE
+from engine_runner import StepRunner
 from model_utils import attach_lora, load_base_model
+from plan_utils import StepPlan
 from settings_utils import DEFAULTS, Settings
-from test_training import CPU, make_rows
+from tiny import CPU, make_rows
 
 
 @pytest.mark.parametrize(
@@ -31,43 +33,21 @@ def test_perplexities_fall_into_the_customary_bands(perplexity, name):
     assert evaluate.band(perplexity) == name
 
 
-def verdict_of(monkeypatch, base, tuned):
-    """measure()'s result for given (nll, tokens) scores of base and tuned."""
-
-    class Model:
-        disabled = False
-
-        def disable_adapter(self):
-            return self
-
-        def __enter__(self):
-            self.disabled = True
-
-        def __exit__(self, *error):
-            self.disabled = False
-
-    def scores(model, rows, max_tokens):
-        return base if model.disabled else tuned
-
-    monkeypatch.setattr(engine_passes, "score_rows", scores)
-    return evaluate.measure(Model(), [None] * len(base), 100)
-
-
-def test_the_perplexity_is_that_of_all_answer_tokens_together(monkeypatch):
-    metrics = verdict_of(monkeypatch, [(30.0, 10), (2.0, 2)], [(10.0, 10), (2.0, 2)])
+def test_the_perplexity_is_that_of_all_answer_tokens_together():
+    metrics = evaluate.compare([(30.0, 10), (2.0, 2)], [(10.0, 10), (2.0, 2)])
     assert metrics["base_loss"] == pytest.approx(32 / 12)
     assert metrics["tuned_perplexity"] == pytest.approx(math.exp(12 / 12))
     assert metrics["answer_tokens"] == 12
 
 
-def test_the_verdict_needs_more_than_chance(monkeypatch):
+def test_the_verdict_needs_more_than_chance():
     base = [(20.0 + index % 3, 10) for index in range(30)]
     better = [(nll - 3, n) for nll, n in base]
     mixed = [(nll + (2 if index % 2 else -2), n) for index, (nll, n) in enumerate(base)]
-    assert verdict_of(monkeypatch, base, better)["verdict"] == "better"
-    assert verdict_of(monkeypatch, better, base)["verdict"] == "worse"
-    assert verdict_of(monkeypatch, base, mixed)["verdict"] == "no different"
-    assert verdict_of(monkeypatch, base, base)["verdict"] == "no different"
+    assert evaluate.compare(base, better)["verdict"] == "better"
+    assert evaluate.compare(better, base)["verdict"] == "worse"
+    assert evaluate.compare(base, mixed)["verdict"] == "no different"
+    assert evaluate.compare(base, base)["verdict"] == "no different"
 
 
 def test_the_base_is_measured_without_the_adapter_in_the_same_load():
@@ -78,7 +58,7 @@ def test_the_base_is_measured_without_the_adapter_in_the_same_load():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.05)
-    metrics = evaluate.measure(model.eval(), rows, 100)
+    metrics = evaluate.measure(model.eval(), StepRunner(model, StepPlan(max_pass_tokens=100)), rows)
     assert metrics["base_loss"] == pytest.approx(expected, rel=1e-6)
     assert abs(metrics["tuned_loss"] - expected) > 0.01
 

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, MistralConfig
 import engine_lora
 import engine_passes
 from conftest import PROJECT, TINY_BASE, small_run
-from engine_passes import score_rows, transformers_model
-from engine_runner import StepRunner, choose_kernels
+from engine_passes import Kernels, score_rows
+from engine_runner import StepRunner
 from message_utils import Stopped
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
+from plan_utils import StepPlan
 from settings_utils import DEFAULTS, Settings
-from training_utils import LoraTrainer, build_training_arguments
+from tiny import state_of
+from training_utils import LoraTrainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,13 +113,20 @@ def some_rows(lengths=(60, 200, 17, 90), vocabulary=7000):
     return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]], "row": number} for number, ids in enumerate(rows)]
 
 
-def step_gradients(runner, model, groups):
+def step_gradients(runner, groups):
+    """The gradients of a step that is cut into these passes."""
     runner.begin()
     for rows in groups:
-        runner.run(model, rows, 0.01, torch.Tensor.backward)
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        runner.run_pass(rows, 0.01)
+    found = {name: p.grad.clone() for name, p in runner.model.named_parameters() if p.requires_grad}
     runner.release_gradients()
     return found
+
+
+def plain_gradients(model, rows):
+    """The gradients by transformers' and peft's own layers, a row a pass."""
+    with StepRunner(model, StepPlan()) as runner:
+        return step_gradients(runner, [[row] for row in rows])
 
 
 def distance(found, expected):
@@ -161,74 +170,67 @@ def test_tritons_cross_entropy_has_torchs_losses_and_gradient(words, dtype):
     torch.testing.assert_close(logits, gradient.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 
 
+ALL = StepPlan(Kernels(attention=True, loss=True, lora=True), max_pass_tokens=4096)
+RECORDED = ALL._replace(compiled=True, recorded=True, rows_a_step=4, longest_row=200)
+
+
 def test_the_fast_step_has_the_gradients_of_peft_and_transformers():
     model, rows = trained_model(), some_rows()
     with torch.autocast("cuda", torch.bfloat16):
-        expected = step_gradients(StepRunner(model), model, [[row] for row in rows])
-    choose_kernels(model)
-    kernels = transformers_model(model).pass_kernels
-    assert kernels.varlen
-    assert kernels.fused_loss
-    assert kernels.fused_lora
-    plain = StepRunner(model)
-    assert distance(step_gradients(plain, model, [rows]), expected) < 0.08
-    other = step_gradients(plain, model, [rows[:3]])
-    assert distance(other, expected) > 0.2  # the check can tell
+        expected = plain_gradients(model, rows)
+    runner = StepRunner(model, ALL)
+    assert all(runner.plan.kernels)
+    assert distance(step_gradients(runner, [rows]), expected) < 0.08
+    assert distance(step_gradients(runner, [rows[:3]]), expected) > 0.2  # the check can tell
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dora_takes_varlen_attention_and_the_fused_loss(checkpointing):
     model, rows = trained_model(dora=True), some_rows()
-
-    def gradients(runner, groups):
-        with torch.autocast("cuda", torch.bfloat16):
-            return step_gradients(runner, model, groups)
-
-    expected = gradients(StepRunner(model), [[row] for row in rows])
-    choose_kernels(model)
-    kernels = transformers_model(model).pass_kernels
-    assert kernels.varlen
-    assert kernels.fused_loss
-    runner = StepRunner(model, checkpointing=checkpointing)
-    assert distance(gradients(runner, [rows]), expected) < 0.08
-    assert distance(gradients(runner, [rows[:3]]), expected) > 0.2  # the check can tell
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = plain_gradients(model, rows)
+        runner = StepRunner(model, ALL._replace(checkpointing=checkpointing))
+        assert runner.plan.kernels.attention
+        assert runner.plan.kernels.loss
+        assert distance(step_gradients(runner, [rows]), expected) < 0.08
+        assert distance(step_gradients(runner, [rows[:3]]), expected) > 0.2  # the check can tell
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkpointing):
     model, rows = trained_model(), some_rows()
-    choose_kernels(model)
-    expected = step_gradients(StepRunner(model), model, [rows])
-    options = {"checkpointing": checkpointing, "compiled": True, "graphs": True, "rows_a_pass": 4, "longest": 200}
-    runner = StepRunner(model, **options)
+    with StepRunner(model, ALL) as runner:
+        expected = step_gradients(runner, [rows])
+    runner = StepRunner(model, RECORDED._replace(checkpointing=checkpointing))
     for groups in ([rows], [rows[:2], rows[2:]], [[row] for row in rows], [rows]):
-        assert distance(step_gradients(runner, model, groups), expected) < 0.08
+        assert distance(step_gradients(runner, groups), expected) < 0.08
+    assert runner.plan.recorded
     assert sorted(runner.recordings.graphs) == [128, 256, 384]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_recorded_passes_draw_their_dropout_anew_each_time(checkpointing):
     model, rows = trained_model(dropout=0.3), some_rows()
-    choose_kernels(model)
 
     def gradients(runner, seed):
         torch.manual_seed(seed)
-        return step_gradients(runner, model, [rows])
+        return step_gradients(runner, [rows])
 
-    options = {"checkpointing": checkpointing, "compiled": True, "graphs": True, "rows_a_pass": 4, "longest": 200}
-    plain, recorded = StepRunner(model), StepRunner(model, **options)
-    for seed in (1, 2, 1):
-        assert distance(gradients(recorded, seed), gradients(plain, seed)) < 0.08
+    with StepRunner(model, ALL) as plain:
+        expected = [gradients(plain, seed) for seed in (1, 2, 1)]
+    recorded = StepRunner(model, RECORDED._replace(checkpointing=checkpointing))
+    for seed, wanted in zip((1, 2, 1), expected, strict=True):
+        assert distance(gradients(recorded, seed), wanted) < 0.08
     assert distance(gradients(recorded, 2), gradients(recorded, 1)) > 0.2  # the check can tell
 
 
 def test_a_pass_of_short_rows_may_be_filled_up_by_more_tokens_than_any_row_has():
     model, rows = trained_model(), some_rows((20, 60, 24))
-    choose_kernels(model)
-    expected = step_gradients(StepRunner(model), model, [rows])
-    runner = StepRunner(model, compiled=True, graphs=True, rows_a_pass=4, longest=60)
-    assert distance(step_gradients(runner, model, [rows, rows[:1]]), expected) > 0.05  # the check can tell
-    assert distance(step_gradients(runner, model, [rows]), expected) < 0.08
+    with StepRunner(model, ALL) as runner:
+        expected = step_gradients(runner, [rows])
+    runner = StepRunner(model, RECORDED._replace(longest_row=60))
+    assert distance(step_gradients(runner, [rows, rows[:1]]), expected) > 0.05  # the check can tell
+    assert distance(step_gradients(runner, [rows]), expected) < 0.08
     assert list(runner.recordings.graphs) == [128]
 
 
@@ -238,14 +240,14 @@ def test_varlen_attention_keeps_to_the_sliding_window():
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(MistralConfig(**shape, **heads, sliding_window=16)).to(CUDA, torch.bfloat16)
     model, rows = trained_model(base=base), some_rows(vocabulary=300)
-    expected = step_gradients(StepRunner(model), model, [[row] for row in rows])
-    choose_kernels(model)
-    assert transformers_model(model).pass_kernels.varlen
-    assert distance(step_gradients(StepRunner(model), model, [rows]), expected) < 0.08
+    expected = plain_gradients(model, rows)
+    with StepRunner(model, ALL) as runner:
+        assert runner.plan.kernels.attention
+        assert distance(step_gradients(runner, [rows]), expected) < 0.08
     base.config.sliding_window = None
     for layer in base.get_decoder().layers:
         layer.self_attn.sliding_window = None
-    assert distance(step_gradients(StepRunner(model), model, [rows]), expected) > 0.2  # the check can tell
+    assert distance(step_gradients(StepRunner(model, ALL), [rows]), expected) > 0.2  # the check can tell
 
 
 def test_blocks_of_memory_grow_in_place():
@@ -269,31 +271,40 @@ def test_blocks_of_memory_grow_in_place():
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(recorded, tmp_path, capsys):
-    settings = Settings(**DEFAULTS)._replace(batch_size=32, gradient_accumulation_steps=1)
+def test_memory_that_runs_out_makes_passes_smaller_and_changes_no_result(recorded, capsys):
     model, rows = trained_model(quantize=False), some_rows((400,) * 32)
-    options = {}
-    if recorded:
-        choose_kernels(model)
-        options["runner"] = StepRunner(model, compiled=True, graphs=True, rows_a_pass=32, longest=400)
-    arguments = build_training_arguments(settings, tmp_path, CUDA, torch.bfloat16, has_validation=False)
-    trainer = LoraTrainer(model=model, args=arguments, train_dataset=rows, max_pass_tokens=100_000, **options)
-    trainer.rehearsed = True
-    trainer.max_pass_tokens = 400
-    trainer.training_step(model, rows)
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer.max_pass_tokens = 100_000
+    plan = RECORDED._replace(rows_a_step=32, longest_row=400) if recorded else StepPlan()
+
+    def gradients(runner):
+        runner.step(rows)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    with StepRunner(model, plan._replace(max_pass_tokens=400)) as runner:
+        expected = gradients(runner)
+    runner = StepRunner(model, plan._replace(max_pass_tokens=100_000))
     torch.cuda.empty_cache()
     total, room = torch.cuda.get_device_properties(0).total_memory, 2**29 if recorded else 2**30
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
     try:
-        trainer.training_step(model, rows)
+        found = gradients(runner)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory with a pass of 12,800 tokens; from here on at most 6,400" in capsys.readouterr().err
-    assert distance({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected) < 0.08
+    assert distance(found, expected) < 0.08
     if recorded:
-        assert trainer.runner.recordings.graphs
+        assert runner.recordings.graphs
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_model_is_as_it_was_when_the_runner_is_closed(recorded):
+    model, rows = trained_model(), some_rows()
+    before = state_of(model)
+    with StepRunner(model, RECORDED if recorded else ALL) as runner:
+        runner.rehearse(rows, rows[:2])
+        runner.step(rows)
+        assert runner.plan.recorded is recorded
+        assert state_of(model) != before
+    assert state_of(model) == before
 
 
 SMALL_RUN = {"device": "cuda", "use_4bit_quantization": True, "lora_target_modules": "all-linear", "num_epochs": 2}

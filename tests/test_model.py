@@ -19,6 +19,7 @@ from generation_utils import build_generation_config, generate_replies
 from message_utils import UserError
 from model_utils import (
     ADAPTER_WEIGHTS,
+    Base,
     attach_lora,
     build_quantization_config,
     choose_dtype,
@@ -541,11 +542,15 @@ def run_record():
     return {"steps": 3, "training_rows": 9, "validation_rows": 1, "validation_loss": 1.5}
 
 
+def base_record(base):
+    return Base(base, None, CPU, torch.float32, load_tokenizer(base), shapes=None, content="0123456789ab")
+
+
 def test_a_finished_adapter_holds_no_pickle_and_can_be_read_by_others(base, tmp_path):
     previous = os.umask(0o022)
     try:
         model = make_model(base)
-        save_finished_adapter(model, load_tokenizer(base), tmp_path / "adapter", SETTINGS, run_record())
+        save_finished_adapter(model, base_record(base), tmp_path / "adapter", SETTINGS, run_record())
     finally:
         os.umask(previous)
     files = {path.name: path for path in (tmp_path / "adapter").iterdir()}
@@ -556,11 +561,11 @@ def test_a_finished_adapter_holds_no_pickle_and_can_be_read_by_others(base, tmp_
 
 
 def test_an_adapter_whose_saving_fails_does_not_appear_under_its_name(base, tmp_path):
-    model, tokenizer = make_model(base), load_tokenizer(base)
+    model, record = make_model(base), base_record(base)
     with pytest.raises(TypeError):
-        save_finished_adapter(model, tokenizer, tmp_path / "adapter", SETTINGS, run_record() | {"steps": object()})
+        save_finished_adapter(model, record, tmp_path / "adapter", SETTINGS, run_record() | {"steps": object()})
     assert not (tmp_path / "adapter").exists()
-    save_finished_adapter(model, tokenizer, tmp_path / "adapter", SETTINGS, run_record())
+    save_finished_adapter(model, record, tmp_path / "adapter", SETTINGS, run_record())
     assert not (tmp_path / "adapter.incomplete").exists()
 
 

@@ -5,22 +5,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
 import model_utils
 import plan_utils
 from conftest import refusal, small_run
+from engine_passes import Kernels
 from message_utils import UserError
 from model_utils import GIB, attach_lora, count_parameters, grow_gpu_memory
 from plan_utils import (
-    choose_compilation,
-    compiling_pays,
+    Gpu,
     count_passes,
     count_recordings,
     dequantized_bytes,
     expected_peak,
     longest_rows,
-    plan_memory,
+    plan_steps,
     tokens_a_step,
     typical_rows,
     weight_bytes,
@@ -40,6 +40,14 @@ def seven_billion():
     """Mistral-7B's shape without weights, 32,000 words."""
     with torch.device("meta"):
         return attach_lora(AutoModelForCausalLM.from_config(MistralConfig(vocab_size=32000)), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def dora():
+    """The same with DoRA."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(MistralConfig(vocab_size=32000))
+        return attach_lora(base, SETTINGS._replace(use_dora=True))
 
 
 # ---- Expected memory -------------------------------------------------------------------------------------------------
@@ -62,15 +70,12 @@ def test_the_expected_memory_is_within_a_tenth_of_what_an_h200_measured(
     assert peak / GIB == pytest.approx(measured, rel=0.1)  # benchmarks/README.md, 2026-11-26
 
 
-def test_so_is_that_of_a_larger_model_of_dora_and_of_layers_that_are_not_compiled(seven_billion):
+def test_so_is_that_of_a_larger_model_of_dora_and_of_layers_that_are_not_compiled(seven_billion, dora):
     peak = expected_peak(thirteen_billion(), SETTINGS, torch.bfloat16, 2048, True, compiled=True)
     assert peak / GIB == pytest.approx(10.48, rel=0.1)
     peak = expected_peak(seven_billion, SETTINGS, torch.bfloat16, 2048, False, compiled=False)
     assert (peak + dequantized_bytes(seven_billion, torch.bfloat16)) / GIB == pytest.approx(29.19, rel=0.1)
     settings = SETTINGS._replace(use_dora=True)
-    with torch.device("meta"):
-        dora = attach_lora(AutoModelForCausalLM.from_config(MistralConfig(vocab_size=32000)), settings)
-
     for checkpointing, dropout, measured in (
         (False, 0.05, 51.04),
         (False, 0.0, 39.38),
@@ -87,6 +92,27 @@ def test_the_weights_in_four_bits_take_what_was_measured(seven_billion):
     whole = weight_bytes(seven_billion, SETTINGS._replace(use_4bit_quantization=False), torch.bfloat16)
     total, trainable = count_parameters(seven_billion)
     assert whole == 2 * (total - trainable)
+
+
+def expected_bytes(config, **changes):
+    with torch.device("meta"):
+        model = attach_lora(AutoModelForCausalLM.from_config(config), SETTINGS)
+    known = {"dtype": torch.bfloat16, "tokens": 2048, "checkpointing": False, "compiled": False}
+    return expected_peak(model, SETTINGS, **(known | changes))
+
+
+def test_the_expected_memory_is_that_of_weights_activations_and_logits():
+    config = MistralConfig(vocab_size=32_000)
+    weights = 3.8 * 2**30  # of 7.24 billion, embeddings and output, 262 million, in 16 bits and the others in 4
+    assert weights < expected_bytes(config, checkpointing=True) < 2 * weights
+    assert expected_bytes(config) > 2 * expected_bytes(config, checkpointing=True)
+    assert expected_bytes(config, tokens=4096) > expected_bytes(config) > expected_bytes(config, compiled=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt", "falcon", "bloom", "mpt", "gpt_bigcode", "phi3", "gemma2"])
+def test_memory_is_expected_of_configs_that_name_their_sizes_in_other_ways(kind):
+    config = AutoConfig.for_model(kind)
+    assert expected_bytes(config, checkpointing=True) < expected_bytes(config) < 400 * 2**30
 
 
 def test_only_linear_layers_may_stay_dequantized():
@@ -163,18 +189,23 @@ def allocator(monkeypatch, system):
     return told
 
 
-# ---- Gradient checkpointing ------------------------------------------------------------------------------------------
+# ---- What is decided -------------------------------------------------------------------------------------------------
+def plan(shapes, rows=None, free=80, **changes):
+    """The StepPlan of 40 rows of 512 tokens on an 80 GB GPU of which so many GiB are free."""
+    gpu = Gpu(
+        free * GIB, 80 * GIB, **{name: changes.pop(name) for name in ("triton", "flash_attention") if name in changes}
+    )
+    dtype = changes.pop("dtype", torch.bfloat16)
+    return plan_steps(shapes, SETTINGS._replace(**changes), dtype, rows or rows_of(*[512] * 40), gpu)
+
+
 @pytest.mark.parametrize(("free", "checkpointing"), [(80, False), (12, True)])
-def test_auto_recomputes_activations_only_where_they_would_not_fit(
-    seven_billion, free, checkpointing, monkeypatch, capsys
-):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
-    rows, settings = rows_of(*[512] * 40), SETTINGS._replace(gradient_checkpointing="auto")
-    assert plan_memory(seven_billion, settings, CUDA, torch.bfloat16, rows).checkpointing is checkpointing
+def test_auto_recomputes_activations_only_where_they_would_not_fit(seven_billion, free, checkpointing, capsys):
+    assert plan(seven_billion, free=free, gradient_checkpointing="auto").checkpointing is checkpointing
     message = capsys.readouterr().err
     assert f"passes of up to 2,048 tokens; {free}.0 of 80.0 GiB are free" in message
     assert f"gradient checkpointing {'on' if checkpointing else 'off'}, as" in message
-    assert f"GiB would {'not ' * checkpointing}fit without it" in message
+    assert f"GiB would {'not fit' if checkpointing else 'fit'} without it" in message
 
 
 @pytest.mark.parametrize(
@@ -183,50 +214,67 @@ def test_auto_recomputes_activations_only_where_they_would_not_fit(
         (40, {}, True),
         (80, {"dtype": torch.float32}, False),
         (28, {}, False),
+        (40, {"triton": False}, False),
         (40, {"gradient_checkpointing": True}, False),
         (40, {"use_4bit_quantization": False}, False),
         (40, {"use_dora": True}, False),
     ],
 )
-def test_weights_stay_dequantized_where_there_is_room(seven_billion, free, changes, dequantized, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
-    monkeypatch.setattr(plan_utils, "triton", object())
-    changes = dict(changes)
-    dtype = changes.pop("dtype", torch.bfloat16)
-    settings = SETTINGS._replace(**{"gradient_checkpointing": False} | changes)
-    plan = plan_memory(seven_billion, settings, CUDA, dtype, rows_of(*[512] * 40))
-    assert plan.dequantized is dequantized
+def test_weights_stay_dequantized_where_there_is_room(free, changes, dequantized, seven_billion, dora, capsys):
+    shapes = dora if changes.get("use_dora") else seven_billion
+    found = plan(shapes, free=free, **{"gradient_checkpointing": False} | changes)
+    assert found.dequantized is dequantized
     assert ("; 13.0 GiB are for weights that are dequantized once" in capsys.readouterr().err) is dequantized
 
 
-@pytest.mark.parametrize(("changes", "compiled"), [({}, True), ({"use_dora": True}, False)])
-def test_the_plan_expects_layers_to_be_compiled_only_where_they_will_be(
-    seven_billion, changes, compiled, monkeypatch, capsys
-):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
-    monkeypatch.setattr(plan_utils, "triton", object())
-    seen = []
-    monkeypatch.setattr(plan_utils, "expected_peak", lambda *arguments: seen.append(arguments[-1]) or GIB)
-    rows = rows_of(*[512] * 4000)
-    plan_memory(seven_billion, SETTINGS._replace(**changes), CUDA, torch.bfloat16, rows)
-    plan_memory(seven_billion, SETTINGS._replace(torch_compile=True, **changes), CUDA, torch.bfloat16, rows)
-    assert seen == [compiled, True]
-
-
-def test_memory_that_will_not_do_is_said_before_the_model_is_loaded(seven_billion, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 6 * GIB))
-    assert plan_memory(seven_billion, SETTINGS, CUDA, torch.bfloat16, rows_of(*[512] * 40)) == (True, False)
+def test_memory_that_will_not_do_is_said_before_the_model_is_loaded(seven_billion, capsys):
+    found = plan(seven_billion, free=5)
+    assert (found.checkpointing, found.dequantized) == (True, False)
+    assert found.expected_bytes > 5 * GIB
     assert "That may not fit: lower --batch_size or --max_seq_length" in capsys.readouterr().err
 
 
-def test_on_a_cpu_only_true_recomputes(capsys):
+def test_on_a_cpu_only_true_recomputes_and_nothing_fast_is_planned(seven_billion, capsys):
     for setting, expected in ((True, True), (False, False), ("auto", False)):
         settings = SETTINGS._replace(gradient_checkpointing=setting)
-        assert plan_memory(None, settings, CPU, torch.float32, rows_of(5)) == (expected, False)
+        found = plan_steps(seven_billion, settings, torch.float32, rows_of(5, 9))
+        assert found == plan_utils.StepPlan(checkpointing=expected, max_pass_tokens=2048, rows_a_step=16, longest_row=9)
     assert capsys.readouterr().err == ""
 
 
-# ---- Compilation -----------------------------------------------------------------------------------------------------
+def test_kernels_are_planned_for_the_gpus_and_models_that_they_serve(seven_billion):
+    assert all(plan(seven_billion).kernels)
+    assert plan(seven_billion, dtype=torch.float32).kernels == Kernels(loss=True)
+    older = plan(seven_billion, flash_attention=False)
+    assert older.kernels == Kernels(loss=True, lora=True)
+    assert not plan(seven_billion, triton=False).kernels.lora
+    wide = plan(seven_billion, batch_size=64)
+    assert (wide.max_pass_tokens, plan(seven_billion, batch_size=64, flash_attention=False).max_pass_tokens) == (
+        64 * 512,
+        2 * 4096,  # a block mask costs as the square of a pass
+    )
+
+
+def test_layers_are_compiled_and_recorded_where_the_run_repays_it_or_the_user_asks(seven_billion, dora, capsys):
+    many = rows_of(*[512] * 16 * plan_utils.PASSES_WORTH_COMPILING)  # three epochs of four passes a step
+    found = plan(seven_billion, many)
+    assert (found.compiled, found.recorded) == ("auto", True)
+    assert "2,400 passes repay" in capsys.readouterr().err
+    found = plan(seven_billion)
+    assert (found.compiled, found.recorded) == (False, False)
+    assert "36 passes would not repay it; --torch_compile true does it" in capsys.readouterr().err
+    for shapes, changes in ((dora, {"use_dora": True}), (seven_billion, {"triton": False})):
+        assert not plan(shapes, many, **changes).compiled
+        assert "which do not serve this model or GPU" in capsys.readouterr().err
+    assert plan(dora, use_dora=True, torch_compile=True).compiled is True
+    assert plan(seven_billion, many, torch_compile=False).compiled is False
+    assert "compil" not in capsys.readouterr().err
+    kept = {"gradient_checkpointing": False}  # compiled layers keep less for their backward pass
+    plain = plan(seven_billion, many, torch_compile=False, **kept)
+    assert plan(seven_billion, many, **kept).expected_bytes < plain.expected_bytes
+
+
+# ---- Rows and steps --------------------------------------------------------------------------------------------------
 def test_passes_are_counted_by_the_tokens_that_they_hold():
     settings = SETTINGS._replace(batch_size=4, gradient_accumulation_steps=2, num_epochs=3)
     rows = rows_of(*[100] * 20)  # 8 rows a step, three steps an epoch
@@ -253,33 +301,24 @@ def test_each_length_of_pass_is_recorded_once():
     assert count_recordings(rows, 1, 2, 25, 1000) == count_recordings(rows, 1, 1, 50, 1000)
 
 
-def test_compiling_pays_in_long_runs_on_cuda_or_when_asked_for(monkeypatch, capsys):
-    monkeypatch.setattr(plan_utils, "triton", object())
-    enough = plan_utils.PASSES_WORTH_COMPILING
-    assert compiling_pays(SETTINGS, CUDA, enough)
-    assert not compiling_pays(SETTINGS, CUDA, enough - 1)
-    assert not compiling_pays(SETTINGS, CPU, enough)
-    assert compiling_pays(SETTINGS._replace(torch_compile=True), CPU, 1)
-    assert not compiling_pays(SETTINGS._replace(torch_compile=False), CUDA, enough)
-    monkeypatch.setattr(plan_utils, "can_compile", lambda model: True)
-    assert not choose_compilation(None, SETTINGS, CUDA, 50)
-    assert "50 passes would not repay it; --torch_compile true does it" in capsys.readouterr().err
-    assert choose_compilation(None, SETTINGS, CUDA, 5000)
-    assert "5,000 passes repay" in capsys.readouterr().err
-    monkeypatch.setattr(plan_utils, "can_compile", lambda model: False)
-    assert not choose_compilation(None, SETTINGS, CUDA, 5000)
-    assert "which do not serve this model or GPU" in capsys.readouterr().err
-    monkeypatch.setattr(plan_utils, "triton", None)
-    assert not compiling_pays(SETTINGS, CUDA, enough)
-
-
 def test_the_longest_rows_come_first_whatever_holds_them():
     rows = rows_of(3, 9, 5, 9)
     assert [row["row"] for row in longest_rows(rows, 3)] == [1, 3, 2]
     assert [row["row"] for row in typical_rows(rows, 1)] == [1]
     assert [row["row"] for row in typical_rows(rows_of(8, 1, 5), 2)] == [2, 0]
 
-    class OnDisk(list):
-        index = np.array([(3,), (9,), (5,), (9,)], dtype=[("length", np.int64)])
+    class OnDisk:
+        """As TokenizedRows, whose lengths are known without reading the rows."""
 
-    assert [row["row"] for row in longest_rows(OnDisk(rows), 2)] == [1, 3]
+        index = {"length": np.array([3, 9, 5, 9])}  # noqa: RUF012
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, position):
+            read.append(position)
+            return rows[position]
+
+    read = []
+    assert [row["row"] for row in longest_rows(OnDisk(), 2)] == [1, 3]
+    assert read == [1, 3]

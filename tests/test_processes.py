@@ -51,15 +51,15 @@ def other_weights(*args):
     for parameter in model.parameters():
         parameter.data.mul_(2 if parameter.requires_grad else 1)
     return model
-run, sizes = engine_runner.StepRunner.run, []
-def small_passes_only(runner, model, rows, *args):
+run_pass, sizes = engine_runner.StepRunner.run_pass, []
+def small_passes_only(runner, rows, scale):
     sizes.append(sum(len(row["input_ids"]) for row in rows))
-    done = run(runner, model, rows, *args)
+    done = run_pass(runner, rows, scale)
     if sizes[-1] > 300:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return done
 if os.environ["RANK"] == "1":
-    engine_runner.StepRunner.run = small_passes_only
+    engine_runner.StepRunner.run_pass = small_passes_only
     model_utils.attach_lora = other_weights
 sys.exit(message_utils.run_script(train.main, sys.argv[1:]))
 """

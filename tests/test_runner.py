@@ -16,21 +16,13 @@ from tiny import (
     make_rows,
     reference_gradients,
     run_out_of_memory,
+    state_of,
 )
 
 LONG = StepPlan(max_pass_tokens=1000)
 
 
 # ---- Everything is taken back ----------------------------------------------------------------------------------------
-def state_of(model):
-    """What a module's instances hold beside weights and submodules, hooks included."""
-    held = {}
-    for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in ("training", "_parameters", "_buffers")}
-        held[name] = {key: dict(value) if isinstance(value, dict) else value for key, value in own.items()}
-    return held, model.get_base_model().config.to_dict(), model.get_base_model().config._attn_implementation
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_is_as_it_was_when_the_runner_is_closed(checkpointing):
     model, rows = bundled_model(), make_rows(vocabulary=8000)

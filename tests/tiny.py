@@ -107,3 +107,12 @@ def run_out_of_memory(model, tokens):
 
     layers[0].register_forward_hook(watch)
     return sizes
+
+
+def state_of(model):
+    """What a module's instances hold beside weights and submodules, hooks included."""
+    held = {}
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in ("training", "_parameters", "_buffers")}
+        held[name] = {key: dict(value) if isinstance(value, dict) else value for key, value in own.items()}
+    return held, model.get_base_model().config.to_dict(), model.get_base_model().config._attn_implementation
