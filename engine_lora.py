@@ -1,8 +1,8 @@
 """LoRA over frozen layers as one operation: NF4 weights, dropout, the adapter; and the layers that compute with it.
 
 Each operation is written in plain PyTorch, which runs anywhere and which the tests compare with, and where that is slow
-also in Triton, which runs on CUDA. All are exact: they are the mathematics of peft and bitsandbytes in fewer kernels and
-without copies.
+also in Triton, which runs on CUDA. All are exact: they are the mathematics of peft and bitsandbytes in fewer kernels
+and without copies.
 """
 
 from collections import Counter

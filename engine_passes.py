@@ -308,14 +308,14 @@ def pass_losses(model, rows, kernels=PLAIN):
 
 
 def own_dropout(base):
-    """Whether the model's config has dropout of its own, beside LoRA's; a name that only sounds so costs speed alone."""
+    """Whether the model's config has dropout of its own, beside LoRA's; a mere likeness of names costs speed alone."""
     config = base.config.get_text_config().to_dict()
     return any("drop" in name and isinstance(value, (int, float)) and value for name, value in config.items())
 
 
 # ---- Trying a model on two short rows --------------------------------------------------------------------------------
 def probe_rows(model, seed=0):
-    """Two short rows of random tokens, every token trained; the seed decides the first, the second is always the same."""
+    """Two short rows of random tokens, all trained; the seed decides the first, the second is always the same."""
     vocabulary = model.get_input_embeddings().num_embeddings
     draws = [torch.Generator().manual_seed(number) for number in (seed, 1000)]
     ids = [torch.randint(vocabulary, (24,), generator=draw).tolist() for draw in draws]

@@ -15,7 +15,7 @@ from message_utils import LateImport, UserError, printable, quiet_libraries, run
 from run_utils import CACHE, VALIDATION_ROWS, find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
 
-# imported when they are first used: torch and what builds on it take seconds
+# These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
 engine_runner = LateImport("engine_runner")

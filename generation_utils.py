@@ -14,7 +14,7 @@ from token_utils import newest_positions
 
 def build_generation_config(tokenizer, settings):
     """Sampling settings; a reply ends at EOS or at the token that the chat template writes after an answer."""
-    # top_k=0: what is not set here would be filled in from the model's own generation config
+    # top_k=0 keeps the model's own generation config from filling in another value
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.do_sample else {}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -29,9 +29,9 @@ def build_generation_config(tokenizer, settings):
 
 @contextmanager
 def generating(model):
-    """How replies are computed: without gradients, in half precision, and without cuDNN's attention.
+    """Compute replies without gradients, in half precision, and without cuDNN's attention.
 
-    That would prepare itself anew, for tens of milliseconds, at each length that a growing reply has.
+    cuDNN would prepare its attention anew, for tens of milliseconds, at each length of a growing reply.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

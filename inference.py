@@ -9,6 +9,7 @@ Replies go to stdout, everything else to stderr.
 """
 
 import sys
+from collections import namedtuple
 from contextlib import closing, suppress
 
 from file_utils import resolve_path
@@ -16,12 +17,14 @@ from message_utils import LateImport, UserError, quiet_libraries, run_script, sa
 from run_utils import find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
 
-# imported when they are first used: torch and what builds on it take seconds
+# These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 data_utils = LateImport("data_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
 prompt_utils = LateImport("prompt_utils")
 torch = LateImport("torch")
+
+Loaded = namedtuple("Loaded", "model tokenizer settings")  # what the phase of loading hands on
 
 DEMO_PROMPTS = (
     "Explain how photosynthesis works",
@@ -46,42 +49,39 @@ def main(argv):
     if options.instruction is not None:
         check_instruction(options.instruction)
     quiet_libraries()
-
     adapter_path, _ = find_adapter(options, given)
-    model, tokenizer, settings = load(adapter_path, given, options.base_only)
+    loaded = load(adapter_path, given, options.base_only)
     settle()
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(loaded.settings.seed)
     if options.instruction is not None:
-        print_reply(model, tokenizer, [{"role": "user", "content": options.instruction}], settings)
+        print_reply(loaded, [{"role": "user", "content": options.instruction}])
     elif options.demo:
-        run_demo(model, tokenizer, settings)
+        run_demo(loaded)
     else:
-        chat(model, tokenizer, settings)
+        chat(loaded)
 
 
 def check_instruction(text):
     """Raise UserError for an instruction that is blank or no text (bytes that are not UTF-8)."""
-
     if not data_utils.require_text(text, "the instruction").strip():
         raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
 
 
 def load(adapter_path, given, base_only):
-    """Return (model, tokenizer, settings); with base_only the adapter need not exist, and if it does names the base."""
-
+    """Load the model to talk to; with base_only the adapter need not exist, and names the base where it does."""
     if not base_only:
         settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
-        return (*model_utils.load_trained_model(adapter_path, settings), settings)
+        return Loaded(*model_utils.load_trained_model(adapter_path, settings), settings)
     recorded = model_utils.read_recorded_settings(adapter_path) if adapter_path.is_dir() else {}
     settings = make_settings(given, recorded)
     say(f"Base model: {settings.base_model_name}, no adapter")
     model = model_utils.load_settings_base(settings)
-    return model, model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir)), settings
+    return Loaded(model, model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir)), settings)
 
 
-def print_reply(model, tokenizer, messages, settings):
+def print_reply(loaded, messages):
     """Stream one reply to stdout and return it; Ctrl-C ends the reply, not the program."""
-
+    model, tokenizer, settings = loaded
     generation = generation_utils.build_generation_config(tokenizer, settings)
     chunks = []
     with closing(generation_utils.stream_reply(model, tokenizer, messages, generation)) as stream:
@@ -97,26 +97,25 @@ def print_reply(model, tokenizer, messages, settings):
     return "".join(chunks).strip()
 
 
-def run_demo(model, tokenizer, settings):
+def run_demo(loaded):
     for prompt in DEMO_PROMPTS:
         print(f"\nYou:   {prompt}\nModel: ", end="", flush=True)
-        print_reply(model, tokenizer, [{"role": "user", "content": prompt}], settings)
+        print_reply(loaded, [{"role": "user", "content": prompt}])
 
 
-def chat(model, tokenizer, settings):
+def chat(loaded, answer=print_reply):
     """Read, answer, repeat, until /quit or the end of the input.
 
     Earlier turns are remembered where the tokenizer came with a chat template of its own; our Alpaca template is mostly
     trained on single turns, so there it is off until /history.
     """
-
-    messages, keep_history = [], tokenizer.chat_template != prompt_utils.ALPACA_TEMPLATE
+    messages, keep_history = [], loaded.tokenizer.chat_template != prompt_utils.ALPACA_TEMPLATE
     if sys.stdin is None:
         raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end the chat
     with suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its arrow keys; Windows has its own
+        import readline  # noqa: F401  only a chat wants the arrow keys that it gives to input(); Windows has its own
     interactive = sys.stdin.isatty()
     say(f"Type an instruction; /help lists the commands. Earlier turns are {'kept' if keep_history else 'not kept'}.")
     while True:
@@ -142,7 +141,7 @@ def chat(model, tokenizer, settings):
             messages = [*earlier, {"role": "user", "content": text}]
             if interactive:
                 print("Model: ", end="", flush=True)
-            reply = print_reply(model, tokenizer, messages, settings)
+            reply = answer(loaded, messages)
             # a template refuses two questions in a row, so one that was stopped before any answer is forgotten
             messages = [*messages, {"role": "assistant", "content": reply}] if reply else earlier
 

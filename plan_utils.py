@@ -38,7 +38,7 @@ def row_lengths(rows):
 
 
 def typical_rows(rows, count):
-    """The `count` rows from the median length on upwards."""
+    """`count` rows of usual length: from the median length upwards."""
     order = np.argsort(row_lengths(rows), kind="stable")
     return [rows[int(index)] for index in order[len(order) // 2 :][:count]]
 
@@ -57,14 +57,17 @@ def count_steps(rows, settings, processes=1):
 
 
 def tokens_a_step(rows, rows_a_step, processes):
-    """Tokens of a process's step on average over an epoch, whose last step is short, or filled up for processes."""
+    """Tokens in a step of one process, on average over an epoch.
+
+    The last step of an epoch is short, or is filled up where several processes need rows.
+    """
     steps = math.ceil(len(rows) / (rows_a_step * processes))
     rows_an_epoch = len(rows) if processes == 1 else steps * rows_a_step * processes
     return float(row_lengths(rows).mean()) * rows_an_epoch / processes / steps
 
 
 def count_passes(rows, settings, max_pass_tokens, processes=1):
-    """About how many passes a process computes in a run; with max_pass_tokens 0 each row is one."""
+    """About how many passes a process computes in a run; where max_pass_tokens is 0, each row is a pass."""
     rows_a_step = min(settings.batch_size * settings.gradient_accumulation_steps, len(rows))
     tokens = float(row_lengths(rows).mean()) * rows_a_step
     passes = math.ceil(tokens / max_pass_tokens) if max_pass_tokens else rows_a_step
@@ -72,9 +75,10 @@ def count_passes(rows, settings, max_pass_tokens, processes=1):
 
 
 def count_recordings(rows, rows_a_step, processes, steps, max_pass_tokens):
-    """About how many lengths of pass are met, and recorded, in so many steps; by steps of rows drawn at random.
+    """About how many lengths of pass so many steps will meet, each of which is recorded once.
 
-    Where one process records a length, the others wait.
+    Steps of rows that are drawn at random tell. The lengths of all processes count, since where one records a length
+    the others wait.
     """
     lengths, generator, met = row_lengths(rows), np.random.default_rng(0), set()
     for _ in range(min(steps * processes, 1000)):
@@ -258,7 +262,7 @@ def print_plan(settings, base, rows, validation_rows, processes=1):
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 def weight_bytes(model, settings, dtype):
-    """Memory of the base's weights as they will be loaded: linear layers but the output in NF4 where quantized."""
+    """Bytes of the base's weights as they will be loaded: where quantized, linear layers but the output are in NF4."""
     base = transformers_model(model)
     head, seen, total = base.get_output_embeddings(), set(), 0
     for module in base.modules():
@@ -272,7 +276,7 @@ def weight_bytes(model, settings, dtype):
 
 
 def dequantized_bytes(model, dtype):
-    """Memory of the 4-bit weights of LoRA's layers once more, dequantized."""
+    """Bytes of the 4-bit weights of the layers with an adapter once more, dequantized."""
     bases = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
     head = transformers_model(model).get_output_embeddings()
     linear = [base.weight for base in bases if isinstance(base, torch.nn.Linear) and base.weight is not head.weight]
@@ -290,15 +294,15 @@ def dora_shapes(model):
 def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
-    Counted: the weights; the adapter in float32 with gradients, AdamW's two moments (a byte each in 8 bits) and the
-    copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing its input
-    and one layer whole; the largest weight dequantized; a chunk of logits. peft's DoRA computes in float32, keeps more
-    of each output, with dropout each weight dequantized too, and multiplies with unit matrices. The allocator rounds up
-    and leaves gaps.
+    It counts the weights; the adapter in float32 with its gradients, AdamW's two moments (a byte each in 8 bits) and
+    the copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing each
+    layer's input and one layer whole; the largest weight dequantized; and a chunk of logits. peft's DoRA computes in
+    float32, keeps more of each output, keeps each weight dequantized where there is dropout, and multiplies with unit
+    matrices. The allocator rounds up and leaves gaps.
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
-    # configs differ in what they name; the layers' own matrices always tell the widest one
+    # not every config names the inner width; the layers' own matrices tell the widest one
     shapes = {p.shape for layer in decoder_layers(base) for p in layer.parameters() if not p.requires_grad}
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
@@ -308,11 +312,11 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     trainable = count_parameters(model)[1]
     moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
-    # two residuals and norms; query, key, value and attention's output; gate, up and their product
+    # a layer keeps two residuals and norms; query, key, value and attention's output; gate, up and their product
     kept = unit * (4 * hidden + 2 * (heads + groups) * width + 3 * inner)
     if compiled:  # a recorded pass has gradients of its own, which are then added to the step's
         fixed += trainable * 4
-    else:  # the norms' copies in float32
+    else:  # norms that are not compiled keep copies in float32
         kept += 2 * (4 + unit) * hidden
     inputs, constant = unit * hidden, 0
     working = tokens * unit * (3 * inner + 3 * hidden)

@@ -3,6 +3,7 @@
 import sys
 from typing import ClassVar
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
@@ -57,8 +58,6 @@ class RunBoard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
             self.writer = SummaryWriter(str(self.log_dir), purge_step=self.first_step + 1 if self.first_step else None)
             rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
             self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
@@ -113,5 +112,5 @@ def format_duration(seconds):
     """90 -> '1 min 30 s'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0) + [f"{seconds} s"] * (hours == 0)
-    return " ".join(parts)
+    shown = [f"{hours} h" if hours else "", f"{minutes} min" if minutes else "", "" if hours else f"{seconds} s"]
+    return " ".join(filter(None, shown))

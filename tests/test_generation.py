@@ -154,13 +154,12 @@ def chat_with(monkeypatch, tokenizer, lines):
             raise line
         return line
 
-    def reply(model, tokenizer, messages, settings):
+    def reply(loaded, messages):
         asked.append([message["content"] for message in messages])
         return f"answer {len(asked)}"
 
     monkeypatch.setattr("builtins.input", type_line)
-    monkeypatch.setattr(inference, "print_reply", reply)
-    inference.chat(None, tokenizer, SETTINGS)
+    inference.chat(inference.Loaded(None, tokenizer, SETTINGS), reply)
     return asked
 
 
@@ -197,6 +196,6 @@ def test_ctrl_c_during_a_reply_ends_the_reply_and_not_the_chat(monkeypatch, toke
             closed.append(True)
 
     monkeypatch.setattr("generation_utils.stream_reply", stream)
-    assert inference.print_reply(None, tokenizer, conversation("Hi"), SETTINGS) == "half an"
+    assert inference.print_reply(inference.Loaded(None, tokenizer, SETTINGS), conversation("Hi")) == "half an"
     assert closed
     assert "[stopped]" in capsys.readouterr().err
