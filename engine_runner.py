@@ -231,9 +231,8 @@ class StepRunner:
         if self.plan.checkpointing and not layers:  # transformers' own way is left
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
             self.patches.callback(self.base.gradient_checkpointing_disable)
-        if (
-            self.plan.compiled
-        ):  # then the first layer's input needs a gradient as the others' do, and all share their code
+        if self.plan.compiled:
+            # the first layer's input then needs a gradient, as the others' do, and all layers share their code
             self.base.enable_input_require_grads()
             self.patches.callback(self.base.disable_input_require_grads)
         if self.accelerator:
