@@ -327,7 +327,9 @@ class StepRunner:
         if what is None:
             return False
         reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
-        say(f"This model's passes cannot be {what} ({reason}), which is slower and computes the same", from_any=True)
+        say(
+            f"This model's passes cannot be {what} ({reason}), which is slower and computes the same", each_process=True
+        )
         if what == "compiled":
             self.compiled = False
         self.recording = False

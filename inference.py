@@ -12,7 +12,7 @@ import sys
 from contextlib import closing, suppress
 
 from file_utils import resolve_path
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, settle
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
 
@@ -49,7 +49,7 @@ def main(argv):
 
     adapter_path, _ = find_adapter(options, given)
     model, tokenizer, settings = load(adapter_path, given, options.base_only)
-    settle()
+    start_garbage_collection()
     torch.manual_seed(settings.seed)
     if options.instruction is not None:
         print_reply(model, tokenizer, [{"role": "user", "content": options.instruction}], settings)

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import TorchDynamoException
 
-from checkpoint_utils import run_bytes
+from checkpoint_utils import output_bytes
 from engine_lora import triton
 from engine_passes import LinearCrossEntropy, decoder_layers, pack_rows, transformers_model
 from engine_runner import can_compile, recorded_tokens
@@ -95,7 +95,7 @@ def print_plan(settings, device, dtype, rows, validation_rows, parameters, proce
     steps = count_steps(len(rows), settings, processes)
     tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
     quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
-    disk = run_bytes(trainable, settings.save_total_limit) / 2**20
+    disk = output_bytes(trainable, settings.save_total_limit) / 2**20
     say(
         f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(dtype).removeprefix('torch.')}"
         f" on {device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"

@@ -8,15 +8,14 @@
 The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
 """
 
-import os
 import platform
 import sys
 import time
 from importlib.metadata import version
 
 from file_utils import check_writable, display_path, resolve_path, write_json
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, settle
-from run_utils import ADAPTER, CACHE, CHECKPOINTS, DATA_REPORT, RUN_FOLDERS, VALIDATION_ROWS
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from run_utils import ADAPTER, CACHE, CHECKPOINTS, DATA_REPORT, RUN_OUTPUTS, VALIDATION_ROWS
 from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
 
 # imported when they are first used: torch and what builds on it take seconds
@@ -55,9 +54,9 @@ def train(settings, dry_run=False, fresh=False):
     started = time.time()
     train_set, validation_set, read = load_data(settings)
 
-    settle()
+    start_garbage_collection()
     output_dir, models_dir = resolve_path(settings.output_dir), resolve_path(settings.models_dir)
-    lock = run_utils.RunLock(output_dir, held_by_us=os.environ.get("RANK", "0") == "0")
+    lock = run_utils.OutputLock(output_dir)
     if not dry_run:
         lock.check()
     device = model_utils.resolve_device(settings.device)
@@ -81,10 +80,10 @@ def train(settings, dry_run=False, fresh=False):
     if dry_run:
         write_report(settings, report, dry_run=True)
         return
-    identity = checkpoint_utils.run_identity(
+    identity = checkpoint_utils.training_identity(
         settings, base, tokenizer, train_rows, validation_rows, arguments, dtype, models_dir
     )
-    with lock:
+    with lock, process_utils.StopAtOnce():
         checkpoints = open_checkpoints(settings, identity, parameters[1], fresh)
         quantization = model_utils.build_quantization_config(settings, dtype)
         model = model_utils.load_base_model(base, device, dtype, quantization, models_dir)
@@ -114,7 +113,7 @@ def run(trainer, settings, validation_rows, started):
                 f"out of memory beside the passes of step {trainer.state.global_step + 1}, in the optimizer or an"
                 f" evaluation; {trainer.checkpoints.last()}; switch on --gradient_checkpointing, or train anew with"
                 " --fresh, half the --batch_size and twice the --gradient_accumulation_steps",
-                alone=True,
+                each_process=True,
             ) from error
         finish(trainer, settings, validation_rows, started)
 
@@ -225,7 +224,7 @@ def prepare_output(settings, validation_set, report, resumption):
 
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
-        moved_to = run_utils.set_aside_previous_run(output_dir, RUN_FOLDERS)
+        moved_to = run_utils.set_aside(output_dir, RUN_OUTPUTS)
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
@@ -255,7 +254,9 @@ def finish(trainer, settings, validation_rows, started):
         "python": platform.python_version(),
     }
     adapter_dir = resolve_path(settings.output_dir) / ADAPTER
-    with file_utils.saving("the adapter", f"{trainer.checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
+    with file_utils.storage_errors(
+        "the adapter", f"{trainer.checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"
+    ):
         model_utils.save_finished_adapter(trainer.model, trainer.processing_class, adapter_dir, settings, record)
     print_summary(settings, adapter_dir, record)
 

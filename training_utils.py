@@ -93,7 +93,7 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         """In a checkpoint all processes learn of a failure here, before the Trainer lets them wait for each other."""
         step = self.state.global_step
-        with self.checkpoints.saving_together(step) if _internal_call else contextlib.nullcontext():
+        with self.checkpoints.shared_storage_errors(step) if _internal_call else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
@@ -195,13 +195,13 @@ class LoraTrainer(ResumableTrainer):
             if largest is None:
                 self.runner.give_up_dequantized()
                 kept = "frozen weights are dequantized in each pass: slower, the same result"
-                say(f"Out of memory; from here on {kept}", from_any=True)
+                say(f"Out of memory; from here on {kept}", each_process=True)
                 continue
             self.runner.release()
             say(
                 f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
                 " more passes and gives the same result",
-                from_any=True,
+                each_process=True,
             )
             self.max_pass_tokens = largest // 2
 
@@ -220,7 +220,7 @@ class LoraTrainer(ResumableTrainer):
             raise UserError(
                 f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
                 " --gradient_checkpointing or --use_4bit_quantization",
-                alone=True,
+                each_process=True,
             ) from error
         return largest
 
@@ -238,7 +238,9 @@ class LoraTrainer(ResumableTrainer):
         with self.runner.plain_passes():
             expected = gradient()
         if not torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # nan is none
-            say("Compiled layers have other gradients than plain ones; none is used, which is slower", from_any=True)
+            say(
+                "Compiled layers have other gradients than plain ones; none is used, which is slower", each_process=True
+            )
             self.runner.compiled = self.runner.recording = False
         self.runner.release()  # the longest pass is to be recorded first, whose memory then serves the others
 
