@@ -116,7 +116,7 @@ def differences(old, new):
 
 
 def version_differences(old, new):
-    """["peft 0.20.0 -> 0.21.2", ...]: other libraries may change the last bits of the weights, which forbids nothing."""
+    """["peft 0.20.0 -> 0.21.2", ...]: other libraries may change the last bits of the weights, which is allowed."""
     old, new = old.get("versions", {}), new["versions"]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
 
