@@ -74,11 +74,12 @@ BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "u
 # ---- Which script uses which settings --------------------------------------------------------------------------------
 
 
-# train.py uses every setting of config.py but these
+# train.py uses every setting of config.py but these; a new setting is one of train.py unless it is named here
 NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples")
 
 
-# The other scripts use these. A script offers no flag for a setting that it does not use.
+# The other scripts use these. A script offers a flag for each setting that it uses and for no other; a test fails if it
+# reads a setting that it does not offer.
 TO_USE_AN_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "device", "output_dir")
 TO_ANSWER = ("max_new_tokens", "repetition_penalty")
 USED_SETTINGS = {

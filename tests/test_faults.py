@@ -18,13 +18,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint_utils
 import plan_utils
 import training_utils
 from checkpoint_utils import find_newest
 from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
-from file_utils import write_json
+from file_utils import storage_errors, write_json
 from model_utils import load_trained_model
 from process_utils import StopSignals
 from run_utils import LOCK, OWNER, OutputLock
@@ -345,6 +346,22 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(foreseen, small_disk, dat
     (newest, _), skipped = find_newest(small_disk / "out/checkpoints")
     assert (newest.name, skipped) == ("checkpoint-4", [])
     assert not (small_disk / "out/checkpoints/incomplete").exists()
+
+
+WRITERS = {
+    "torch": lambda path, tensor: torch.save(tensor, path),
+    "safetensors": lambda path, tensor: save_file({"weight": tensor}, path),
+    "python": lambda path, tensor: path.write_bytes(tensor.numpy().tobytes()),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_each_writer_says_of_a_full_disk_is_understood(writer, small_disk):
+    def save():
+        with storage_errors("the adapter", "mend that"):
+            WRITERS[writer](small_disk / "weights", torch.zeros(2**23))  # 32 MiB
+
+    assert refusal(save).startswith("the adapter could not be saved: ")
 
 
 # ---- The plan's warnings ---------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -84,12 +86,12 @@ def with_value(name, value):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(settings_utils, "cuda_is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(settings_utils, "cuda_is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 # ---- config.py -------------------------------------------------------------------------------------------------------
@@ -588,6 +590,42 @@ def test_a_staged_folder_never_overwrites_one_that_holds_something(tmp_path):
     assert names_in(tmp_path) == ["it", "it/precious"]
 
 
+# ---- A disk that refuses to write ------------------------------------------------------------------------------------
+# an exception -> what the message says of it
+REFUSALS = {
+    "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
+    "a quota": (OSError(122, "Disk quota exceeded"), "Disk quota exceeded"),
+    "a read-only disk": (OSError(30, "Read-only file system"), "Read-only file system"),
+    "no permission": (PermissionError(13, "Permission denied"), "Permission denied"),
+    "safetensors": (
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "No space left on device",
+    ),
+    "torch": (
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
+        "it could not be written",
+    ),
+}
+
+
+def fail_to_save(error):
+    with file_utils.storage_errors("checkpoint-4", "mend that"):
+        raise error
+
+
+@pytest.mark.parametrize("refusal_of", REFUSALS)
+def test_a_disk_that_refuses_to_write_is_one_line(refusal_of):
+    error, words = REFUSALS[refusal_of]
+    assert refusal(fail_to_save, error) == f"checkpoint-4 could not be saved: {words}; mend that"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), RuntimeError("ours"), KeyboardInterrupt()])
+def test_other_errors_of_a_save_pass_unchanged(error):
+    with pytest.raises(type(error)) as caught:
+        fail_to_save(error)
+    assert caught.value is error
+
+
 # ---- Hashes ----------------------------------------------------------------------------------------------------------
 def test_a_hash_is_that_of_texts_bytes_and_files_one_after_the_other(tmp_path):
     (tmp_path / "file").write_bytes(b"cd" * 2**20)
@@ -759,14 +797,36 @@ def test_durations_are_short_to_read(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_a_deleted_setting_and_an_unknown_demo_setting_are_named(gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("LORA_R = 16", "# LORA_R = 16"), "config.py lacks LORA_R; restore what was there"),
+        (("LORA_R = 16", "LORA_R = '16'"), "LORA_R is '16', expected a whole number; correct it where it was set"),
+        (("SEED = 42", "SEED = -1"), "--seed is -1, expected 0 to 4294967295; the default is -1"),
+    ],
+)
+def test_a_mistake_in_config_is_one_line(edit, message, tmp_path):
+    text = Path(config.__file__).read_text(encoding="utf-8")
+    assert edit[0] in text
+    (tmp_path / "config.py").write_text(text.replace(*edit), encoding="utf-8")
+    code = "import settings_utils; settings_utils.make_settings({'base_model_name': 'some/model'})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT_DIR}"},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.stderr.strip().splitlines()[-1] == f"message_utils.UserError: {message}"
+
+
+def test_what_is_no_setting_is_named(gpu, monkeypatch):
     monkeypatch.setitem(config.CPU_DEMO, "FOO", 1)
     assert refusal(settings_utils.make_settings) == (
         "CPU_DEMO in config.py names no setting: FOO; correct or remove it"
     )
     assert refusal(settings_utils.make_settings, {"lora_rr": 8}).startswith("unknown settings: LORA_RR;")
-    monkeypatch.setattr(settings_utils, "DEFAULTS", {k: v for k, v in settings_utils.DEFAULTS.items() if k != "lora_r"})
-    assert "config.py lacks LORA_R" in refusal(settings_utils.check_settings, settings_utils.Settings(**(DEFAULTS)))
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/x", "a/b", ".."])
