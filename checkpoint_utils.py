@@ -1,9 +1,8 @@
-"""What a run is made of, and its checkpoints: whole, or they do not count; found again to go on from."""
+"""Checkpoints of a run of train.py: whole or not counted; what its weights depend on; where it goes on."""
 
 import contextlib
-import hashlib
+import itertools
 import json
-import os
 import pickle
 import shutil
 import time
@@ -12,41 +11,43 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers.trainer import safe_globals
 
 from file_utils import (
     SHOWN_DIGITS,
     check_space,
     display_path,
-    hash_files,
+    files_in,
     read_json,
-    saving,
-    sync_file,
-    sync_folder,
+    sha256,
+    staged_folder,
+    storage_errors,
     write_json,
 )
 from message_utils import UserError, say
 from model_utils import ADAPTER_WEIGHTS, base_revision, template_content, tokenizer_content, write_recorded_settings
-from process_utils import from_first_process, together
-from run_utils import CHECKPOINTS, set_aside_previous_run
+from process_utils import from_first_process, shared_errors
+from run_utils import CHECKPOINTS, set_aside
 
+# In a checkpoint: its manifest and what the Trainer's own state leaves out. Beside the checkpoints: the unfinished one.
 MANIFEST, PROGRESS, STAGING = "manifest.json", "progress.json", "incomplete"
 
 
 AGAIN = "the same command goes on from the last checkpoint"
 
 
-# Where a run goes on: its newest checkpoint, that one's step, whether training had ended there, the step of the best
-# checkpoint (None if there is none or it is damaged), what progress.json holds, the run's name in TensorBoard.
+# Where an interrupted run goes on: the folder of its newest checkpoint; that one's step; whether the training had ended
+# there; the step of the best checkpoint, or None if there is none or it is damaged; the content of progress.json; the
+# run's name in TensorBoard.
 Resumption = namedtuple("Resumption", "folder step finished best_step progress run_name")
 
 
-# ---- What a run is made of -------------------------------------------------------------------------------------------
+# ---- What the weights depend on --------------------------------------------------------------------------------------
 
 
-# Settings that a resumed run may change: they shape no weight, or what counts of them is hashed or resolved instead.
-# A setting that is not listed here belongs to the identity, so that a new one is refused before it is overlooked.
+# The settings that may change when a run goes on: they shape no weight, or the identity holds what follows from them,
+# such as the content of the data for its path. A setting that is not listed here belongs to the identity, so that a new
+# one is refused at worst, and never overlooked.
 FREE_SETTINGS = {
     *("base_model_name", "device", "use_fp16", "custom_dataset_path", "validation_dataset_path", "answers_cut_limit"),
     *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_samples"),
@@ -61,28 +62,13 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 BLOCK = 2**20  # token ids that are hashed at once: 4 MiB
 
 
-def rows_content(rows):
-    """How many TokenizedRows there are, and the hash of their ids and labels in their order.
+def training_identity(settings, base, rows, arguments):
+    """Everything that the trained weights depend on, as {name: value}; base: model_utils.Base, rows: train.Rows.
 
-    Neither where they lie in the file nor the dropped rows between them matter.
+    An interrupted run goes on only with a command of the same identity.
     """
-    starts, lengths = rows.index["start"], rows.index["length"]
-    digest = hashlib.sha256(lengths.astype("<i8").tobytes())
-    # rows that lie one behind the other are hashed as one, ids first and which of them are trained second
-    first = np.flatnonzero(np.diff(starts, prepend=-1) != np.append(0, lengths)[:-1])
-    last = np.append(first[1:], len(starts))[: len(first)] - 1
-    stretches = [(starts[begin], starts[end] + lengths[end]) for begin, end in zip(first, last, strict=True)]
-    for values, kind in ((rows.ids, "<i4"), (rows.is_trained, bool)):
-        for start, end in stretches:
-            for block in range(start, end, BLOCK):
-                digest.update(values[block : min(block + BLOCK, end)].astype(kind).tobytes())
-    return f"{len(rows)} rows {digest.hexdigest()[:SHOWN_DIGITS]}"
-
-
-def run_identity(settings, base, rows, arguments):
-    """All that the weights of a run depend on, {name: value}; an interrupted run goes on only where it is the same."""
-    settled = {name: value for name, value in settings._asdict().items() if name not in FREE_SETTINGS}
-    return settled | {
+    shaping = {name: value for name, value in settings._asdict().items() if name not in FREE_SETTINGS}
+    return shaping | {
         "base_model": f"{settings.base_model_name} @ {base_revision(base.path, base.models_dir)}",
         "tokenizer": tokenizer_content(base.tokenizer),
         "chat_template": template_content(base.tokenizer),
@@ -95,19 +81,42 @@ def run_identity(settings, base, rows, arguments):
     }
 
 
-def differences(old, new):
-    """Return ["learning_rate 0.0002 -> 0.001", ...]: what forbids that a run `new` goes on with `old`."""
+def rows_content(rows):
+    """The number of TokenizedRows and the hash of their ids and labels in their order.
 
-    def told(identity, name):
+    It does not matter where they lie in the file, or which dropped rows lie between them.
+    """
+    starts, lengths = rows.index["start"], rows.index["length"]
+    # Rows without a gap between them are hashed as one stretch: all their ids, later which of them are trained
+    first = np.flatnonzero(np.diff(starts, prepend=-1) != np.append(0, lengths)[:-1])
+    last = np.append(first[1:], len(starts))[: len(first)] - 1
+    stretches = [(starts[begin], starts[end] + lengths[end]) for begin, end in zip(first, last, strict=True)]
+    blocks = (
+        values[block : min(block + BLOCK, end)].astype(kind).tobytes()
+        for values, kind in ((rows.ids, "<i4"), (rows.is_trained, bool))
+        for start, end in stretches
+        for block in range(start, end, BLOCK)
+    )
+    content = sha256(itertools.chain([lengths.astype("<i8").tobytes()], blocks))
+    return f"{len(rows)} rows {content[:SHOWN_DIGITS]}"
+
+
+def differences(old, new):
+    """["learning_rate 0.0002 -> 0.001", ...]: why a run of identity `new` cannot go on with one of identity `old`."""
+
+    def compared(identity, name):
         value = identity.get(name)
-        return value.rpartition(" @ ")[2] if name == "base_model" and value else value  # a moved folder is the same
+        # of a base model only the content, since its folder may have been moved
+        return value.rpartition(" @ ")[2] if name == "base_model" and value else value
 
     names = sorted((old.keys() | new.keys()) - {"versions"})
-    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if told(old, name) != told(new, name)]
+    return [
+        f"{name} {old.get(name)} -> {new.get(name)}" for name in names if compared(old, name) != compared(new, name)
+    ]
 
 
 def version_differences(old, new):
-    """The same for the libraries, which may change the last bits of the weights and forbid nothing."""
+    """["peft 0.20.0 -> 0.21.2", ...]: other libraries may change the last bits of the weights, which is allowed."""
     old, new = old.get("versions", {}), new["versions"]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
 
@@ -116,28 +125,28 @@ def version_differences(old, new):
 
 
 def required_files(identity):
-    """The files without which a resumed run would go another way."""
+    """The files without which a run would go on differently."""
     processes = identity["processes"]
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    scaler = ["scaler.pt"] * (identity["number_format"] == "float16")
+    scaler = ["scaler.pt"] if identity["number_format"] == "float16" else []
     names = (ADAPTER_WEIGHTS, "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json", PROGRESS)
     return {*names, *states, *scaler}
 
 
 def seal(folder, identity, **facts):
-    """Put every file of a folder on the disk, then write the manifest of sizes and hashes, which makes it count."""
-    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    if missing := sorted(required_files(identity) - {path.name for path in paths}):
+    """Write the manifest, which makes a checkpoint count: the facts, the identity, and each file's size and sha256.
+
+    Raises RuntimeError if a required file is missing.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in files_in(folder) if path.name != MANIFEST}
+    if missing := sorted(required_files(identity) - paths.keys()):
         raise RuntimeError(f"{folder} is to be sealed without {', '.join(missing)}")
-    for path in paths:
-        sync_file(path)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_files([path])} for path in paths}
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256([path])} for name, path in paths.items()}
     write_json(folder / MANIFEST, facts | {"identity": identity, "files": files})
-    sync_folder(folder)
 
 
 def verify(folder):
-    """Return a checkpoint's manifest after comparing every file with it; UserError says what is wrong."""
+    """Compare every file of a checkpoint with its manifest and return the manifest; the UserError says what differs."""
     if not (folder / MANIFEST).is_file():
         raise UserError(f"it has no {MANIFEST}")
     manifest = read_json(folder / MANIFEST, "its manifest")
@@ -149,25 +158,25 @@ def verify(folder):
         raise UserError(f"its {MANIFEST} is damaged") from None
     if missing or folder.name != expected:
         raise UserError(f"its {MANIFEST} is of {expected} and lacks {', '.join(missing) or 'nothing'}")
-    for name, (size, digest) in files.items():
+    for name, (size, content) in files.items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"{name} is missing")
         if path.stat().st_size != size:
             raise UserError(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
-        if hash_files([path]) != digest:
+        if sha256([path]) != content:
             raise UserError(f"{name} is damaged: its content is not what was saved")
     return manifest
 
 
 def list_checkpoints(folder):
-    """The folders checkpoint-<step> in it, the newest first, verified or not."""
+    """The folders checkpoint-<step> in a folder, the newest first. None of them has been verified."""
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(numbered, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
 def find_newest(folder):
-    """Return the newest checkpoint that verifies, (path, manifest) or None, and [(path, reason)] of those skipped."""
+    """Return (path, manifest) of the newest checkpoint that verifies, or None, and [(path, reason)] of newer ones."""
     skipped = []
     for path in list_checkpoints(folder):
         try:
@@ -181,10 +190,10 @@ def find_newest(folder):
 
 
 def find_resumption(output_dir, identity, fresh):
-    """Return where an interrupted run of this identity goes on, or None where a run starts from its beginning.
+    """Return the Resumption of an interrupted run of this identity in output_dir, or None to start from the beginning.
 
-    Raises UserError if there is an interrupted run of another identity, unless a fresh start is wanted. Moves nothing
-    but checkpoints that do not verify, so that a run that cannot start leaves all as it was.
+    Raises UserError if the interrupted run has another identity, unless `fresh` asks for a new one. Moves nothing but
+    checkpoints that do not verify, so that a command that is refused leaves everything as it was.
     """
     folder = output_dir / CHECKPOINTS
     if fresh:
@@ -202,7 +211,7 @@ def find_resumption(output_dir, identity, fresh):
     check_identity(output_dir, manifest, identity)
     check_states(path)
     if skipped:
-        moved = set_aside_previous_run(output_dir, [f"{CHECKPOINTS}/{old.name}" for old, _ in skipped])
+        moved = set_aside(output_dir, [f"{CHECKPOINTS}/{old.name}" for old, _ in skipped])
         say(f"What was skipped lies in {display_path(moved)}")
     resumption = Resumption(
         path,
@@ -217,8 +226,8 @@ def find_resumption(output_dir, identity, fresh):
 
 
 def check_identity(output_dir, manifest, identity):
-    """Raise UserError, naming what differs, unless the interrupted run is this one; warn of other library versions."""
-    identity = json.loads(json.dumps(identity))
+    """Raise UserError, naming what differs, unless the interrupted run had this identity; warn of other libraries."""
+    identity = json.loads(json.dumps(identity))  # as it would be read from a manifest
     if changed := differences(manifest["identity"], identity):
         raise UserError(
             f"{display_path(output_dir)} holds an interrupted run with other settings or data: {', '.join(changed)};"
@@ -229,13 +238,14 @@ def check_identity(output_dir, manifest, identity):
 
 
 def check_states(folder):
-    """Raise UserError unless torch reads a checkpoint's states as numbers, which is how they will be loaded.
+    """Raise UserError unless a checkpoint's pickles hold numbers only, which is how the Trainer will load them.
 
-    Whoever can change a file can make a manifest that verifies; weights_only=True runs no code of a pickle.
+    A manifest does not protect from code in a pickle: who can change a file can also write a manifest that verifies.
+    With weights_only=True torch runs no code.
     """
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         try:
-            with safe_globals():  # numpy's random state
+            with safe_globals():  # allows numpy's random state
                 torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise UserError(
@@ -245,7 +255,7 @@ def check_states(folder):
 
 
 def whole_best_step(folder, manifest):
-    """The step of the best checkpoint so far, or None, with a line, if that one is not whole any more."""
+    """The step of the best checkpoint so far; None if there is none, or, with a notice, if it is damaged."""
     step = manifest["best_step"]
     if step in (None, manifest["step"]):
         return step
@@ -264,25 +274,28 @@ MARGIN = 2**20  # bytes beside the weights: tokenizer, settings and manifest of 
 
 
 def checkpoint_bytes(trainable):
-    """Disk space of a checkpoint: the adapter in float32 and the two moments of AdamW, and a margin."""
+    """Disk space of a checkpoint, for a number of trainable parameters: they and AdamW's two moments, in float32."""
     return trainable * 4 * 3 + MARGIN
 
 
-def run_bytes(trainable, save_total_limit, existing=0):
-    """Disk space that a run takes at most: the adapter, the kept checkpoints, and the one that is being written."""
+def output_bytes(trainable, save_total_limit, existing=0):
+    """Disk space that train.py still needs at most: the adapter and the checkpoints, of which some exist already.
+
+    One checkpoint more than save_total_limit, since a new one is written before an old one is deleted.
+    """
     return trainable * 4 + max(1, save_total_limit + 1 - existing) * checkpoint_bytes(trainable)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Each is written under another name and takes its own when it is whole."""
+    """Writes the checkpoints of one run of train.py, each as a whole, and deletes old ones."""
 
     def __init__(self, folder, settings, identity, run_name, trainable, resumption=None):
         self.folder = folder
-        self.staging = folder / STAGING
+        self.staging = folder / STAGING  # the Trainer writes <staging>/checkpoint-<step>
         self.settings = settings
         self.identity = identity
-        self.run_name = run_name
-        self.trainable = trainable
+        self.run_name = run_name  # in TensorBoard
+        self.trainable = trainable  # the number of trained parameters
         self.resumption = resumption
         self.saved_step = resumption.step if resumption else 0
         self.started = time.time() - (resumption.progress["seconds"] if resumption else 0)
@@ -291,71 +304,66 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step}"
 
     def last(self):
-        """What a message says of the last good checkpoint."""
+        """The words in which a message names the last good checkpoint."""
         return f"last good checkpoint: {display_path(self.path(self.saved_step)) if self.saved_step else 'none yet'}"
 
     def check_space(self):
-        """Raise UserError unless the disk has room for all that the run will write."""
-        needed = run_bytes(self.trainable, self.settings.save_total_limit, len(list_checkpoints(self.folder)))
+        """Raise UserError unless the disk has room for everything that the run will write."""
+        needed = output_bytes(self.trainable, self.settings.save_total_limit, len(list_checkpoints(self.folder)))
         check_space(self.folder, needed, "the run", "free some, or give another folder with --output_dir")
 
     @contextlib.contextmanager
     def save(self, state, finished, progress):
-        """Fill the staging folder inside; afterwards it is a checkpoint, or the save failed and it is gone."""
+        """All processes fill <staging>/checkpoint-<step> in the block. Afterwards it is a checkpoint.
+
+        If one process fails, all of them raise its error, nothing of the new checkpoint is left, and those before it
+        are untouched. Older checkpoints are deleted only after the new one has been verified.
+        """
         step = state.global_step
-        from_first_process(self.prepare, step)
-        with self.cleaned_up(step), self.saving_together(step):
-            yield  # each process writes its random state
-        from_first_process(self.complete, state, finished, progress)
+        with contextlib.ExitStack() as staged:  # in the first process it holds the staged folder, in others nothing
+            from_first_process(self.prepare, step, staged)
+            with self.shared_storage_errors(step):
+                yield
+            from_first_process(self.complete, state, finished, progress, staged)
         self.saved_step = step
         state.best_model_checkpoint = str(self.path(state.best_global_step)) if state.best_global_step else None
 
-    def saving(self, step):
-        return saving(f"checkpoint-{step}", f"{self.last()}; mend that, and {AGAIN}")
+    def storage_errors(self, step):
+        return storage_errors(f"checkpoint-{step}", f"{self.last()}; mend that, and {AGAIN}")
 
     @contextlib.contextmanager
-    def saving_together(self, step):
-        """What is inside is done by all processes; where one of them cannot save, all end with its line."""
-        with together(), self.saving(step):
+    def shared_storage_errors(self, step):
+        """If a disk refuses to write in one process, all processes raise the UserError."""
+        with shared_errors(), self.storage_errors(step):
             yield
 
-    @contextlib.contextmanager
-    def cleaned_up(self, step):
-        """Remove a torn save and say why it failed; the checkpoints before it are untouched."""
-        try:
-            with self.saving(step):
-                yield
-        except BaseException:
-            if PartialState().is_main_process:
-                shutil.rmtree(self.staging, ignore_errors=True)
-            raise
-
-    def prepare(self, step):
-        with self.cleaned_up(step):
-            shutil.rmtree(self.staging, ignore_errors=True)
+    def prepare(self, step, staged):
+        """Make an empty folder for the checkpoint, if the disk has room for it. `staged` becomes responsible for it."""
+        with self.storage_errors(step):
+            shutil.rmtree(self.staging, ignore_errors=True)  # what a killed process left
             remedy = f"{self.last()}; free some space, and {AGAIN}"
             check_space(self.folder, checkpoint_bytes(self.trainable), f"checkpoint-{step}", remedy)
-            (self.staging / f"checkpoint-{step}").mkdir(parents=True)
+            staged.callback(shutil.rmtree, self.staging, ignore_errors=True)
+            staged.enter_context(staged_folder(self.path(step), self.staging / f"checkpoint-{step}"))
 
-    def complete(self, state, finished, progress):
+    def complete(self, state, finished, progress, staged):
         """Seal the checkpoint, give it its name, verify it, and only then delete older ones."""
-        staged, target = self.staging / f"checkpoint-{state.global_step}", self.path(state.global_step)
-        with self.cleaned_up(state.global_step):
-            state.best_model_checkpoint = None  # an absolute path; best_global_step says the same
-            state.save_to_json(staged / "trainer_state.json")
-            write_json(staged / PROGRESS, progress | {"seconds": round(time.time() - self.started, 1)})
-            write_recorded_settings(staged, self.settings)
-            facts = {"step": state.global_step, "best_step": state.best_global_step, "finished": finished}
-            seal(staged, self.identity, **facts, run_name=self.run_name)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(staged, target)
-            self.staging.rmdir()
-            sync_folder(self.folder)
+        step = state.global_step
+        folder, target = self.staging / f"checkpoint-{step}", self.path(step)
+        with self.storage_errors(step):
+            state.best_model_checkpoint = None  # it is an absolute path, and best_global_step says the same
+            state.save_to_json(folder / "trainer_state.json")
+            write_json(folder / PROGRESS, progress | {"seconds": round(time.time() - self.started, 1)})
+            write_recorded_settings(folder, self.settings)
+            facts = {"step": step, "best_step": state.best_global_step, "finished": finished}
+            seal(folder, self.identity, **facts, run_name=self.run_name)
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+            staged.close()  # renames the folder
             verify(target)
         self.delete_old(state)
 
     def delete_old(self, state):
-        """Keep the best, the newest and as many more as SAVE_TOTAL_LIMIT allows."""
+        """Keep the best checkpoint, the newest, and as many more as SAVE_TOTAL_LIMIT allows."""
         kept = {self.path(state.global_step), self.path(state.best_global_step)}
         others = [path for path in list_checkpoints(self.folder) if path not in kept]
         present = sum(path.exists() for path in kept)

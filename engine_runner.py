@@ -369,7 +369,9 @@ class StepRunner:
         if what is None:
             return False
         reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
-        say(f"This model's passes cannot be {what} ({reason}), which is slower and computes the same", from_any=True)
+        say(
+            f"This model's passes cannot be {what} ({reason}), which is slower and computes the same", each_process=True
+        )
         self.lower(recorded=False, compiled=self.plan.compiled and what != "compiled")
         self.release()
         return True
@@ -377,7 +379,7 @@ class StepRunner:
     def _give_up_dequantized(self):
         say(
             "Out of memory; from here on frozen weights are dequantized in each pass: slower, the same result",
-            from_any=True,
+            each_process=True,
         )
         self.lower(dequantized=False)
         self.lora.set_dequantized(False)
@@ -388,7 +390,7 @@ class StepRunner:
         say(
             f"Out of memory with a pass of {largest:,} tokens; from here on at most {largest // 2:,}, which takes"
             " more passes and gives the same result",
-            from_any=True,
+            each_process=True,
         )
         self.lower(max_pass_tokens=largest // 2)
 
@@ -400,7 +402,7 @@ class StepRunner:
             raise UserError(
                 f"out of memory with a single row of {largest:,} tokens; lower --max_seq_length, or switch on"
                 " --gradient_checkpointing or --use_4bit_quantization",
-                alone=True,
+                each_process=True,
             ) from error
         return largest
 
@@ -465,7 +467,9 @@ class StepRunner:
         if torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # false for nan
             self.lower(compiled=used.compiled, recorded=used.recorded)
         else:
-            say("Compiled layers have other gradients than plain ones; none is used, which is slower", from_any=True)
+            say(
+                "Compiled layers have other gradients than plain ones; none is used, which is slower", each_process=True
+            )
         self.release()  # the longest pass is to be recorded first, whose memory then serves the others
 
     # ---- Scores and clipping ----

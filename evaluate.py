@@ -11,7 +11,7 @@ import random
 import sys
 
 from file_utils import check_writable, display_path, write_json
-from message_utils import LateImport, UserError, printable, quiet_libraries, run_script, say, settle
+from message_utils import LateImport, UserError, printable, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import CACHE, VALIDATION_ROWS, find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
 
@@ -48,7 +48,7 @@ def evaluate(adapter_path, given, run_dir, target):
     check_writable(target, "--output_dir")
     conversations = load_validation_rows(settings, run_dir, cache_dir)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
-    settle()
+    start_garbage_collection()
     rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
     say(f"Measuring base and tuned model on {len(rows)} rows")
     with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings)) as runner:

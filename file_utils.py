@@ -1,15 +1,14 @@
-"""Files and folders that are whole or absent: paths, records, staged and cached folders, hashes, disk space."""
+"""Files and folders that are whole or absent: paths, JSON files, folders, a cache, hashes, disk space."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from contextlib import contextmanager, suppress
+import uuid
 from pathlib import Path
 
-from message_utils import STORAGE_ERRORS, UserError
+from message_utils import STORAGE_ERROR_NUMBERS, UserError
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
 
@@ -28,9 +27,14 @@ def display_path(path):
     return str(path.relative_to(PROJECT_DIR)) if path.is_relative_to(PROJECT_DIR) else str(path)
 
 
+def nearest_existing(folder):
+    """The folder, or the nearest one above it that exists."""
+    return next(parent for parent in [folder, *folder.parents] if parent.exists())
+
+
 def check_writable(folder, flag):
-    """Raise UserError unless the folder, or the nearest one above it that exists, can be written to."""
-    nearest = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    """Raise UserError unless the folder can be written to, or made in the nearest folder above it that exists."""
+    nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{display_path(nearest)} cannot be written to; choose another folder with {flag}")
 
@@ -39,15 +43,15 @@ def check_writable(folder, flag):
 
 
 def write_json(path, value):
-    """Write value as readable JSON, by a temporary file and a rename, so that a reader never meets half a file."""
-    staged = Path(f"{path}.tmp")
-    staged.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_file(staged)
-    os.replace(staged, path)
+    """Write value as readable JSON. A temporary file and a rename make sure that a reader never meets half a file."""
+    unfinished = Path(f"{path}.tmp")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync_file(unfinished)
+    os.replace(unfinished, path)
 
 
 def read_json(path, what):
-    """Read a JSON object that a run of ours wrote; `what` names it in the message if it is damaged."""
+    """Read a JSON object that this project wrote. `what` names it in the UserError that is raised if it is damaged."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -64,77 +68,103 @@ def sync_file(path):
 
 
 def sync_folder(folder):
-    """The same for the names in a folder; Windows keeps no such promise and offers no such call."""
+    """Wait until the names in a folder are on the disk. Windows has no such call and gives no such guarantee."""
     if os.name != "nt":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
+def files_in(folder):
+    """The files in a folder and in the folders inside it, sorted: some tokenizers save a folder of chat templates."""
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
 def make_readable(folder):
     """Give a folder's files the usual permissions; safetensors writes weights that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in Path(folder).iterdir():
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
+    for path in files_in(folder):
+        path.chmod(0o666 & ~umask)
 
 
 # ---- Folders that appear only when they are whole --------------------------------------------------------------------
 
 
-@contextmanager
-def staged_folder(target):
-    """Yield an empty folder to fill beside target; it takes target's name only if nothing failed."""
-    staged = target.with_name(target.name + ".incomplete")
+@contextlib.contextmanager
+def staged_folder(target, staged=None):
+    """Yield an empty folder to fill. Afterwards it is on the disk under the name `target`, or removed if this failed.
+
+    Until then it has another name, `staged`, by default the target's with ".incomplete" behind it. Nothing takes a
+    folder of that name for a whole one, so that a process that is killed in here leaves nothing that counts; the next
+    attempt removes what is left. If the target exists already it must be empty.
+    """
+    staged = staged or target.with_name(f"{target.name}.incomplete")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    yield staged
-    make_readable(staged)
-    for path in staged.iterdir():
-        sync_file(path)
-    sync_folder(staged)
-    os.replace(staged, target)
-    sync_folder(target.parent)
+    try:
+        yield staged
+        make_readable(staged)
+        for path in files_in(staged):
+            sync_file(path)
+        sync_folder(staged)
+        os.replace(staged, target)
+        sync_folder(target.parent)
+    except BaseException:  # also for Ctrl-C
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
 
 
-CACHED_FOLDERS = 8  # of each kind and of the newest use; older ones are removed
+CACHED_FOLDERS = 8  # of each kind are kept, those that were used last
 
 
 SIZES = "sizes.json"
 
 
 def cached_folder(cache_dir, kind, key, build):
-    """Return cache_dir/<kind>-<key>, filled by build(folder) unless it is there; it appears only when complete.
+    """Return the folder cache_dir/<kind>-<key>, after filling it by build(folder) if it is not there.
 
-    The folders that were used least lately are removed. A build that fails leaves nothing, not even cache_dir.
+    If build fails, nothing is left, not even a cache_dir that was made for it. Afterwards at most CACHED_FOLDERS of
+    this kind are kept.
     """
     target = Path(cache_dir) / f"{kind}-{key[:24]}"
-    if not is_whole(target):
+    if not is_complete(target):
         shutil.rmtree(target, ignore_errors=True)
         made = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".incomplete", dir=cache_dir))
+        # a name of its own, because another process may be building the same folder
+        staged = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.incomplete")
         try:
-            build(staged)
-            (staged / SIZES).write_text(json.dumps(file_sizes(staged)), encoding="utf-8")
-            os.replace(staged, target)
+            with staged_folder(target, staged):
+                build(staged)
+                (staged / SIZES).write_text(json.dumps(file_sizes(staged)), encoding="utf-8")
         except OSError:
-            if not target.is_dir():  # else another process was quicker
+            if not target.is_dir():  # if it is there, another process was quicker
                 raise
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
-            with suppress(OSError):  # those that hold something stay
-                for folder in made:
+            for folder in made:
+                with contextlib.suppress(OSError):  # a folder that is not empty stays
                     folder.rmdir()
-        for old in sorted(target.parent.glob(f"{kind}-*"), key=last_use)[:-CACHED_FOLDERS]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_oldest(target.parent.glob(f"{kind}-*"))
     os.utime(target)
     return target
 
 
-def is_whole(folder):
-    """Whether a folder is there with all that was written to it: a power cut can leave files short."""
+def remove_oldest(folders):
+    """Remove all but the CACHED_FOLDERS that were used last."""
+    for folder in sorted(folders, key=last_use)[:-CACHED_FOLDERS]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def last_use(folder):
+    """When a cached folder was last used, in seconds; 0 if another process has just removed or renamed it."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0
+
+
+def is_complete(folder):
+    """Whether a cached folder holds its files at the sizes that they were written with."""
     try:
         return json.loads((folder / SIZES).read_text(encoding="utf-8")) == file_sizes(folder)
     except (OSError, ValueError):
@@ -142,50 +172,54 @@ def is_whole(folder):
 
 
 def file_sizes(folder):
+    """{name: bytes} of the files in a cached folder."""
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != SIZES}
-
-
-def last_use(folder):
-    """When a folder was last used; 0 if another process has just removed or renamed it."""
-    try:
-        return folder.stat().st_mtime
-    except FileNotFoundError:
-        return 0
 
 
 # ---- Hashes ----------------------------------------------------------------------------------------------------------
 
 
-def digest(text, size=16):
-    """A short hash of a text, `size` bytes."""
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+SHOWN_DIGITS = 12  # of a hash: enough to tell two contents apart, short enough for one line
 
 
-def hash_files(paths, *parts):
-    """The sha256 of files' contents, one after the other, behind further texts if there are any; in hex digits."""
-    found = hashlib.sha256(json.dumps(parts).encode() if parts else b"")
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                found.update(block)
+def sha256(pieces):
+    """The sha256, as 64 hex digits, of pieces (an iterable of them) one after the other.
+
+    A piece is bytes (or what has a buffer of bytes), a text, which counts as UTF-8, or a Path, which stands for the
+    content of its file. Where one piece ends and the next begins does not change the hash.
+    """
+    found = hashlib.sha256()
+    for piece in pieces:
+        if isinstance(piece, Path):
+            with open(piece, "rb") as file:
+                while block := file.read(2**20):
+                    found.update(block)
+        else:
+            found.update(piece.encode() if isinstance(piece, str) else piece)
     return found.hexdigest()
 
 
-SHOWN_DIGITS = 12  # of a hash: enough to tell two apart, short enough for one line
+def short_hash(piece):
+    """The first SHOWN_DIGITS of a piece's sha256, by which messages and records name a content."""
+    return sha256([piece])[:SHOWN_DIGITS]
 
 
-def short_hash(content):
-    """The first digits of a text's or bytes' sha256."""
-    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:SHOWN_DIGITS]
+def hash_files(paths, *parts):
+    """The sha256 of files' contents, one after the other, after the JSON of further values if there are any."""
+    return sha256([*([json.dumps(parts)] if parts else []), *map(Path, paths)])
+
+
+def digest(text, size=16):
+    """A short blake2b hash of a text, as `size` bytes, for comparing many texts."""
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 # ---- Disk space ------------------------------------------------------------------------------------------------------
 
 
 def check_space(folder, needed, what, consequence):
-    """Raise UserError unless the disk of a folder, or of the nearest above it that exists, has the needed bytes."""
-    nearest = next(parent for parent in [folder, *folder.parents] if parent.exists())
-    free = shutil.disk_usage(nearest).free
+    """Raise UserError unless the disk of a folder, which need not exist yet, has `needed` bytes left for `what`."""
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < needed:
         raise UserError(
             f"{free / 2**20:,.0f} MiB free on the disk of {display_path(folder)}, {what} needs"
@@ -194,21 +228,21 @@ def check_space(folder, needed, what, consequence):
 
 
 def storage_problem(error):
-    """Say what the disk refused, if that is what an exception tells of, else None.
+    """The words in which a disk refused to write, if an exception tells of that, else None.
 
-    The libraries' writers in C++ and Rust raise exceptions of other types that quote the system's words.
+    The libraries' writers in C++ and Rust raise exceptions of other types, which quote the system's words.
     """
     if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno in STORAGE_ERRORS else None
-    for number in STORAGE_ERRORS:
+        return os.strerror(error.errno) if error.errno in STORAGE_ERROR_NUMBERS else None
+    for number in STORAGE_ERROR_NUMBERS:
         if os.strerror(number) in str(error):
             return os.strerror(number)
     return "it could not be written" if "PytorchStreamWriter" in str(error) else None
 
 
 @contextlib.contextmanager
-def saving(what, consequence):
-    """Turn a disk's refusal while something is saved into one line; other errors are ours and stay as they are."""
+def storage_errors(what, consequence):
+    """Turn the error of a disk that refuses to write `what` into a UserError; other errors pass unchanged."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,6 @@
-"""The Hub: models and datasets found in a local folder, in the cache or there, and why one cannot be had."""
+"""The Hub: finds models and datasets locally, in the cache or on the Hub, and says why one cannot be loaded."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -12,71 +13,86 @@ from file_utils import PROJECT_DIR, display_path, resolve_path
 from message_utils import UserError, say
 from reader_utils import FILE_TYPES, SUFFIXES
 
+# The exceptions in which the Hub and the libraries that load from it report a failure
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HTTPError)
 
-class hub_errors:
-    """Context manager that turns the Hub's and the loaders' failures over one model or dataset into UserErrors."""
 
-    MODEL_HINT = "give a local folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base"
-    DATASET_HINT = "give a local file by --custom_dataset_path"
+# What a user can give in place of a model or a dataset of the Hub
+SUBSTITUTES = {
+    "model": "give a local folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base",
+    "dataset": "give a local file by --custom_dataset_path",
+}
 
-    def __init__(self, name, remedy="give a causal language model with safetensors weights", kind="model"):
-        self.name = name
-        self.remedy = remedy
-        self.kind = kind
 
-    def __enter__(self):
-        return self
+@contextlib.contextmanager
+def hub_errors(name, remedy="give a causal language model with safetensors weights", kind="model"):
+    """Turn a failure to load one model or dataset, from the Hub or a local folder, into a UserError.
 
-    def __exit__(self, kind, error, traceback):
-        if kind is None or not issubclass(
-            kind, (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HTTPError)
-        ):
-            return False
-        raise UserError(self.explain(error)) from error
+    name: as the user gave it. remedy: what to do if what was found cannot be loaded. kind: "model" or "dataset".
+    """
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise UserError(hub_problem(error, name, kind) or loading_problem(error, name, remedy)) from error
 
-    def explain(self, error):
-        status = None
-        cause = error
-        while cause is not None:
-            status = status or getattr(getattr(cause, "response", None), "status_code", None)
-            if isinstance(cause, OfflineModeIsEnabled):
-                if self.kind == "dataset":
-                    hint = self.DATASET_HINT
-                    return f"HF_HUB_OFFLINE is set, so the Hub is not asked for {self.name}; unset it or {hint}"
-                return f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder"
-            cause = cause.__cause__ or cause.__context__
-        place = "folder" if self.kind == "model" else "file"
-        if isinstance(error, HFValidationError):
-            return f"{self.name!r} is neither a {place} nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
-        if status in (401, 403):
-            page = f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
-            return (
-                f"no local {place} {self.name}, and the Hub refuses it ({status}): it is gated, private or does not"
-                f" exist; check the spelling, or accept its licence at {page} and set HF_TOKEN to a token that may"
-                " read it"
-            )
-        if status == 404:
-            return f"no local {place} {self.name}, and the Hub knows no such {self.kind} (404); check the spelling"
-        unreachable = isinstance(error, (ConnectionError, HTTPError)) or "connection" in str(error).lower()
-        if status is not None or "Errno" in str(error.__cause__) or unreachable:
-            reason = f"it answered {status}" if status else "no connection"
-            hint = self.MODEL_HINT if self.kind == "model" else self.DATASET_HINT
-            return f"the Hub cannot be reached for {self.name} ({reason}); check the network and try again, or {hint}"
-        if isinstance(error, OSError) and error.errno:
-            return f"{self.name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
-        if "out of memory" in str(error):
-            return f"{self.name} does not fit into the GPU's memory; close other programs on it or give a smaller model"
-        first_line = str(error).strip().split("\n")[0]
-        return f"{self.name} cannot be loaded: {first_line}; {self.remedy}"
+
+def hub_problem(error, name, kind):
+    """What the Hub refused, and what to do; None if the failure lies elsewhere."""
+    causes = list(chain_of_causes(error))
+    place = "folder" if kind == "model" else "file"
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        if kind == "dataset":
+            return f"HF_HUB_OFFLINE is set, so the Hub is not asked for {name}; unset it or {SUBSTITUTES[kind]}"
+        return f"{name} is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder"
+    if isinstance(error, HFValidationError):
+        return f"{name!r} is neither a {place} nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
+    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    status = next(filter(None, statuses), None)
+    if status in (401, 403):
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+        return (
+            f"no local {place} {name}, and the Hub refuses it ({status}): it is gated, private or does not exist; check"
+            f" the spelling, or accept its licence at {page} and set HF_TOKEN to a token that may read it"
+        )
+    if status == 404:
+        return f"no local {place} {name}, and the Hub knows no such {kind} (404); check the spelling"
+    no_connection = (
+        isinstance(error, (ConnectionError, HTTPError))
+        or "connection" in str(error).lower()
+        or "Errno" in str(error.__cause__)
+    )
+    if status or no_connection:
+        reason = f"it answered {status}" if status else "no connection"
+        return (
+            f"the Hub cannot be reached for {name} ({reason}); check the network and try again, or {SUBSTITUTES[kind]}"
+        )
+    return None
+
+
+def chain_of_causes(error):
+    """Yield the exception, the one that it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def loading_problem(error, name, remedy):
+    """What is wrong with a model or dataset that was found, and what to do."""
+    if isinstance(error, OSError) and error.errno:
+        return f"{name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
+    if "out of memory" in str(error):
+        return f"{name} does not fit into the GPU's memory; close other programs on it or give a smaller model"
+    first_line = str(error).strip().split("\n")[0]
+    return f"{name} cannot be loaded: {first_line}; {remedy}"
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
 
 
 def locate_model(name, models_dir):
-    """Return a local folder's path, or the Hub id after making sure that the Hub serves it.
+    """Return the path of a local folder, or the Hub id once its config.json is in the cache.
 
-    Raises UserError with the remedy for a mistyped path, an unknown or gated model, and a Hub that cannot be reached.
+    Raises UserError for a mistyped path, an unknown or gated model, and a Hub that cannot be reached.
     """
     local = resolve_path(name)
     if (local / "config.json").is_file():
@@ -93,7 +109,7 @@ def locate_model(name, models_dir):
 
 
 def model_folder(name, models_dir):
-    """The folder that a located model is loaded from: its own, or the cache's, which is named after the commit."""
+    """The folder of a model that locate_model has found: its own, or the one in the cache, named by its commit."""
     if Path(name).is_dir():
         return Path(name)
     return Path(try_to_load_from_cache(name, "config.json", cache_dir=models_dir)).parent

@@ -13,7 +13,7 @@ from collections import namedtuple
 from contextlib import closing, suppress
 
 from file_utils import resolve_path
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, settle
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
 
@@ -51,7 +51,7 @@ def main(argv):
     quiet_libraries()
     adapter_path, _ = find_adapter(options, given)
     loaded = load(adapter_path, given, options.base_only)
-    settle()
+    start_garbage_collection()
     torch.manual_seed(loaded.settings.seed)
     if options.instruction is not None:
         print_reply(loaded, [{"role": "user", "content": options.instruction}])

@@ -1,4 +1,4 @@
-"""What a user is told: one line a message, mistakes with their remedy, exit codes."""
+"""What a user is told: one line for each message, mistakes with their remedy, exit codes."""
 
 import errno
 import gc
@@ -9,31 +9,32 @@ import sys
 import traceback
 import warnings
 
-# What a disk refuses with: full, over quota, read-only, no permission, broken
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# A disk refuses to write with one of these: full, over quota, read-only, no permission, broken
+STORAGE_ERROR_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do.
 
-    Of several processes the first says it, unless each may meet it alone.
+    Where several processes work on one command, all of them usually raise the same error and the first one prints it.
+    With each_process=True the process that raises it prints it, because the others may not know of it.
     """
 
-    def __init__(self, message, alone=False):
-        # names out of a user's file can hold line breaks and control characters
+    def __init__(self, message, each_process=False):
+        # names from a user's file can contain line breaks and control characters
         super().__init__(printable(" ".join(message.split())))
-        self.alone = alone
+        self.each_process = each_process
 
 
 class Stopped(BaseException):
-    """A signal asked the run to end, and it did after saving. Its message is one line: where, and how to go on.
+    """A signal asked the script to end, and it has saved its work. The message is one line: where, and how to go on.
 
-    Like KeyboardInterrupt it is no Exception, which a library might catch and go on.
+    Like KeyboardInterrupt it is no Exception, because a library might catch an Exception and carry on.
     """
 
     def __init__(self, signal_number, message):
         super().__init__(message)
-        self.exit_code = 128 + signal_number  # as a shell reports it
+        self.exit_code = 128 + signal_number  # the code that a shell reports for a signal
 
 
 # C0 and C1 control characters except tab and newline: no foreign text may steer the terminal
@@ -41,29 +42,36 @@ CONTROL_CHARACTERS = dict.fromkeys(c for c in [*range(0x20), *range(0x7F, 0xA0)]
 
 
 def printable(text):
-    """The text without terminal control characters. Without ESC no escape sequence can form, also across chunks."""
+    """The text without terminal control characters. Without ESC no escape sequence can form, not even across chunks."""
     return text.translate(CONTROL_CHARACTERS)
 
 
-def say(message, from_any=False):
-    """Tell the user something, on stderr and from the first process only; results go to stdout by print().
+def is_first_process():
+    """Whether this is the only process or the first of those that a launcher started (it sets RANK in each)."""
+    return os.environ.get("RANK", "0") == "0"
 
-    from_any: from the others too, which then give their number.
+
+def say(message, each_process=False):
+    """Print a message on stderr. Results are printed on stdout by print().
+
+    Only the first process prints it. With each_process=True every process that calls this prints it, and all but the
+    first put their number before it.
     """
-    rank = os.environ.get("RANK", "0")
-    if from_any or rank == "0":
-        print(f"process {rank}: " * (rank != "0") + message, file=sys.stderr, flush=True)
+    if is_first_process():
+        print(message, file=sys.stderr, flush=True)
+    elif each_process:
+        print(f"process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
 
 
 class LateImport:
-    """A module that is imported when something of it is first used: model_utils = LateImport("model_utils").
+    """A module that is imported when one of its names is first used: model_utils = LateImport("model_utils").
 
-    With these the entry scripts name all their rooms on top, and still answer --help, a mistyped flag and a faulty row
-    at once: torch and the libraries on top of it take seconds to import. (importlib's LazyLoader will not do: torch
-    looks through sys.modules while it is imported, which would load everything, in the wrong order.)
+    It lets the entry scripts name all their modules at the top and still answer --help, a mistyped flag and a faulty
+    row at once: importing torch and the libraries that build on it takes seconds. importlib's LazyLoader does not work
+    here, because torch looks through sys.modules during its own import and would load all of them in the wrong order.
     """
 
     def __init__(self, name):
@@ -73,35 +81,39 @@ class LateImport:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-def settle():
-    """Collect garbage from here on, but not among what is there by now, which stays: the libraries above all."""
+def start_garbage_collection():
+    """Switch on the garbage collector, which run_script switches off, and let it skip all objects that exist by now.
+
+    Importing the libraries makes a million objects that stay, and each look through them would take a second.
+    """
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
 
 
 def run_script(main, argv):
-    """Run an entry script's main(argv) and return its exit code.
+    """Call the main(argv) of an entry script and return the script's exit code.
 
-    A UserError ends in one line and code 2 (--debug shows its traceback), Ctrl-C in 130, another signal in 128 and its
-    number; our own bugs in a traceback.
+    0: main returned. 1: the reader of our output left. 2: a UserError, which is printed as one line (--debug prints its
+    traceback too), or a disk that refuses to write. 130: Ctrl-C. 128 and its number: another signal. Any other
+    exception is a bug of ours and is raised with its traceback.
     """
-    gc.disable()  # until settle(): imports make a million objects that stay, and looking through them takes a second
+    gc.disable()  # until start_garbage_collection()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end the script
     try:
         main(argv)
         leave_process_group()
         return 0
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except BrokenPipeError:  # `head`, for example, leaves after its last line
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        say(f"error: {error}", from_any=error.alone)
-        if not error.alone:
+        say(f"error: {error}", each_process=error.each_process)
+        if not error.each_process:  # all processes end here
             leave_process_group()
         return 2
     except KeyboardInterrupt:
@@ -112,29 +124,29 @@ def run_script(main, argv):
         say(str(stop))
         return stop.exit_code
     except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
+        if error.errno not in STORAGE_ERROR_NUMBERS:
             raise
         say(f"error: {os.strerror(error.errno)}: {error.filename or 'output'}; mend that and try again")
         return 2
 
 
 def leave_process_group():
-    """End the connection of processes that all come to an end together; else NCCL warns, and Gloo aborts at times."""
+    """Close the connection between processes that all end now; without this NCCL warns, and Gloo sometimes aborts."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def quiet_libraries():
-    """Silence notices of the libraries that ask nothing of the user; their errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset it warns at every fork
-    if os.environ.get("RANK", "0") != "0":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the first process's bar tells of all
-    # printed where its optional CPU kernels are not installed; the built-in path is used and is right
+    """Silence notices of the libraries that need no action of the user; their errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is not set, tokenizers warns at every fork
+    if not is_first_process():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the first process shows the progress of all
+    # bitsandbytes prints it where its optional CPU kernels are not installed; its built-in ones are correct
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # of datasets on the Hub whose README has no header
+    # huggingface_hub prints it for datasets whose README has no header
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
-    # the Trainer's, beside several GPUs
+    # the Trainer causes it on a machine with several GPUs
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
-    # transformers 5.23 renames it to activation checkpointing; peft and older releases know the old name only
+    # transformers 5.23 renames it to activation checkpointing, but peft and older releases know only the old name
     warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated")

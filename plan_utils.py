@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import TorchDynamoException
 
-from checkpoint_utils import run_bytes
+from checkpoint_utils import output_bytes
 from engine_lora import all_plain, triton
 from engine_passes import (
     PLAIN,
@@ -246,7 +246,7 @@ def print_plan(settings, base, rows, validation_rows, processes=1):
     steps = count_steps(len(rows), settings, processes)
     tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
     quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
-    disk = run_bytes(trainable, settings.save_total_limit) / 2**20
+    disk = output_bytes(trainable, settings.save_total_limit) / 2**20
     say(
         f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(base.dtype).removeprefix('torch.')}"
         f" on {base.device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"

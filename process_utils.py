@@ -1,4 +1,4 @@
-"""Processes: what the first one does for all, worker processes, and signals."""
+"""Processes: what the first one does for all, errors that they share, signals, and worker processes."""
 
 import contextlib
 import gc
@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from message_utils import Stopped, UserError, say
+from message_utils import Stopped, UserError, is_first_process, say
 
-# ---- Ranks -----------------------------------------------------------------------------------------------------------
+# ---- The processes of a launcher -------------------------------------------------------------------------------------
 
 
 def from_first_process(function, *arguments):
-    """Call the function in the first process and give its result to all, or to all the UserError that it raised."""
+    """Call the function in the first process only; every process returns its result or raises its UserError."""
     outcome = None
     if PartialState().is_main_process:
         try:
@@ -35,7 +35,7 @@ def from_first_process(function, *arguments):
 
 @contextlib.contextmanager
 def first_process_first():
-    """Run what is inside in the first process, then in the others, which find in the cache what it made."""
+    """Let the first process execute the block before the others, which then find in the cache what it made."""
     state = PartialState()
     if not state.is_main_process:
         state.wait_for_everyone()
@@ -47,8 +47,8 @@ def first_process_first():
 
 
 @contextlib.contextmanager
-def together():
-    """Run what is inside in all processes, and end in all of them with the first UserError that any met there."""
+def shared_errors():
+    """If the block raises a UserError in any process, all of them raise the first one. All must execute the block."""
     met = None
     try:
         yield
@@ -65,7 +65,8 @@ def together():
 class SignalHandlers:
     """Context manager that handles signals, named as in the module signal, by handle(number, frame).
 
-    A signal that is ignored stays so, as SIGHUP under nohup; outside the main thread nothing is done.
+    A signal that is ignored stays ignored, as nohup does with SIGHUP. Outside the main thread, where Python allows no
+    handlers, nothing is done.
     """
 
     def __init__(self, names, handle):
@@ -86,39 +87,47 @@ class SignalHandlers:
             signal.signal(number, handler)
 
 
-def stop_at_once(number, frame):
-    """End the run where nothing needs saving: before its training."""
-    if getattr(signal, "SIGHUP", None) == number:
-        detach_from_terminal()
-    raise Stopped(number, f"{signal.Signals(number).name}: stopped before the training; the same command starts it")
+class StopAtOnce(SignalHandlers):
+    """Context manager for the time before the training: SIGTERM and SIGHUP raise Stopped, since nothing needs saving.
+
+    Only in the first process, which has a lock to release. The others have nothing to clean up and end by the signal.
+    """
+
+    def __init__(self):
+        super().__init__(("SIGTERM", "SIGHUP") if is_first_process() else (), self.stop)
+
+    def stop(self, number, frame):
+        detach_from_closed_terminal(number)
+        raise Stopped(number, f"{signal.Signals(number).name}: stopped before the training; the same command starts it")
 
 
 class StopSignals(SignalHandlers):
-    """Context manager that turns the first SIGTERM, SIGINT or SIGHUP into a request to stop after the step.
+    """Context manager for the training: the first SIGTERM, SIGINT or SIGHUP is noted and the step goes on to its end.
 
-    A second SIGINT raises KeyboardInterrupt at once.
+    The trainer looks at `requested`, the number of that signal or 0. A second SIGINT raises KeyboardInterrupt at once.
     """
 
     def __init__(self):
         super().__init__(("SIGTERM", "SIGINT", "SIGHUP"), self.note)
-        self.requested = 0  # the number of the signal
-        self.first_at = 0.0
+        self.requested = 0
+        self.first_at = 0.0  # seconds of time.monotonic()
 
     def note(self, number, frame):
-        # a launcher passes Ctrl-C on to processes that the terminal has told already
+        # A launcher passes Ctrl-C on to processes that have had it from the terminal already
         echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.first_at < 2
         if number == signal.SIGINT and self.requested == signal.SIGINT and not echo:
             raise KeyboardInterrupt
-        if getattr(signal, "SIGHUP", None) == number:
-            detach_from_terminal()
+        detach_from_closed_terminal(number)
         if not self.requested:
             self.requested, self.first_at = int(number), time.monotonic()
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             say(f"\n{signal.Signals(number).name}: finishing this step and saving{again}")
 
 
-def detach_from_terminal():
-    """Send output nowhere if it went to a terminal, which is gone: writing to it would fail, and end the run."""
+def detach_from_closed_terminal(number):
+    """After SIGHUP, send to nowhere what is printed on a terminal: it is closed, and printing would raise an error."""
+    if number != getattr(signal, "SIGHUP", None):
+        return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             if stream.isatty():

@@ -1,4 +1,4 @@
-"""Settings: config.py, the command line and an adapter's record, merged into one frozen snapshot."""
+"""Settings: config.py, an adapter's record and the command line, merged into one frozen snapshot."""
 
 import argparse
 import difflib
@@ -11,14 +11,15 @@ from pathlib import Path
 import config
 from message_utils import UserError, say
 
+# {name: value} of config.py: its constants in lower case, as the flags are written
 DEFAULTS = {name.lower(): value for name, value in vars(config).items() if name.isupper() and name != "CPU_DEMO"}
 
 
-# One frozen snapshot of config.py and the command line: settings.lora_r and so on.
+# One frozen snapshot of all settings: settings.lora_r and so on
 Settings = namedtuple("Settings", DEFAULTS)
 
 
-# Inclusive limits of the numbers. A lower limit with a decimal point marks a decimal number.
+# Inclusive limits of the numbers. A setting whose lower limit has a decimal point is a decimal number.
 RANGES = {
     "validation_split": (0.0, 0.9),
     "answers_cut_limit": (0.0, 1),
@@ -53,7 +54,7 @@ RANGES = {
 REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
 
 
-AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # these may also be "auto"
+AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "auto"
 
 
 SWITCHES = ("use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
@@ -66,8 +67,30 @@ CHOICES = {
 }
 
 
-# What an adapter was trained with and needs again wherever it is loaded.
+# What an adapter was trained with and needs again wherever it is loaded
 BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "max_seq_length")
+
+
+# ---- Which script uses which settings --------------------------------------------------------------------------------
+
+
+# train.py uses every setting of config.py but these; a new setting is one of train.py unless it is named here
+NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples")
+
+
+# The other scripts use these. A script offers a flag for each setting that it uses and for no other; a test fails if it
+# reads a setting that it does not offer.
+TO_USE_AN_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "device", "output_dir")
+TO_ANSWER = ("max_new_tokens", "repetition_penalty")
+USED_SETTINGS = {
+    "train.py": tuple(name for name in DEFAULTS if name not in NOT_FOR_TRAINING),
+    "evaluate.py": (
+        *TO_USE_AN_ADAPTER,
+        *TO_ANSWER,
+        *("validation_dataset_path", "dataset_columns", "max_seq_length", "batch_size", "eval_samples"),
+    ),
+    "inference.py": (*TO_USE_AN_ADAPTER, *TO_ANSWER, "do_sample", "temperature", "top_p", "seed"),
+}
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -112,30 +135,35 @@ def parse_value(name, text, default):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors that name the nearest flag."""
+    """An argparse parser that raises a UserError with a remedy for a mistyped command line."""
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown is None:
             raise UserError(f"{message}; see python {self.prog} --help")
         flag = unknown[1].split("=")[0]
+        name = flag.removeprefix("--")
+        if name in DEFAULTS:
+            users = " and ".join(script for script, names in USED_SETTINGS.items() if name in names)
+            raise UserError(f"{flag} is a setting of {users}; {self.prog} does not use it, so leave it out")
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all settings"
         raise UserError(f"unknown argument {flag}; {hint}")
 
 
 def build_parser(script, description):
-    """A parser with one flag for every constant of config.py, its help text and default taken from there."""
+    """A parser with a flag for each setting that a script uses; help texts and defaults are those of config.py."""
     parser = Parser(
         prog=script, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
     for banner, constants in describe_settings():
-        group = parser.add_argument_group(banner)
+        group = parser.add_argument_group(banner)  # --help leaves out a group without flags
         for name, text in constants:
-            bare = {"nargs": "?", "const": "true"} if setting_type(name) is bool else {}
-            shown = f"{text} (default: {DEFAULTS[name]!r})".replace("%", "%%")
-            group.add_argument(f"--{name}", help=shown, metavar="VALUE", default=argparse.SUPPRESS, **bare)
+            if name in USED_SETTINGS[script]:
+                bare = {"nargs": "?", "const": "true"} if setting_type(name) is bool else {}
+                shown = f"{text} (default: {DEFAULTS[name]!r})".replace("%", "%%")
+                group.add_argument(f"--{name}", help=shown, metavar="VALUE", default=argparse.SUPPRESS, **bare)
     return parser
 
 
@@ -150,59 +178,85 @@ def parse_command_line(parser, argv):
 # ---- One snapshot ----------------------------------------------------------------------------------------------------
 
 
-def check_settings(settings):
-    """Raise UserError for the first setting of another type or out of its range; returns the settings."""
-    required = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS}
-    if missing := sorted(required - set(DEFAULTS)):
-        raise UserError(f"config.py lacks {', '.join(missing).upper()}; restore what was there")
-    for name, value in settings._asdict().items():
-        kind = setting_type(name)
-        if name in AUTO_SWITCHES and value == "auto":
-            continue
-        accepted = (int, float) if kind is float else (str, type(None)) if kind is str else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            switch = 'True, False or "auto"' if name in AUTO_SWITCHES else "True or False"
-            wanted = {bool: switch, int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
-            raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct it where it was set")
-        if isinstance(value, str) and not value.strip():
-            raise UserError(f"--{name} is empty, expected a value; the default is {DEFAULTS[name]!r}")
-    for name, (low, high) in RANGES.items():
-        value = getattr(settings, name)
-        if not low <= value <= high:  # a NaN is in no range
-            raise UserError(f"--{name} is {value}, expected {low} to {high}; the default is {DEFAULTS[name]}")
-    for name, choices in CHOICES.items():
-        if getattr(settings, name) not in choices:
-            raise UserError(f"--{name} is {getattr(settings, name)!r}, expected one of {', '.join(choices)}")
-    for name in REQUIRED_TEXTS:
-        if getattr(settings, name) is None:
-            raise UserError(f"{name.upper()} is None, expected a name; the default is {DEFAULTS[name]!r}")
-    if settings.run_name is not None and (settings.run_name == ".." or {"/", os.sep} & set(settings.run_name)):
-        raise UserError(f"--run_name is {settings.run_name!r}, expected one folder's name, without slashes")
-    return settings
-
-
 def make_settings(given=None, recorded=None):
-    """Merge the sources of settings: config.py, CPU_DEMO where it applies, an adapter's record, the command line.
+    """Merge the settings' sources into a checked snapshot. In this order, a later source replaces an earlier one:
 
-    CPU_DEMO applies only on a machine without a CUDA GPU and only to its own base model, which its learning rate
-    belongs to. Of an adapter's record only what the adapter is bound to counts (BOUND_TO_ADAPTER).
+    1. config.py
+    2. CPU_DEMO in config.py, where it applies (demo_settings)
+    3. recorded: {name: value} of an adapter's record, of which only what the adapter is bound to counts
+    4. given: {name: value} of the command line
+
+    Raises UserError for a name that is no setting, and for a value of the wrong type or out of its range.
     """
     given = given or {}
-    recorded = {name: value for name, value in (recorded or {}).items() if name in BOUND_TO_ADAPTER}
-    demo = {name.lower(): value for name, value in (config.CPU_DEMO or {}).items()}
-    if unknown := sorted(set(demo) - set(DEFAULTS)):
-        raise UserError(f"CPU_DEMO in config.py names no setting: {', '.join(unknown).upper()}; correct or remove it")
-    base = (recorded | given).get("base_model_name", demo.get("base_model_name"))
-    if not demo or base != demo.get("base_model_name") or cuda_is_available():
-        demo = {}
-    settings = check_settings(Settings(**(DEFAULTS | demo | recorded | given)))
-    if demo and not recorded:
+    check_names(given, "unknown settings")
+    bound = {name: value for name, value in (recorded or {}).items() if name in BOUND_TO_ADAPTER}
+    demo = demo_settings((bound | given).get("base_model_name"))
+    settings = check_settings(Settings(**(DEFAULTS | demo | bound | given)))
+    if demo and not bound:
         used = ", ".join(f"{name}={getattr(settings, name)}" for name in demo if name not in given)
         say(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
     return settings
 
 
+def demo_settings(chosen_base):
+    """{name: value} of CPU_DEMO, or {} where it does not apply.
+
+    It applies only on a machine without a CUDA GPU, and only to its own base model, which its learning rate belongs
+    to: chosen_base is the base model that the user or the adapter has chosen, or None.
+    """
+    demo = {name.lower(): value for name, value in (config.CPU_DEMO or {}).items()}
+    check_names(demo, "CPU_DEMO in config.py names no setting")
+    base = demo.get("base_model_name")
+    return demo if demo and chosen_base in (None, base) and not cuda_is_available() else {}
+
+
 def cuda_is_available():
-    import torch
+    import torch  # here, since importing it takes seconds and most mistakes are found without it
 
     return torch.cuda.is_available()
+
+
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_names(values, problem):
+    """Raise UserError if a key of values is the name of no setting."""
+    if unknown := sorted(values.keys() - DEFAULTS.keys()):
+        raise UserError(f"{problem}: {', '.join(unknown).upper()}; correct or remove it")
+
+
+def check_settings(settings):
+    """Return the settings, or raise UserError for the first that is missing, of another type or out of its range."""
+    required = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS}
+    if missing := sorted(required - set(DEFAULTS)):
+        raise UserError(f"config.py lacks {', '.join(missing).upper()}; restore what was there")
+    for name, value in settings._asdict().items():
+        check_type(name, value)
+    for name, (low, high) in RANGES.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:  # a NaN is in no range
+            raise UserError(f"--{name} is {value}, expected {low} to {high}; the default is {DEFAULTS[name]}")
+    for name, choices in CHOICES.items():
+        value = getattr(settings, name)
+        if value not in choices:
+            raise UserError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")
+    if settings.run_name is not None and (settings.run_name == ".." or {"/", os.sep} & set(settings.run_name)):
+        raise UserError(f"--run_name is {settings.run_name!r}, expected one folder's name, without slashes")
+    return settings
+
+
+def check_type(name, value):
+    """Raise UserError unless a setting's value is of its type, and no blank text."""
+    kind = setting_type(name)
+    if name in AUTO_SWITCHES and value == "auto":
+        return
+    accepted = (int, float) if kind is float else (str, type(None)) if kind is str else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):  # a bool is an int in Python
+        switch = 'True, False or "auto"' if name in AUTO_SWITCHES else "True or False"
+        wanted = {bool: switch, int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
+        raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct it where it was set")
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"--{name} is empty, expected a value; the default is {DEFAULTS[name]!r}")
+    if name in REQUIRED_TEXTS and value is None:
+        raise UserError(f"{name.upper()} is None, expected a name; the default is {DEFAULTS[name]!r}")

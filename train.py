@@ -8,24 +8,23 @@
 The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
 """
 
-import os
 import platform
 import sys
 import time
 from collections import namedtuple
 from importlib.metadata import version
 
-from file_utils import check_writable, display_path, resolve_path, saving, write_json
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, settle
+from file_utils import check_writable, display_path, resolve_path, storage_errors, write_json
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import (
     ADAPTER,
     CACHE,
     CHECKPOINTS,
     DATA_REPORT,
-    RUN_FOLDERS,
+    RUN_OUTPUTS,
     VALIDATION_ROWS,
-    RunLock,
-    set_aside_previous_run,
+    OutputLock,
+    set_aside,
 )
 from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
 
@@ -66,7 +65,7 @@ def train(settings, dry_run=False, fresh=False):
     """The phases of a run: data, base model, rows, plan, and the run itself."""
     started = time.time()
     data = load_data(settings)
-    lock = RunLock(resolve_path(settings.output_dir), held_by_us=os.environ.get("RANK", "0") == "0")
+    lock = OutputLock(resolve_path(settings.output_dir))
     if not dry_run:
         lock.check()
     base = model_utils.find_base(settings)
@@ -74,14 +73,14 @@ def train(settings, dry_run=False, fresh=False):
     arguments = training_utils.build_training_arguments(
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
-    settle()
+    start_garbage_collection()
     rows = prepare_rows(settings, base, data)
     plan = make_plan(settings, base, rows, arguments)
     if dry_run:
         write_report(settings, rows.report, dry_run=True)
         return
-    identity = checkpoint_utils.run_identity(settings, base, rows, arguments)
-    with lock:
+    identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
+    with lock, process_utils.StopAtOnce():
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)
         trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints)
@@ -205,7 +204,7 @@ def prepare_output(settings, validation_set, report, resumption):
     """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
-        moved_to = set_aside_previous_run(output_dir, RUN_FOLDERS)
+        moved_to = set_aside(output_dir, RUN_OUTPUTS)
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
@@ -228,7 +227,7 @@ def run(trainer, settings, base, rows, started):
                 f"out of memory beside the passes of step {trainer.state.global_step + 1}, in the optimizer or an"
                 f" evaluation; {trainer.checkpoints.last()}; switch on --gradient_checkpointing, or train anew with"
                 " --fresh, half the --batch_size and twice the --gradient_accumulation_steps",
-                alone=True,
+                each_process=True,
             ) from error
         if trainer.is_world_process_zero():
             finish(trainer, settings, base, rows, started)
@@ -239,7 +238,7 @@ def finish(trainer, settings, base, rows, started):
     checkpoints = trainer.checkpoints
     record = build_record(trainer, rows, checkpoints.started if checkpoints.resumption else started)
     adapter_dir = resolve_path(settings.output_dir) / ADAPTER
-    with saving("the adapter", f"{checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
+    with storage_errors("the adapter", f"{checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
         model_utils.save_finished_adapter(trainer.model, base, adapter_dir, settings, record)
     print_summary(settings, adapter_dir, record)
 

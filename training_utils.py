@@ -214,7 +214,7 @@ class LoraTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         """In a checkpoint all processes learn of a failure here, before the Trainer lets them wait for each other."""
         step = self.state.global_step
-        with self.checkpoints.saving_together(step) if _internal_call else contextlib.nullcontext():
+        with self.checkpoints.shared_storage_errors(step) if _internal_call else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir=None, state_dict=None):

@@ -133,12 +133,12 @@ def undisturbed(dataset, tmp_path_factory):
     return run_once
 
 
-def small_run(dataset, folder, fresh=False, **changes):
+def small_run(dataset, folder, fresh=False, kind=Settings, **changes):
     """Train the bundled base for a few steps with dropout and accumulation; returns the output folder.
 
     Two adapters to a layer, as seven make the same run take half as long again.
     """
-    settings = Settings(**DEFAULTS)._replace(
+    settings = kind(**DEFAULTS)._replace(
         base_model_name=TINY_BASE,
         custom_dataset_path=str(dataset),
         output_dir=str(folder / "out"),

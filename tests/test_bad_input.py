@@ -10,7 +10,7 @@ import inference
 import train
 from hub_utils import locate_model
 from message_utils import UserError, run_script
-from settings_utils import DEFAULTS
+from settings_utils import DEFAULTS, USED_SETTINGS
 
 GOOD_ROWS = [{"instruction": f"Say {n}", "response": f"Here is {n}."} for n in range(4)]
 
@@ -40,10 +40,16 @@ def call(capsys):
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """The flags of an output and a logs folder; nothing may have been written there when the test ends."""
-    yield "--output_dir", tmp_path / "output", "--logs_dir", tmp_path / "logs"
+def output(tmp_path):
+    """The flag of an output folder; nothing may have been written there when the test ends."""
+    yield "--output_dir", tmp_path / "output"
     assert not (tmp_path / "output").exists()
+
+
+@pytest.fixture
+def folders(output, tmp_path):
+    """The same with a logs folder, for train.py."""
+    yield *output, "--logs_dir", tmp_path / "logs"
     assert not (tmp_path / "logs").exists()
 
 
@@ -61,13 +67,13 @@ def test_train_as_a_process_refuses_a_dataset_that_is_missing(run, folders, tmp_
     check_refusal(done, tmp_path / "mine.json", "does not exist", ".jsonl")
 
 
-def test_evaluate_as_a_process_refuses_an_adapter_that_is_missing(run, folders, tmp_path):
-    done = run("evaluate.py", "--adapter_path", tmp_path / "nothing", *folders)
+def test_evaluate_as_a_process_refuses_an_adapter_that_is_missing(run, output, tmp_path):
+    done = run("evaluate.py", "--adapter_path", tmp_path / "nothing", *output)
     check_refusal(done, tmp_path / "nothing", "does not exist", "python train.py")
 
 
-def test_inference_as_a_process_looks_for_the_adapter_that_train_writes(run, folders, tmp_path):
-    check_refusal(run("inference.py", "Hi", *folders), tmp_path / "output/lora-adapter", "python train.py")
+def test_inference_as_a_process_looks_for_the_adapter_that_train_writes(run, output, tmp_path):
+    check_refusal(run("inference.py", "Hi", *output), tmp_path / "output/lora-adapter", "python train.py")
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -89,8 +95,17 @@ def test_train_refuses_a_dataset_that_is(fault, call, folders, tmp_path):
 
 # ---- Settings and command line ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
-def test_an_unknown_flag_names_the_nearest_one(script, run, folders):
-    check_refusal(run(script, "--lora-rr", "8", *folders), "--lora_rr", "did you mean --lora_r?")
+def test_an_unknown_flag_names_the_nearest_one(script, run, output):
+    check_refusal(run(script, "--devise", "cpu", *output), "--devise", "did you mean --device?")
+
+
+def test_a_setting_that_the_script_does_not_use_is_refused_with_the_scripts_that_do(call, output):
+    words = "--num_epochs is a setting of train.py; evaluate.py does not use it, so leave it out"
+    check_refusal(call("evaluate.py", "--num-epochs=2", *output), words)
+    check_refusal(call("inference.py", "--batch_size", "2", "Hi", *output), "of train.py and evaluate.py; inference.py")
+    check_refusal(
+        call("train.py", "--top_p", "0.5", *output), "--top_p is a setting of inference.py; train.py does not"
+    )
 
 
 def test_a_value_of_the_wrong_type_says_what_was_expected(run, folders):
@@ -99,7 +114,7 @@ def test_a_value_of_the_wrong_type_says_what_was_expected(run, folders):
 
 
 def test_a_value_out_of_range_says_the_range(call, folders):
-    check_refusal(call("train.py", "--top_p", "1.5", *folders), "--top_p", "1.5", "0.001 to 1")
+    check_refusal(call("train.py", "--lora_dropout", "1.5", *folders), "--lora_dropout", "1.5", "0.0 to 0.9")
 
 
 def test_debug_shows_the_traceback_of_a_users_mistake_too(call, folders):
@@ -111,7 +126,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake_too(call, folders):
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
-def test_help_shows_every_setting_at_once(script, run):
+def test_help_shows_the_settings_that_the_script_uses_at_once(script, run):
     done = run(script, "--help", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
@@ -119,27 +134,27 @@ def test_help_shows_every_setting_at_once(script, run):
     imported = {line.rpartition("|")[2].strip() for line in lines}
     assert "argparse" in imported
     assert not imported & {"torch", "transformers", "datasets", "pandas"}  # seconds of work
-    assert [name for name in DEFAULTS if f"--{name} " not in done.stdout] == []
+    assert {name for name in DEFAULTS if f"--{name} " in done.stdout} == set(USED_SETTINGS[script])
     assert f"(default: {DEFAULTS['base_model_name']!r})" in " ".join(done.stdout.split())
 
 
 # ---- Adapters --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("command", [("evaluate.py",), ("inference.py", "Hi")])
-def test_an_adapter_folder_without_weights_is_refused(command, call, folders, tmp_path):
+def test_an_adapter_folder_without_weights_is_refused(command, call, output, tmp_path):
     adapter = save_adapter_config(tmp_path / "adapter")
-    done = call(*command, "--adapter_path", adapter, *folders)
+    done = call(*command, "--adapter_path", adapter, *output)
     check_refusal(done, adapter, "adapter_model.safetensors", "train again")
 
 
-def test_evaluate_without_validation_rows_names_the_flag_that_gives_some(call, folders, tmp_path):
+def test_evaluate_without_validation_rows_names_the_flag_that_gives_some(call, output, tmp_path):
     adapter = save_adapter_config(tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").touch()  # the rows are looked for before the weights are read
-    done = call("evaluate.py", "--adapter_path", adapter, *folders)
+    done = call("evaluate.py", "--adapter_path", adapter, *output)
     check_refusal(done, tmp_path / "output/validation.jsonl", "--validation_dataset_path")
 
 
-def test_inference_refuses_an_empty_instruction(call, folders):
-    check_refusal(call("inference.py", "  ", *folders), "instruction is empty")
+def test_inference_refuses_an_empty_instruction(call, output):
+    check_refusal(call("inference.py", "  ", *output), "instruction is empty")
 
 
 # ---- Base models -----------------------------------------------------------------------------------------------------
@@ -154,10 +169,10 @@ def test_train_refuses_a_mistyped_local_path_without_asking_the_hub(call, tmp_pa
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["cache"]
 
 
-def test_inference_refuses_a_base_model_that_is_not_there_without_a_network(run, folders, tmp_path):
+def test_inference_refuses_a_base_model_that_is_not_there_without_a_network(run, output, tmp_path):
     flags = ("--base_only", "--base_model_name", "team/unheard-of", "--models_dir", tmp_path / "models")
     # a process of its own: huggingface_hub reads HF_HUB_OFFLINE once, when it is imported
-    check_refusal(run("inference.py", "Hi", *flags, *folders), "team/unheard-of", "HF_HUB_OFFLINE", "local folder")
+    check_refusal(run("inference.py", "Hi", *flags, *output), "team/unheard-of", "HF_HUB_OFFLINE", "local folder")
 
 
 @pytest.mark.parametrize(

@@ -180,11 +180,12 @@ def test_scripts_work_from_any_folder(run, trained, tmp_path):
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "inference"])
 def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, trained, tmp_path):
-    """Asked of each script where it calls settle: after its imports, or, as they come with the model, after that."""
+    """Asked where each script calls start_garbage_collection: after its imports, or after the model that needs them."""
     code = (
         "import gc, sys, message_utils\n"
         f"import {script} as script\n"
-        f"settle, script.settle = script.settle, lambda: (print('before', gc.isenabled()), settle(),"
+        "start = script.start_garbage_collection\n"
+        "script.start_garbage_collection = lambda: (print('before', gc.isenabled()), start(),"
         " print('after', gc.isenabled(), gc.get_freeze_count() > 100_000), sys.exit(7))\n"
         "sys.exit(message_utils.run_script(script.main, sys.argv[1:]))\n"
     )

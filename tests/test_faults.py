@@ -1,6 +1,8 @@
 """What can happen to a run costs the steps since its last save at most, and each fault has its one line."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -16,15 +18,17 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint_utils
 import plan_utils
 import training_utils
 from checkpoint_utils import find_newest
 from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
+from file_utils import storage_errors, write_json
 from model_utils import load_trained_model
 from process_utils import StopSignals
-from run_utils import RunLock
+from run_utils import LOCK, OWNER, OutputLock
 from settings_utils import DEFAULTS, Settings
 
 
@@ -150,37 +154,88 @@ def test_a_signal_that_is_ignored_stays_so_as_under_nohup():
 
 
 # ---- One run in a folder ---------------------------------------------------------------------------------------------
-def test_a_held_lock_is_refused_with_its_process_and_free_afterwards(tmp_path, capsys):
-    with RunLock(tmp_path):
-        message = refusal(RunLock(tmp_path).check)
-        assert f"in use by process {os.getpid()} on {socket.gethostname()}" in message
-        assert "--output_dir" in message
-    RunLock(tmp_path).check()
+@contextlib.contextmanager
+def holder(folder):
+    """A process that holds the lock of a folder until it is killed; yields its number."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with OutputLock(folder):
+            os.write(writer, b"!")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(reader, 1) == b"!"
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_lock_that_a_process_holds_is_refused_and_taken_over_when_it_was_killed(tmp_path, capsys):
+    with holder(tmp_path) as pid:
+        for take in (OutputLock(tmp_path).check, OutputLock(tmp_path).__enter__):
+            message = refusal(take)
+            assert f"is in use by process {pid} on {socket.gethostname()} since 2" in message
+            assert message.endswith("wait for it, or give another folder with --output_dir")
+    OutputLock(tmp_path).check()
+    assert capsys.readouterr().err == ""
+    with OutputLock(tmp_path):
+        said = capsys.readouterr().err
+        assert f"The run of process {pid} on {socket.gethostname()} since 2" in said
+        assert said.endswith(f"ended without saying so; taking over {tmp_path}\n")
+        assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
+
+
+def test_a_run_that_ends_leaves_an_empty_lock_and_nothing_to_say(tmp_path, capsys):
+    for _ in range(2):
+        with OutputLock(tmp_path):
+            pass
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {".lock": b""}
     assert capsys.readouterr().err == ""
 
 
-def write_lock(folder, host):
-    (folder / ".lock").write_text(json.dumps({"pid": 4711, "host": host, "since": "2026-01-01 00:00:00"}))
+def test_looking_for_a_lock_makes_nothing(tmp_path):
+    OutputLock(tmp_path).check()
+    OutputLock(tmp_path / "none").check()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_of_a_killed_run_is_taken_over_with_a_line(tmp_path, capsys):
-    write_lock(tmp_path, socket.gethostname())
-    with RunLock(tmp_path):
-        assert "process 4711" in capsys.readouterr().err
-        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+def test_the_other_processes_of_a_launcher_take_no_lock(tmp_path, monkeypatch):
+    with holder(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with OutputLock(tmp_path):
+            pass
 
 
 def test_another_hosts_lock_is_refused_and_says_what_to_remove(tmp_path):
-    write_lock(tmp_path, "elsewhere")
-    message = refusal(RunLock(tmp_path).check)
-    assert "process 4711 on elsewhere" in message
-    assert f"remove {tmp_path / '.lock'}" in message
-
-
-def test_a_torn_lock_that_nobody_holds_is_free(tmp_path):
-    (tmp_path / ".lock").write_text('{"pid": 47')
-    with RunLock(tmp_path):
+    (tmp_path / LOCK).touch()
+    write_json(tmp_path / OWNER, {"pid": 4711, "host": "elsewhere", "since": "2026-01-01 00:00:00"})
+    for take in (OutputLock(tmp_path).check, OutputLock(tmp_path).__enter__):
+        message = refusal(take)
+        assert "may be in use by process 4711 on elsewhere since 2026-01-01 00:00:00" in message
+        assert message.endswith(f"make sure that it has ended, then remove {tmp_path / OWNER}")
+    (tmp_path / OWNER).unlink()
+    with OutputLock(tmp_path):
         pass
+
+
+def test_a_torn_record_of_a_lock_that_nobody_holds_is_free(tmp_path):
+    (tmp_path / OWNER).write_text('{"pid": 47')
+    with OutputLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_the_owners_record_has_to_do(number, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)  # no such file system can be mounted here
+    with OutputLock(tmp_path):
+        assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
+    write_json(tmp_path / OWNER, {"pid": 4711, "host": "elsewhere", "since": "2026-01-01 00:00:00"})
+    assert "may be in use by process 4711 on elsewhere" in refusal(OutputLock(tmp_path).check)
 
 
 # ---- Numbers that are not finite -------------------------------------------------------------------------------------
@@ -291,6 +346,22 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(foreseen, small_disk, dat
     (newest, _), skipped = find_newest(small_disk / "out/checkpoints")
     assert (newest.name, skipped) == ("checkpoint-4", [])
     assert not (small_disk / "out/checkpoints/incomplete").exists()
+
+
+WRITERS = {
+    "torch": lambda path, tensor: torch.save(tensor, path),
+    "safetensors": lambda path, tensor: save_file({"weight": tensor}, path),
+    "python": lambda path, tensor: path.write_bytes(tensor.numpy().tobytes()),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_each_writer_says_of_a_full_disk_is_understood(writer, small_disk):
+    def save():
+        with storage_errors("the adapter", "mend that"):
+            WRITERS[writer](small_disk / "weights", torch.zeros(2**23))  # 32 MiB
+
+    assert refusal(save).startswith("the adapter could not be saved: ")
 
 
 # ---- The plan's warnings ---------------------------------------------------------------------------------------------

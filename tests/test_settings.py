@@ -2,24 +2,32 @@
 
 import ast
 import contextlib
+import hashlib
 import json
 import os
 import re
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 import config
+import evaluate
 import file_utils
+import inference
 import message_utils
 import run_utils
 import settings_utils
-from conftest import refusal
+from conftest import refusal, small_run
 from file_utils import PROJECT_DIR
 from message_utils import UserError
 from progress_utils import format_duration
-from settings_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, RANGES, Settings
+from settings_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, RANGES, USED_SETTINGS, Settings
 
 CONSTANTS = {name: value for name, value in vars(config).items() if name.isupper()}
 # The user's own names and values; DESIGN.md keeps them to the letter
@@ -56,9 +64,19 @@ NONES = sorted(name for name, value in DEFAULTS.items() if value is None)
 TINY_BASE = config.CPU_DEMO["BASE_MODEL_NAME"]
 
 
+# build_generation_config looks at DO_SAMPLE also where the script has set it to False
+NOT_SAMPLED = {"do_sample"}
+
+
+def script_that_uses(name):
+    return next(script for script, names in USED_SETTINGS.items() if name in names)
+
+
 def given(*argv):
-    """The settings that a command line gives."""
-    parser = settings_utils.build_parser("train.py", "about")
+    """The settings that a command line gives to the script that uses the first of them, train.py if none does."""
+    first = str(argv[0]).split("=")[0].removeprefix("--").replace("-", "_") if argv else ""
+    script = script_that_uses(first) if first in DEFAULTS else "train.py"
+    parser = settings_utils.build_parser(script, "about")
     return settings_utils.parse_command_line(parser, [str(item) for item in argv])[1]
 
 
@@ -68,12 +86,12 @@ def with_value(name, value):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(settings_utils, "cuda_is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(settings_utils, "cuda_is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 # ---- config.py -------------------------------------------------------------------------------------------------------
@@ -119,6 +137,57 @@ def test_config_as_it_ships_and_its_demo_keep_every_limit():
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
+def test_every_setting_is_a_flag_of_a_script_and_the_table_names_only_settings():
+    assert {name for names in USED_SETTINGS.values() for name in names} == set(DEFAULTS)
+
+
+class ReadSettings(Settings):
+    """Settings that note which of them are read, in ReadSettings.names."""
+
+    names: ClassVar = set()
+
+    def __getattribute__(self, name):
+        if name in Settings._fields:
+            ReadSettings.names.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.fixture
+def read_by(monkeypatch):
+    """read_by(script, *argv): the settings that a script reads when it is called so."""
+
+    def call(script, *argv):
+        original = settings_utils.make_settings
+        monkeypatch.setattr(script, "make_settings", lambda *sources: ReadSettings(*original(*sources)))
+        ReadSettings.names.clear()
+        script.main([str(item) for item in argv])
+        return set(ReadSettings.names)
+
+    return call
+
+
+# train.py, evaluate.py and inference.py take OUTPUT_DIR from the command line to find the adapter
+def test_evaluate_reads_the_settings_that_it_offers_and_no_others(read_by, undisturbed, dataset, tmp_path):
+    adapter = ("--adapter_path", undisturbed() / "lora-adapter", "--output_dir", tmp_path, "--device", "cpu")
+    rows = ("--validation_dataset_path", dataset, "--eval_samples", 1, "--max_new_tokens", 2)
+    assert read_by(evaluate, *adapter, *rows) | {"output_dir"} == set(USED_SETTINGS["evaluate.py"]) | NOT_SAMPLED
+
+
+def test_inference_reads_the_settings_that_it_offers_and_no_others(read_by, undisturbed, tmp_path):
+    flags = ("--adapter_path", undisturbed() / "lora-adapter", "--device", "cpu", "--max_new_tokens", 2)
+    with_adapter = read_by(inference, "Hi", *flags)
+    base_only = read_by(inference, "Hi", *flags, "--base_only")
+    assert with_adapter | base_only | {"output_dir"} == set(USED_SETTINGS["inference.py"])
+
+
+def test_train_reads_the_settings_that_it_offers_and_no_others(dataset, tmp_path):
+    ReadSettings.names.clear()
+    changes = {"max_train_rows": 10, "max_steps": 1, "optimizer": "paged_adamw_8bit", "lora_plus_ratio": 2.0}
+    small_run(dataset, tmp_path, kind=ReadSettings, **changes)
+    assert set(USED_SETTINGS["train.py"]) <= ReadSettings.names
+    assert ReadSettings.names <= set(USED_SETTINGS["train.py"]) | NOT_SAMPLED
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_every_constant_has_a_flag_whose_help_shows_its_comment_and_default(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside the help of one flag
@@ -128,7 +197,7 @@ def test_every_constant_has_a_flag_whose_help_shows_its_comment_and_default(name
         if line.startswith(f"{name.upper()} = ")
     )
     comment = line.split("  # ", 1)[1].strip()
-    lines = settings_utils.build_parser("train.py", "about").format_help().splitlines()
+    lines = settings_utils.build_parser(script_that_uses(name), "about").format_help().splitlines()
     start = next(index for index, line in enumerate(lines) if re.match(rf"  --{name}\b", line))
     assert len(comment) > 10
     shown = re.sub(r"^.*?VALUE\]?\s+", "", " ".join(lines[start : start + 2]))
@@ -171,7 +240,7 @@ def test_a_float_setting_takes_any_number_and_nothing_else(name):
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_a_boolean_setting_is_a_bare_flag_or_takes_true_and_false(name):
     assert given(f"--{name}") == {name: True}
-    assert given(f"--{name}", "--lora_r", "8") == {name: True, "lora_r": 8}
+    assert given(f"--{name}", "--output_dir", "out") == {name: True, "output_dir": "out"}
     for text, expected in (("true", True), ("True", True), ("false", False), ("False", False), ("0", False)):
         assert given(f"--{name}", text)[name] is expected
     auto = name in AUTO_SWITCHES
@@ -429,21 +498,145 @@ def test_written_json_is_read_back_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-@pytest.mark.parametrize("fault", ["disk full", "not serializable"])
-def test_a_failed_write_leaves_the_old_json_whole(tmp_path, monkeypatch, fault):
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Let the system refuse to write files longer than so many bytes, as a full disk does."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_write_that_the_system_refuses_leaves_the_old_json_whole(tmp_path):
     path = tmp_path / "record.json"
     file_utils.write_json(path, {"old": 1})
-
-    def write_half(self, text, **_):
-        with open(self, "w", encoding="utf-8") as file:
-            file.write(text[: len(text) // 2])
-        raise OSError(28, "No space left on device")
-
-    if fault == "disk full":
-        monkeypatch.setattr(Path, "write_text", write_half)
-    with pytest.raises((OSError, TypeError)):
-        file_utils.write_json(path, {"new": 2 if fault == "disk full" else object()})
+    with files_of_at_most(1000), pytest.raises(OSError, match="File too large"):
+        file_utils.write_json(path, {"new": "long" * 1000})
     assert file_utils.read_json(path, "record") == {"old": 1}
+
+
+def test_a_value_that_json_cannot_hold_leaves_the_old_json_whole(tmp_path):
+    path = tmp_path / "record.json"
+    file_utils.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        file_utils.write_json(path, {"new": object()})
+    assert file_utils.read_json(path, "record") == {"old": 1}
+
+
+# ---- Folders that appear only when they are whole --------------------------------------------------------------------
+def names_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_staged_folder_takes_its_name_at_the_end_with_all_its_files_readable(tmp_path):
+    with file_utils.staged_folder(tmp_path / "made" / "it") as staged:
+        (staged / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (staged / name).touch(mode=0o600)
+        assert names_in(tmp_path / "made") == [
+            "it.incomplete",
+            *(f"it.incomplete/{n}" for n in ("a", "inner", "inner/b")),
+        ]
+    assert names_in(tmp_path / "made") == ["it", "it/a", "it/inner", "it/inner/b"]
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {(tmp_path / "made" / "it" / name).stat().st_mode & 0o777 for name in ("a", "inner/b")}
+    assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("ours"), KeyboardInterrupt()])
+def test_a_staged_folder_that_fails_is_removed(fault, tmp_path):
+    def fill():
+        with file_utils.staged_folder(tmp_path / "it") as staged:
+            (staged / "half").touch()
+            raise fault
+
+    with pytest.raises(type(fault)):
+        fill()
+    assert names_in(tmp_path) == []
+
+
+def test_a_staged_folder_whose_files_the_system_refuses_is_removed(tmp_path):
+    with (
+        pytest.raises(OSError, match="File too large"),
+        file_utils.staged_folder(tmp_path / "it") as staged,
+        files_of_at_most(1000),
+    ):
+        (staged / "weights").write_bytes(bytes(2000))
+    assert names_in(tmp_path) == []
+
+
+def test_what_a_killed_process_left_does_not_count_and_is_removed_by_the_next_attempt(tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        with file_utils.staged_folder(tmp_path / "it") as staged:
+            (staged / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert names_in(tmp_path) == ["it.incomplete", "it.incomplete/half"]
+    with file_utils.staged_folder(tmp_path / "it") as staged:
+        (staged / "whole").touch()
+    assert names_in(tmp_path) == ["it", "it/whole"]
+
+
+def test_a_staged_folder_never_overwrites_one_that_holds_something(tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "precious").touch()
+    with pytest.raises(OSError, match="not empty"), file_utils.staged_folder(tmp_path / "it") as staged:
+        (staged / "new").touch()
+    assert names_in(tmp_path) == ["it", "it/precious"]
+
+
+# ---- A disk that refuses to write ------------------------------------------------------------------------------------
+# an exception -> what the message says of it
+REFUSALS = {
+    "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
+    "a quota": (OSError(122, "Disk quota exceeded"), "Disk quota exceeded"),
+    "a read-only disk": (OSError(30, "Read-only file system"), "Read-only file system"),
+    "no permission": (PermissionError(13, "Permission denied"), "Permission denied"),
+    "safetensors": (
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "No space left on device",
+    ),
+    "torch": (
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
+        "it could not be written",
+    ),
+}
+
+
+def fail_to_save(error):
+    with file_utils.storage_errors("checkpoint-4", "mend that"):
+        raise error
+
+
+@pytest.mark.parametrize("refusal_of", REFUSALS)
+def test_a_disk_that_refuses_to_write_is_one_line(refusal_of):
+    error, words = REFUSALS[refusal_of]
+    assert refusal(fail_to_save, error) == f"checkpoint-4 could not be saved: {words}; mend that"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), RuntimeError("ours"), KeyboardInterrupt()])
+def test_other_errors_of_a_save_pass_unchanged(error):
+    with pytest.raises(type(error)) as caught:
+        fail_to_save(error)
+    assert caught.value is error
+
+
+# ---- Hashes ----------------------------------------------------------------------------------------------------------
+def test_a_hash_is_that_of_texts_bytes_and_files_one_after_the_other(tmp_path):
+    (tmp_path / "file").write_bytes(b"cd" * 2**20)
+    expected = hashlib.sha256("é".encode() + b"ab" + b"cd" * 2**20).hexdigest()
+    assert file_utils.sha256(["é", b"ab", tmp_path / "file"]) == expected
+    assert file_utils.hash_files([tmp_path / "file"]) == hashlib.sha256(b"cd" * 2**20).hexdigest()
+    assert file_utils.hash_files([tmp_path / "file"], 1) == hashlib.sha256(b"[1]" + b"cd" * 2**20).hexdigest()
+    assert file_utils.short_hash("é") == hashlib.sha256("é".encode()).hexdigest()[:12]
+
+
+# ---- Records and earlier runs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b'"text"', b"\xff\xfe{", None])
@@ -461,7 +654,7 @@ def test_an_earlier_run_is_moved_whole_and_the_rest_stays(tmp_path):
     (tmp_path / "adapter" / "weights").write_text("old")
     (tmp_path / "rows.jsonl").write_text("rows")
     (tmp_path / "notes.txt").write_text("mine")
-    target = run_utils.set_aside_previous_run(tmp_path, ("adapter", "rows.jsonl", "absent"))
+    target = run_utils.set_aside(tmp_path, ("adapter", "rows.jsonl", "absent"))
     assert target.parent == tmp_path / "previous"
     assert (target / "adapter" / "weights").read_text() == "old"
     assert (target / "rows.jsonl").read_text() == "rows"
@@ -469,7 +662,7 @@ def test_an_earlier_run_is_moved_whole_and_the_rest_stays(tmp_path):
 
 
 def test_setting_aside_nothing_makes_no_folder(tmp_path):
-    assert run_utils.set_aside_previous_run(tmp_path, ("adapter",)) is None
+    assert run_utils.set_aside(tmp_path, ("adapter",)) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -478,7 +671,7 @@ def test_runs_set_aside_within_one_second_never_overwrite_each_other(tmp_path, m
     targets = []
     for number in range(4):
         (tmp_path / "adapter").write_text(str(number))
-        targets.append(run_utils.set_aside_previous_run(tmp_path, ("adapter",)))
+        targets.append(run_utils.set_aside(tmp_path, ("adapter",)))
     assert [(target / "adapter").read_text() for target in targets] == ["0", "1", "2", "3"]
 
 
@@ -510,7 +703,7 @@ def test_only_the_first_process_speaks_and_on_stderr(monkeypatch, capsys, rank, 
     message_utils.say("hello")
     out, err = capsys.readouterr()
     assert (out, err) == ("", heard)
-    message_utils.say("trouble", from_any=True)
+    message_utils.say("trouble", each_process=True)
     assert capsys.readouterr().err == ("trouble\n" if heard else "process 1: trouble\n")
 
 
@@ -525,7 +718,7 @@ ENDS = [
     (None, True),
     (message_utils.Stopped(15, "saved"), True),
     (UserError("no space left"), True),
-    (UserError("out of memory", alone=True), False),
+    (UserError("out of memory", each_process=True), False),
     (ValueError(), False),
 ]
 
@@ -557,7 +750,7 @@ def test_of_several_processes_the_first_says_a_mistake_or_the_one_that_meets_it_
     monkeypatch.setenv("RANK", "1")
     assert message_utils.run_script(raiser(UserError("no such file")), []) == 2
     assert capsys.readouterr().err == ""
-    assert message_utils.run_script(raiser(UserError("out of memory", alone=True)), []) == 2
+    assert message_utils.run_script(raiser(UserError("out of memory", each_process=True)), []) == 2
     assert capsys.readouterr().err == "process 1: error: out of memory\n"
 
 
@@ -578,13 +771,14 @@ def test_our_own_bugs_keep_their_traceback():
         message_utils.run_script(raiser(ZeroDivisionError()), [])
 
 
-def test_help_exits_with_zero_and_prints_every_group(capsys):
+def test_help_exits_with_zero_and_prints_every_group_that_has_flags(capsys):
     with pytest.raises(SystemExit) as caught:
         given("--help")
     assert caught.value.code == 0
     out = capsys.readouterr().out
     banners = re.findall(r"^# ---- (.+?) -+$", Path(config.__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    assert all(f"{banner}:" in out for banner in banners[:-1])  # the last is CPU_DEMO, which is no flag
+    without_flags = {"Evaluation", banners[-1]}  # of evaluate.py alone, and CPU_DEMO, which is no flag
+    assert {banner for banner in banners if f"{banner}:" not in out} == without_flags
 
 
 @pytest.mark.parametrize(
@@ -603,11 +797,36 @@ def test_durations_are_short_to_read(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_a_deleted_setting_and_an_unknown_demo_setting_are_named(gpu, monkeypatch):
-    monkeypatch.setitem(settings_utils.config.CPU_DEMO, "FOO", 1)
-    assert "FOO" in refusal(settings_utils.make_settings)
-    monkeypatch.setattr(settings_utils, "DEFAULTS", {k: v for k, v in settings_utils.DEFAULTS.items() if k != "lora_r"})
-    assert "config.py lacks LORA_R" in refusal(settings_utils.check_settings, settings_utils.Settings(**(DEFAULTS)))
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("LORA_R = 16", "# LORA_R = 16"), "config.py lacks LORA_R; restore what was there"),
+        (("LORA_R = 16", "LORA_R = '16'"), "LORA_R is '16', expected a whole number; correct it where it was set"),
+        (("SEED = 42", "SEED = -1"), "--seed is -1, expected 0 to 4294967295; the default is -1"),
+    ],
+)
+def test_a_mistake_in_config_is_one_line(edit, message, tmp_path):
+    text = Path(config.__file__).read_text(encoding="utf-8")
+    assert edit[0] in text
+    (tmp_path / "config.py").write_text(text.replace(*edit), encoding="utf-8")
+    code = "import settings_utils; settings_utils.make_settings({'base_model_name': 'some/model'})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT_DIR}"},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.stderr.strip().splitlines()[-1] == f"message_utils.UserError: {message}"
+
+
+def test_what_is_no_setting_is_named(gpu, monkeypatch):
+    monkeypatch.setitem(config.CPU_DEMO, "FOO", 1)
+    assert refusal(settings_utils.make_settings) == (
+        "CPU_DEMO in config.py names no setting: FOO; correct or remove it"
+    )
+    assert refusal(settings_utils.make_settings, {"lora_rr": 8}).startswith("unknown settings: LORA_RR;")
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/x", "a/b", ".."])
