@@ -230,14 +230,15 @@ def check_space(folder, needed, what, consequence):
 def storage_problem(error):
     """The words in which a disk refused to write, if an exception tells of that, else None.
 
-    The libraries' writers in C++ and Rust raise exceptions of other types, which quote the system's words.
+    The libraries' writers in C++ and Rust raise exceptions of other types. Most of them quote the system's words, but
+    torch.save names only its own source file, inline_container.cc.
     """
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in STORAGE_ERROR_NUMBERS else None
     for number in STORAGE_ERROR_NUMBERS:
         if os.strerror(number) in str(error):
             return os.strerror(number)
-    return "it could not be written" if "PytorchStreamWriter" in str(error) else None
+    return "it could not be written" if "inline_container" in str(error) else None
 
 
 @contextlib.contextmanager

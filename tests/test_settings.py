@@ -601,6 +601,10 @@ REFUSALS = {
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
         "No space left on device",
     ),
+    "torch, at its end": (
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        "it could not be written",
+    ),
     "torch": (
         RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
         "it could not be written",
