@@ -52,7 +52,7 @@ class DataReport:
     name: str
     format: str = ""
     columns: dict = field(default_factory=dict)  # part of a conversation -> column
-    unused: list = field(default_factory=list)  # columns that nothing is made of
+    unused: list = field(default_factory=list)  # columns that no part of a conversation is made of
     rows: int = 0
     kept: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
@@ -68,7 +68,9 @@ class DataReport:
 
     def line(self):
         """One dense line: 'data/mine.csv, CSV (instruction, response): 200 rows, 199 kept, 1 dropped ...'."""
-        columns = ", ".join(self.columns.values()) + f"; not used: {', '.join(self.unused)}" * bool(self.unused)
+        columns = ", ".join(self.columns.values())
+        if self.unused:
+            columns += f"; not used: {', '.join(self.unused)}"
         parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
@@ -76,7 +78,9 @@ class DataReport:
 
 def list_rows(count, rows):
     """'row 7', 'rows 7, 8', or 'rows 1, 2, 3, 4, 5, ...' where there are more."""
-    return f"row{'s' * (count > 1)} {', '.join(map(str, rows))}" + ", ..." * (count > len(rows))
+    noun = "row" if count == 1 else "rows"
+    more = ", ..." if count > len(rows) else ""
+    return f"{noun} {', '.join(map(str, rows))}{more}"
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
