@@ -14,6 +14,7 @@ from message_utils import UserError, printable
 from prompt_utils import IGNORED, control_tokens, encode_texts, find_end_token, mark_answers, writes_one_bos
 from worker_utils import count_processes, run_in_processes
 
+# what became of a row, and the numbers that stand for it in an index
 STATUSES = ("kept", "shortened", "answer_cut", "no trainable token")
 KEPT, SHORTENED, ANSWER_CUT, DROPPED = range(4)
 
