@@ -43,8 +43,6 @@ Resumption = namedtuple("Resumption", "folder step finished best_step progress r
 
 
 # ---- What the weights depend on --------------------------------------------------------------------------------------
-
-
 # The settings that may change when a run goes on: they shape no weight, or the identity holds what follows from them,
 # such as the content of the data for its path. A setting that is not listed here belongs to the identity, so that a new
 # one is refused at worst, and never overlooked.
@@ -57,8 +55,6 @@ FREE_SETTINGS = {
 
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-
-
 BLOCK = 2**20  # token ids that are hashed at once: 4 MiB
 
 
@@ -122,8 +118,6 @@ def version_differences(old, new):
 
 
 # ---- Manifest --------------------------------------------------------------------------------------------------------
-
-
 def required_files(identity):
     """The files without which a run would go on differently."""
     processes = identity["processes"]
@@ -187,8 +181,6 @@ def find_newest(folder):
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
-
-
 def find_resumption(output_dir, identity, fresh):
     """Return the Resumption of an interrupted run of this identity in output_dir, or None to start from the beginning.
 
@@ -268,8 +260,6 @@ def whole_best_step(folder, manifest):
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------
-
-
 MARGIN = 2**20  # bytes beside the weights: tokenizer, settings and manifest of a tiny model
 
 

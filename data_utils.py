@@ -3,7 +3,6 @@
 A conversation is a list of messages, {"role": "user", "content": "..."}. Every format that is read becomes one.
 """
 
-import hashlib
 import json
 import random
 import tempfile
@@ -15,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from file_utils import cached_folder, digest, hash_files
+from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
 from reader_utils import read_rows
@@ -52,7 +51,7 @@ class DataReport:
     name: str
     format: str = ""
     columns: dict = field(default_factory=dict)  # part of a conversation -> column
-    unused: list = field(default_factory=list)  # columns that nothing is made of
+    unused: list = field(default_factory=list)  # columns that no part of a conversation is made of
     rows: int = 0
     kept: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
@@ -68,7 +67,9 @@ class DataReport:
 
     def line(self):
         """One dense line: 'data/mine.csv, CSV (instruction, response): 200 rows, 199 kept, 1 dropped ...'."""
-        columns = ", ".join(self.columns.values()) + f"; not used: {', '.join(self.unused)}" * bool(self.unused)
+        columns = ", ".join(self.columns.values())
+        if self.unused:
+            columns += f"; not used: {', '.join(self.unused)}"
         parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
@@ -76,7 +77,9 @@ class DataReport:
 
 def list_rows(count, rows):
     """'row 7', 'rows 7, 8', or 'rows 1, 2, 3, 4, 5, ...' where there are more."""
-    return f"row{'s' * (count > 1)} {', '.join(map(str, rows))}" + ", ..." * (count > len(rows))
+    noun = "row" if count == 1 else "rows"
+    more = ", ..." if count > len(rows) else ""
+    return f"{noun} {', '.join(map(str, rows))}{more}"
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
@@ -266,7 +269,7 @@ class Conversations(Sequence):
 
     def fingerprint(self):
         """A hash of all texts and row numbers, in their order."""
-        return hashlib.sha256(self.index["text"].tobytes() + self.index["number"].tobytes()).hexdigest()
+        return sha256([self.index["text"].tobytes(), self.index["number"].tobytes()])
 
 
 def store_conversations(path, rows):
@@ -313,7 +316,8 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
     code = Path(__file__).with_name("reader_utils.py")
-    key = hash_files([*paths, Path(__file__), code], mapping, number_column, [path.suffix for path in paths])
+    parts = json.dumps([mapping, number_column, [path.suffix for path in paths]])
+    key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)

@@ -11,8 +11,6 @@ from pathlib import Path
 from message_utils import STORAGE_ERROR_NUMBERS, UserError
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
-
-
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
@@ -40,8 +38,6 @@ def check_writable(folder, flag):
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
-
-
 def write_json(path, value):
     """Write value as readable JSON. A temporary file and a rename make sure that a reader never meets half a file."""
     unfinished = Path(f"{path}.tmp")
@@ -89,8 +85,6 @@ def make_readable(folder):
 
 
 # ---- Folders that appear only when they are whole --------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def staged_folder(target, staged=None):
     """Yield an empty folder to fill. Afterwards it is on the disk under the name `target`, or removed if this failed.
@@ -116,8 +110,6 @@ def staged_folder(target, staged=None):
 
 
 CACHED_FOLDERS = 8  # of each kind are kept, those that were used last
-
-
 SIZES = "sizes.json"
 
 
@@ -177,8 +169,6 @@ def file_sizes(folder):
 
 
 # ---- Hashes ----------------------------------------------------------------------------------------------------------
-
-
 SHOWN_DIGITS = 12  # of a hash: enough to tell two contents apart, short enough for one line
 
 
@@ -204,19 +194,12 @@ def short_hash(piece):
     return sha256([piece])[:SHOWN_DIGITS]
 
 
-def hash_files(paths, *parts):
-    """The sha256 of files' contents, one after the other, after the JSON of further values if there are any."""
-    return sha256([*([json.dumps(parts)] if parts else []), *map(Path, paths)])
-
-
 def digest(text, size=16):
     """A short blake2b hash of a text, as `size` bytes, for comparing many texts."""
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 # ---- Disk space ------------------------------------------------------------------------------------------------------
-
-
 def check_space(folder, needed, what, consequence):
     """Raise UserError unless the disk of a folder, which need not exist yet, has `needed` bytes left for `what`."""
     free = shutil.disk_usage(nearest_existing(folder)).free

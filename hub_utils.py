@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
@@ -87,8 +87,6 @@ def loading_problem(error, name, remedy):
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-
-
 def locate_model(name, models_dir):
     """Return the path of a local folder, or the Hub id once its config.json is in the cache.
 
@@ -116,8 +114,6 @@ def model_folder(name, models_dir):
 
 
 # ---- Datasets --------------------------------------------------------------------------------------------------------
-
-
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
@@ -147,8 +143,8 @@ def download_from_hub(dataset, cache_dir):
     `datasets` finds the files of the split, as its documentation says; they are read by our own readers, since its
     own turn "None" into null and "007" into 7.
     """
+    # a door: half a second that only a Hub dataset needs, and no file of the user's, no chat
     from datasets import get_dataset_config_names, load_dataset_builder
-    from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 
     name, *parts = dataset.split(":")
     split = parts.pop() if parts else "train"
@@ -163,7 +159,7 @@ def download_from_hub(dataset, cache_dir):
             if (parts and parts[0] in names) or (not parts and len(names) == 1):
                 raise
             what = f"has no configuration {parts[0]!r}" if parts else "has several configurations"
-            listed = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+            listed = ", ".join(names[:20] if len(names) <= 20 else [*names[:20], "..."])
             example = (split, "train") if split in names else (names[0], split)
             raise UserError(
                 f"dataset {name} {what}; choose one of {listed}, for example"
@@ -171,8 +167,9 @@ def download_from_hub(dataset, cache_dir):
             ) from None
         found = {str(key): list(map(str, files)) for key, files in (builder.config.data_files or {}).items()}
         if split not in found:
-            config, several = builder.config.name, len(builder.builder_configs) > 1
-            where = f" in its configuration {config}, one of {', '.join(builder.builder_configs)}" * several
+            configs, where = ", ".join(builder.builder_configs), ""
+            if len(builder.builder_configs) > 1:
+                where = f" in its configuration {builder.config.name}, one of {configs}"
             splits = ", ".join(found) or "none"
             raise UserError(
                 f"dataset {name} has no split {split!r}{where}; its splits are {splits}; choose one of them"

@@ -64,8 +64,6 @@ def say(message, each_process=False):
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
-
-
 class LateImport:
     """A module that is imported when one of its names is first used: model_utils = LateImport("model_utils").
 

@@ -1,7 +1,12 @@
 """Prompts: one renderer, the tokenizer's chat template; text to token ids; which of them are trained."""
 
 import re
+from bisect import bisect_left
+from collections import namedtuple
 from functools import lru_cache
+
+import numpy as np
+from jinja2.exceptions import TemplateError
 
 from message_utils import UserError
 
@@ -20,11 +25,9 @@ ALPACA_TEMPLATE = (
 )
 
 
-# ---- Prompts: one renderer, the tokenizer's chat template ------------------------------------------------------------
+# ---- Conversations to texts ------------------------------------------------------------
 def render(tokenizer, messages, add_generation_prompt):
     """Render messages as text by the tokenizer's chat template; what the template refuses is a UserError."""
-    from jinja2.exceptions import TemplateError
-
     try:
         # enable_thinking=False: Qwen3 and its like then write the empty thought into the prompt, not into the answer
         return tokenizer.apply_chat_template(
@@ -67,7 +70,9 @@ def describe_bos(tokenizer):
     if writes_bos(tokenizer):
         return f"begins with {tokenizer.bos_token}"
     by_itself = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return "writes no BOS" + f", though plain texts of this tokenizer begin with {tokenizer.bos_token}" * by_itself
+    if by_itself:
+        return f"writes no BOS, though plain texts of this tokenizer begin with {tokenizer.bos_token}"
+    return "writes no BOS"
 
 
 def writes_bos(tokenizer):
@@ -110,62 +115,22 @@ def hide_control_tokens(tokenizer, messages):
     return [message | {"content": hide(message["content"])} for message in messages]
 
 
-def encode(tokenizer, text, cuts=()):
-    """Encode a rendered text; returns its ids and their (start, end) character offsets.
+def mark_answers(tokenizer, messages, end_token):
+    """Render a conversation as the MarkedText that is trained on; it ends with the last answer's end token.
 
-    The template's control tokens become control tokens; the users', of which stand-ins are left in the text, become
-    plain text. No token spans a character position in `cuts`, where answers start: what stands before is encoded as it
-    is when it stands alone, so that a prompt's ids are the same in training and at inference.
+    What follows that token is never trained or read. Raises UserError where the template refuses the conversation or
+    an answer cannot be found in what it wrote.
     """
-    stand_ins = {stand_in: token for token, stand_in in control_tokens(tokenizer)[1].items() if stand_in in text}
-    ids, offsets, position = [], [], 0
-    for piece in re.split("(" + "|".join(stand_ins) + ")", text) if stand_ins else [text]:
-        piece_ids, piece_offsets = encode_piece(
-            tokenizer, stand_ins.get(piece, piece), piece in stand_ins, position > 0
-        )
-        ids += piece_ids
-        offsets += [(position + start, position + end) for start, end in piece_offsets]
-        position += len(piece)
-    for cut in cuts:
-        if any(start < cut < end for start, end in offsets):
-            left_ids, left_offsets = encode(tokenizer, text[:cut], [c for c in cuts if c < cut])
-            right_ids, right_offsets = encode(tokenizer, text[cut:], [c - cut for c in cuts if c > cut])
-            return left_ids + right_ids, left_offsets + [(start + cut, end + cut) for start, end in right_offsets]
-    return ids, offsets
+    hidden = hide_control_tokens(tokenizer, messages)
+    text = render(tokenizer, hidden, add_generation_prompt=False)
+    answers = find_answers(tokenizer, hidden, text, end_token)
+    return MarkedText(text[: answers[-1][1]], answers)
 
 
-def encode_piece(tokenizer, text, literal, continues):
-    """Ids and offsets of one piece of a text; if `literal`, without control tokens.
+def find_answers(tokenizer, messages, text, end_token):
+    """The (start, end) characters of every answer in the rendered `text`, its end token included.
 
-    A piece that `continues` a text is encoded behind a line break, which is then taken off again: SentencePiece-style
-    tokenizers put a blank before the start of whatever they are given.
-    """
-    guard = "\n" if continues else ""
-    encoded = tokenizer(
-        guard + text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        split_special_tokens=literal,
-        verbose=False,  # it would warn of texts beyond the model's context, which are cut later
-    )
-    offsets = encoded["offset_mapping"]
-    if guard and any(start < 1 < end for start, end in offsets):  # the line break merged with the text
-        return encode_piece(tokenizer, text, literal, False)
-    kept = [index for index, (_, end) in enumerate(offsets) if end > len(guard) or not guard]
-    return [encoded["input_ids"][i] for i in kept], [
-        (offsets[i][0] - len(guard), offsets[i][1] - len(guard)) for i in kept
-    ]
-
-
-def encode_prompt(tokenizer, messages):
-    """Token ids of a conversation up to where the model's answer starts; the same ids as in training."""
-    return encode(tokenizer, render(tokenizer, hide_control_tokens(tokenizer, messages), True))[0]
-
-
-def answer_spans(tokenizer, messages, text, end_token):
-    """Return the (start, end) characters of every assistant turn in `text`, end token included.
-
-    A turn starts where the template's generation prompt ends: what the model will be given is never trained.
+    An answer starts where the template's generation prompt ends: what the model will be given is never trained.
     """
     spans = []
     for index, message in enumerate(messages):
@@ -175,13 +140,13 @@ def answer_spans(tokenizer, messages, text, end_token):
         answer = message["content"].strip()
         start = text.find(answer, len(prompt))
         end = text.find(end_token, start + len(answer))
-        # an end token before the answer: these words belong to a later turn, this one was left out
+        # with an end token before them these words belong to a later turn, and this answer was left out
         if not text.startswith(prompt) or start < 0 or end < 0 or end_token in text[len(prompt) : start]:
             shown_alone = answer in render(tokenizer, messages[: index + 1], add_generation_prompt=False)
             if index + 1 < len(messages) and shown_alone:
                 raise UserError(
-                    f"the model's chat template rewrites message {index + 1} once other turns follow (it drops earlier"
-                    " thinking, say), so that answer cannot be trained; split the row so that each answer ends one"
+                    f"the model's chat template rewrites message {index + 1} once other turns follow (it may drop"
+                    " earlier thinking), so that answer cannot be trained; split the row so that each answer ends one"
                 )
             raise UserError(
                 f"the model's chat template changes message {index + 1} or leaves it out, so the answer cannot be"
@@ -191,21 +156,133 @@ def answer_spans(tokenizer, messages, text, end_token):
     return spans
 
 
-def encode_conversation(tokenizer, messages, end_token):
-    """Token ids and labels of a conversation; labels are the ids of the answers and end tokens, IGNORED elsewhere.
+# ---- Texts to token ids and the mask ---------------------------------------------------------------------------------
+# a rendered text, and the (start, end) characters of the answers in it
+MarkedText = namedtuple("MarkedText", "text answers")
+# (tokens,) int32 ids; (tokens,) bool, whether each is trained; the token at which the last answer starts
+EncodedText = namedtuple("EncodedText", "ids trained last_start")
+# part of a text; whether other parts stand before it; whether control tokens in it are plain text
+Piece = namedtuple("Piece", "text continues literal")
 
-    Returns (input_ids, labels, start of the last answer in tokens).
+
+def encode_prompt(tokenizer, messages):
+    """Token ids of a conversation up to where the model's answer starts; the same ids as in training."""
+    text = render(tokenizer, hide_control_tokens(tokenizer, messages), add_generation_prompt=True)
+    return next(encode_texts(tokenizer, [MarkedText(text, [])])).ids.tolist()
+
+
+def encode_texts(tokenizer, texts):
+    """Encode MarkedTexts and find which tokens are trained; yields an EncodedText for each.
+
+    Many texts in one call are encoded on all cores. No token spans the start of an answer: what stands before it is
+    encoded as it is when it stands alone, so that a prompt's ids are the same in training and at inference.
     """
-    messages = hide_control_tokens(tokenizer, messages)
-    text = render(tokenizer, messages, add_generation_prompt=False)
-    spans = answer_spans(tokenizer, messages, text, end_token)
-    text = text[: spans[-1][1]]  # nothing after the last end token is ever trained or read
-    ids, offsets = encode(tokenizer, text, [start for start, _ in spans])
-    labels, last_start = [IGNORED] * len(ids), len(ids)
-    for start, end in spans:
-        # by where a token starts: some end tokens take the line break behind them along
-        trained = [index for index, (begin, _) in enumerate(offsets) if start <= begin < end]
-        for index in trained:
-            labels[index] = ids[index]
-        last_start = min(trained, default=len(ids))
-    return ids, labels, last_start
+    for (text, answers), (ids, offsets) in zip(texts, encode(tokenizer, [text for text, _ in texts]), strict=True):
+        ids, offsets = separate(tokenizer, text, ids, offsets, [start for start, _ in answers])
+        yield mark_tokens(ids, offsets, answers)
+
+
+def mark_tokens(ids, offsets, answers):
+    """The EncodedText of these ids: a token is trained if it starts inside an answer.
+
+    It may end behind the answer: some end tokens take the line break after them along.
+    """
+    begins = [begin for begin, _ in offsets]
+    trained, last_start = np.zeros(len(ids), dtype=bool), len(ids)
+    for start, end in answers:
+        last_start = bisect_left(begins, start)
+        trained[last_start : bisect_left(begins, end)] = True
+    return EncodedText(np.array(ids, dtype=np.int32), trained, last_start)
+
+
+def separate(tokenizer, text, ids, offsets, cuts):
+    """Encode anew the two sides of each cut, a position in the text, that lies inside a token."""
+    for cut in cuts:
+        if any(start < cut < end for start, end in offsets):
+            left, right = encode(tokenizer, [text[:cut], text[cut:]])
+            left_ids, left_offsets = separate(tokenizer, text[:cut], *left, [c for c in cuts if c < cut])
+            right_ids, right_offsets = separate(tokenizer, text[cut:], *right, [c - cut for c in cuts if c > cut])
+            return left_ids + right_ids, left_offsets + shift(right_offsets, cut)
+    return ids, offsets
+
+
+def encode(tokenizer, texts):
+    """Yield (ids, offsets) of each rendered text; offsets are the (start, end) characters of its tokens.
+
+    The template's control tokens become control tokens; the users', of which stand-ins are left in the texts, become
+    plain text.
+    """
+    pieces = [split_at_stand_ins(tokenizer, text) for text in texts]
+    encodings = iter(encode_pieces(tokenizer, [piece for pieces_of_text in pieces for piece in pieces_of_text]))
+    for pieces_of_text in pieces:  # one text at a time: the tuples of offsets take more memory than the texts
+        yield join_pieces(tokenizer, pieces_of_text, encodings)
+
+
+def split_at_stand_ins(tokenizer, text):
+    """The Pieces of a text: the control tokens that stand-ins stand for, and what is between them."""
+    stand_ins = {stand_in: token for token, stand_in in control_tokens(tokenizer)[1].items() if stand_in in text}
+    if not stand_ins:
+        return [Piece(text, continues=False, literal=False)]
+    parts = [part for part in re.split("(" + "|".join(stand_ins) + ")", text) if part]
+    return [Piece(stand_ins.get(part, part), index > 0, part in stand_ins) for index, part in enumerate(parts)]
+
+
+def join_pieces(tokenizer, pieces, encodings):
+    """(ids, offsets) of a text from the encodings of its Pieces, which are taken from an iterator."""
+    ids, offsets, position = [], [], 0
+    for piece in pieces:
+        encoding = next(encodings)
+        more = (encoding.ids, encoding.offsets)
+        if piece.continues:
+            more = remove_line_break(*more) or encode_alone(tokenizer, piece)
+        ids += more[0]
+        offsets += shift(more[1], position)
+        position += len(piece.text)
+    return ids, offsets
+
+
+def shift(offsets, distance):
+    return [(start + distance, end + distance) for start, end in offsets] if distance else offsets
+
+
+def encode_alone(tokenizer, piece):
+    """(ids, offsets) of a Piece as if nothing stood before it."""
+    (encoding,) = call_tokenizer(tokenizer, [piece.text], piece.literal)
+    return encoding.ids, encoding.offsets
+
+
+def encode_pieces(tokenizer, pieces):
+    """A list with the Encoding of each Piece.
+
+    A piece that continues a text is encoded behind a line break, which remove_line_break takes off again:
+    SentencePiece-style tokenizers put a blank before the start of whatever they are given.
+    """
+    found = [None] * len(pieces)
+    for literal in (False, True):
+        chosen = [index for index, piece in enumerate(pieces) if piece.literal == literal]
+        texts = [("\n" if pieces[index].continues else "") + pieces[index].text for index in chosen]
+        for index, encoding in zip(chosen, call_tokenizer(tokenizer, texts, literal), strict=True):
+            found[index] = encoding
+    return found
+
+
+def call_tokenizer(tokenizer, texts, literal):
+    """The Encodings of texts as the tokenizers library returns them; if `literal`, without control tokens."""
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        split_special_tokens=literal,
+        verbose=False,  # it would warn of texts beyond the model's context, which are cut later
+    ).encodings
+
+
+def remove_line_break(ids, offsets):
+    """(ids, offsets) without the line break at the start; None if it merged with what follows."""
+    if any(start < 1 < end for start, end in offsets):
+        return None
+    kept = [index for index, (_, end) in enumerate(offsets) if end > 1]
+    return [ids[index] for index in kept], shift([offsets[index] for index in kept], -1)

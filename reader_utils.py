@@ -8,18 +8,16 @@ import json
 import re
 from itertools import chain, islice
 
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
+
 from message_utils import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-
-
 FILE_TYPES = ".json, .jsonl, .csv or .parquet"
-
-
 ROWS_EXPECTED = "expected rows with an instruction and a response"
 
-
-# Excel and others may name the delimiter in a first line of its own
+# Excel and other programs may name the delimiter in a first line of its own
 DELIMITERS, DELIMITER_LINE = ",;\t|", re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
 
 
@@ -59,9 +57,7 @@ def read_lines(path, name):
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path, name, notes, columns):
+def read_json_rows(path, name, notes, columns):
     """Rows of a JSON array, of the one array that an object holds, or of JSON Lines: told apart by how they begin."""
     first = next((text for _, text in read_lines(path, name) if text.strip()), None)
     if first is None:
@@ -123,13 +119,8 @@ def parse_json(text, where):
 
 
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
-
-
-def read_parquet(path, name, notes, columns):
+def read_parquet_rows(path, name, notes, columns):
     """Rows of a Parquet file, a thousand in memory at a time."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
     notes.append("Parquet")
     if path.stat().st_size == 0:
         raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
@@ -143,9 +134,7 @@ def read_parquet(path, name, notes, columns):
 
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
-
-
-def read_csv(path, name, notes, columns):
+def read_csv_rows(path, name, notes, columns):
     """Rows of a CSV file by the standard library's reader, which keeps "007", "None" and blanks as they are."""
     lines = (line for _, text in read_lines(path, name) for line in split_returns(text))
     skipped, head = 0, []  # the head tells the delimiter and the quotes
@@ -162,7 +151,9 @@ def read_csv(path, name, notes, columns):
     if named:
         head, skipped = head[1:], skipped + 1
     delimiter, quote = detect_dialect(head, named[1] if named else DELIMITERS, columns)
-    notes.append("CSV" + f" separated by {delimiter!r}" * (delimiter != ",") + f" in {quote} quotes" * (quote != '"'))
+    separated = "" if delimiter == "," else f" separated by {delimiter!r}"
+    quoted = "" if quote == '"' else f" in {quote} quotes"
+    notes.append(f"CSV{separated}{quoted}")
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(chain(head, lines), delimiter=delimiter, quotechar=quote, strict=True)
     yield from enumerate(csv_rows(reader, name, skipped, delimiter), start=1)
@@ -226,4 +217,4 @@ def read_header(cells, name):
     return header
 
 
-READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
+READERS = {".json": read_json_rows, ".jsonl": read_json_rows, ".csv": read_csv_rows, ".parquet": read_parquet_rows}

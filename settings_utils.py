@@ -52,14 +52,10 @@ RANGES = {
 
 
 REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
-
-
 AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "auto"
 
 
 SWITCHES = ("use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
-
-
 CHOICES = {
     "device": ("cuda", "cpu"),
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
@@ -72,8 +68,6 @@ BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "u
 
 
 # ---- Which script uses which settings --------------------------------------------------------------------------------
-
-
 # train.py uses every setting of config.py but these; a new setting is one of train.py unless it is named here
 NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples")
 
@@ -94,8 +88,6 @@ USED_SETTINGS = {
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-
-
 def describe_settings():
     """Return [(banner, [(name, help text), ...]), ...] as config.py is written: banners and trailing comments."""
     groups = []
@@ -176,8 +168,6 @@ def parse_command_line(parser, argv):
 
 
 # ---- One snapshot ----------------------------------------------------------------------------------------------------
-
-
 def make_settings(given=None, recorded=None):
     """Merge the settings' sources into a checked snapshot. In this order, a later source replaces an earlier one:
 
@@ -218,8 +208,6 @@ def cuda_is_available():
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
-
-
 def check_names(values, problem):
     """Raise UserError if a key of values is the name of no setting."""
     if unknown := sorted(values.keys() - DEFAULTS.keys()):

@@ -284,7 +284,7 @@ def measure(options):
         "timed_steps": len(seconds),
         "timed_tokens": tokens,
         **stopwatch.peak_memory(),
-        **({"dequantized": trainer.runner.dequantized} if ours else {}),
+        **({"dequantized": trainer.runner.plan.dequantized} if ours else {}),
         "losses": losses,
     }
     append(options.out, line | machine(options.device))

@@ -34,9 +34,6 @@ def main():
     parser.add_argument("--processes", type=int, help="tokenize with so many instead of what token_utils.py chooses")
     options = parser.parse_args()
     quiet_libraries()
-    if options.processes:
-        token_utils.choose_processes = lambda count: options.processes
-    print(f"processes that tokenize: {token_utils.choose_processes(options.rows)}")
     tokenizer = model_utils.load_tokenizer("models/tiny-base")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -48,7 +45,7 @@ def main():
             rows = timed(
                 figures["tokenize"],
                 token_utils.tokenize_conversations,
-                *(tokenizer, conversations, 512, "data", f"{folder}/{repeat}"),
+                *(tokenizer, conversations, 512, "data", f"{folder}/{repeat}", options.processes),
             )
             tokens = int(rows.index["length"].sum())
             print(f"{tokens:,} tokens, peak {memory():,.0f} MiB, largest worker {worker_memory():,.0f} MiB", flush=True)

@@ -411,12 +411,12 @@ def test_a_blank_system_turn_is_left_out_and_a_developer_is_a_system(write):
     assert report.count_dropped() == 0
 
 
-def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(write, tmp_path, monkeypatch):
+def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(write, tmp_path):
     cache, path = tmp_path / "cache", write("rows.json", JSON_ROWS)
     first, report = load_conversations(path, cache_dir=cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(data_utils, "read_rows", None)
-        again, same_report = load_conversations(path, cache_dir=cache)
+    built = [file.stat().st_mtime_ns for file in cache.glob("rows-*/*")]
+    again, same_report = load_conversations(path, cache_dir=cache)
+    assert [file.stat().st_mtime_ns for file in cache.glob("rows-*/*")] == built
     assert list(again) == list(first)
     assert same_report == report
     stamp = path.stat().st_mtime_ns

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ import prompt_utils
 from conftest import refusal
 from data_utils import store_conversations
 from message_utils import UserError
-from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, encode_prompt, find_end_token
+from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_prompt, encode_texts, find_end_token, mark_answers
 from token_utils import mark_trained_tokens, tokenize_conversations
 
 BOS, EOS = 1, 2  # ids of <s> and </s> in models/tiny-base
@@ -92,8 +93,9 @@ def system(text):
 
 def encoded(tokenizer, *messages):
     """(input_ids, labels) of a conversation."""
-    ids, labels, _ = encode_conversation(tokenizer, list(messages), find_end_token(tokenizer))
-    return ids, labels
+    marked = mark_answers(tokenizer, list(messages), find_end_token(tokenizer))
+    (found,) = encode_texts(tokenizer, [marked])
+    return found.ids.tolist(), np.where(found.trained, found.ids, IGNORED).tolist()
 
 
 def plain_ids(tokenizer, text):
@@ -407,7 +409,7 @@ def test_an_end_token_that_takes_the_line_break_along_is_trained_in_every_turn(t
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     turns = [user("a"), assistant("first"), user("b"), assistant("second")]
-    ids, labels, _ = encode_conversation(tokenizer, turns, "<|end|>")
+    ids, labels = encoded(tokenizer, *turns)
     assert trained(labels).count(tokenizer.eos_token_id) == 2
     assert ids.count(tokenizer.eos_token_id) == 4
 
@@ -416,7 +418,7 @@ def test_an_end_token_that_takes_the_line_break_along_is_trained_in_every_turn(t
 def test_a_control_token_in_the_answer_changes_no_prompt_id_of_a_metaspace_tokenizer(scheme):
     tokenizer = metaspace_tokenizer(scheme)
     messages = [user("say hi now"), assistant("it is </s> ok")]
-    ids, _, _ = encode_conversation(tokenizer, messages, "</s>")
+    ids, _ = encoded(tokenizer, *messages)
     prompt = encode_prompt(tokenizer, messages[:1])
     assert ids[: len(prompt)] == prompt
     assert ids.count(tokenizer.eos_token_id) == 1

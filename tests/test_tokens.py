@@ -1,5 +1,6 @@
 """Tokenized rows: the batches give what single rows give, cut and checked, kept on disk; and passes of them."""
 
+import importlib.util
 import os
 import random
 import shutil
@@ -7,7 +8,6 @@ import statistics
 import sys
 import tracemalloc
 from functools import lru_cache
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ import train
 from conftest import PROJECT, TINY_BASE, refusal
 from data_utils import store_conversations
 from message_utils import UserError
-from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_conversation, find_end_token
+from prompt_utils import ALPACA_TEMPLATE, IGNORED, EncodedText, encode_texts, find_end_token, mark_answers
 from report_utils import describe_tokens, token_lines
 from settings_utils import DEFAULTS, Settings
 from test_prompts import (
@@ -86,38 +86,23 @@ def store(folder, *conversations):
     return store_conversations(folder / "rows.jsonl", enumerate(map(list, conversations), start=1))
 
 
-def use_processes(monkeypatch, processes):
-    """Let so many processes tokenize, however few the rows."""
-    if processes > 1 and sys.platform != "linux":
-        pytest.skip("processes are forked on Linux only")
-    monkeypatch.setattr(token_utils, "choose_processes", lambda count: processes)
+FORKED = pytest.param(2, marks=pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only"))
 
 
 # ---- Batches give what single rows give ------------------------------------------------------------------------------
-def one_by_one(tokenizer, conversations):
-    """(ids, trained mask, last start) of every conversation by encode_conversation, or the number of a refused one."""
-    found = []
-    for number, messages in conversations:
-        try:
-            ids, labels, last_start = encode_conversation(tokenizer, messages, find_end_token(tokenizer))
-        except UserError as error:
-            return number, str(error)
-        found.append((ids, [label != IGNORED for label in labels], last_start))
-    return found
+def encode_rows(tokenizer, conversations, size=1):
+    """(ids, trained mask, last start) of every conversation, `size` of them encoded in one call."""
+    marked = [mark_answers(tokenizer, messages, find_end_token(tokenizer)) for messages in conversations]
+    batches = [encode_texts(tokenizer, marked[start : start + size]) for start in range(0, len(marked), size)]
+    return [(row.ids.tolist(), row.trained.tolist(), row.last_start) for batch in batches for row in batch]
 
 
-def in_batches(tokenizer, conversations):
-    """The same by encode_conversations."""
-    found = []
+def encode_or_message(tokenizer, conversations, size):
+    """The same, or the message of a conversation that is refused."""
     try:
-        for ids, mask, last_start, _ in token_utils.encode_conversations(
-            tokenizer, token_utils.plain_backend(tokenizer), conversations, find_end_token(tokenizer), "data"
-        ):
-            found.append((ids.tolist(), mask.tolist(), last_start))
+        return encode_rows(tokenizer, conversations, size)
     except UserError as error:
-        where, _, message = str(error).partition(": ")
-        return int(where.removeprefix("data, row ")), message
-    return found
+        return str(error)
 
 
 MIXED_TEXTS = TEXTS | st.sampled_from(ODD_TEXTS + CONTROL_TEXTS)
@@ -139,79 +124,40 @@ def conversations_of_turns(draw):
 def test_whatever_the_texts_batches_give_what_single_rows_give(name, template, drawn):
     tokenizer = named_tokenizer(name)
     tokenizer.chat_template = TEMPLATES[template]
-    numbered = list(enumerate(drawn, start=1))
-    assert in_batches(tokenizer, numbered) == one_by_one(tokenizer, numbered)
+    assert encode_or_message(tokenizer, drawn, len(drawn)) == encode_or_message(tokenizer, drawn, 1)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", BUILDERS)
-def test_odd_texts_and_control_tokens_get_the_same_ids_in_batches_of_any_size(name, template, monkeypatch):
+def test_odd_texts_and_control_tokens_get_the_same_ids_in_batches_of_any_size(name, template):
     tokenizer = named_tokenizer(name)
     tokenizer.chat_template = TEMPLATES[template]
     answers = ODD_ANSWERS + CONTROL_TEXTS
     rows = [[user(answers[-index]), assistant(text)] for index, text in enumerate(answers)]
     rows += [[*first, *second] for first, second in zip(rows[::2], rows[1::2], strict=False)]
-    numbered = list(enumerate(rows, start=1))
-    expected = one_by_one(tokenizer, numbered)
-    assert len(expected) == len(rows)
-    for size in (1, 7, len(rows), 1000):
-        monkeypatch.setattr(token_utils, "BATCH", size)
-        assert in_batches(tokenizer, numbered) == expected
+    expected = encode_rows(tokenizer, rows)
+    for size in (7, len(rows)):
+        assert encode_rows(tokenizer, rows, size) == expected
 
 
-def test_an_end_token_that_takes_the_line_break_along_gets_the_same_mask_in_batches(tokenizer):
+def test_an_end_token_that_takes_the_line_break_along_is_trained_and_nothing_behind_it(tokenizer):
     tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", lstrip=True, rstrip=True, special=True)})
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    rows = [(1, [user("a"), assistant("first \n"), user("b"), assistant("second")])]
-    ((ids, mask, _),) = in_batches(tokenizer, rows)
-    assert [(ids, mask)] == [found[:2] for found in one_by_one(tokenizer, rows)]
+    rows = [[user("a"), assistant("first \n"), user("b"), assistant("second")]]
+    ((ids, mask, _),) = encode_rows(tokenizer, rows)
+    assert mask[-1]
     assert [token for token, is_trained in zip(ids, mask, strict=True) if is_trained].count(tokenizer.eos_token_id) == 2
 
 
-def test_ordinary_rows_never_take_the_slow_way_and_control_tokens_always_do(tokenizer, monkeypatch):
-    slow = []
-    monkeypatch.setattr(
-        token_utils, "encode_conversation", lambda *args: slow.append(args[1]) or encode_conversation(*args)
-    )
-    ordinary = [[user(text), assistant(f"So {text}")] for text in ODD_TEXTS]
-    odd = [[user(text), assistant("So")] for text in CONTROL_TEXTS[:-1]]
-    in_batches(tokenizer, list(enumerate(ordinary + odd, start=1)))
-    assert slow == odd
-
-
-def torn_file():
-    yield 1, [user("q"), assistant("a")]
-    yield 2, [user("r"), assistant("b")]
-    raise OSError("Input/output error")
-
-
-def refused_row():
-    yield from islice(torn_file(), 2)
-    yield 3, [system("s"), user("q"), assistant("a")]
-
-
-@pytest.mark.parametrize("rows", [torn_file, refused_row])
-def test_the_rows_before_one_that_cannot_be_read_or_rendered_come_first(tokenizer, monkeypatch, rows):
-    monkeypatch.setattr(token_utils, "BATCH", 1)
-    tokenizer.chat_template = NO_SYSTEM
-    backend = token_utils.plain_backend(tokenizer)
-    found = token_utils.encode_conversations(tokenizer, backend, rows(), find_end_token(tokenizer), "data")
-    assert len([next(found), next(found)]) == 2
-    with pytest.raises((OSError, UserError), match=r"Input/output error|data, row 3:"):
-        next(found)
-
-
-def test_truncation_and_padding_of_the_tokenizer_shorten_no_row_and_are_left_as_they_were(tokenizer):
-    rows = [(1, [user("word " * 50), assistant("b")]), (2, [user("q"), assistant("a")])]
-    expected = in_batches(tokenizer, rows)
+def test_truncation_and_padding_of_the_tokenizer_shorten_no_row(tokenizer):
+    rows = [[user("word " * 50), assistant("b")], [user("q"), assistant("a")]]
+    expected = encode_rows(tokenizer, rows)
     tokenizer.backend_tokenizer.enable_truncation(5)
     tokenizer.backend_tokenizer.enable_padding(length=400)
-    before = tokenizer.backend_tokenizer.to_str()
-    assert in_batches(tokenizer, rows) == expected
-    assert tokenizer.backend_tokenizer.to_str() == before
+    assert encode_rows(tokenizer, rows, 2) == expected
 
 
 def test_what_is_read_from_disk_is_what_single_rows_give(tokenizer):
@@ -223,30 +169,20 @@ def test_what_is_read_from_disk_is_what_single_rows_give(tokenizer):
     assert rows.index["length"].tolist() == [len(row["input_ids"]) for row in rows]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 @pytest.mark.parametrize("processes", [2, 3, 8])
-def test_several_processes_write_the_bytes_that_one_writes(tokenizer, tmp_path, monkeypatch, processes):
+def test_several_processes_write_the_bytes_that_one_writes(tokenizer, tmp_path, processes):
     texts = [*ODD_TEXTS, *CONTROL_TEXTS, "word " * 60, *(f"{number} shop {'a ' * 200}" for number in range(1000))]
     stored = store(tmp_path, *[[user(text), assistant(f"{text}, I say")] for text in texts])
     stored = stored.select(random.Random(0).sample(range(len(stored)), len(stored)))
-    monkeypatch.setattr(token_utils, "BATCH", 2)
     written = {}
-    for folder, count in ((tmp_path / "one", 1), (tmp_path / "several", processes)):
-        use_processes(monkeypatch, count)
-        folder.mkdir()
-        token_utils.write_rows(folder, tokenizer, stored, 40, "data")
-        written[folder.name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name, count, batch in (("one", 1, 1000), ("several", processes, 2)):
+        rows = tokenize_conversations(tokenizer, stored, 40, "data", tmp_path / name, count, batch)
+        (folder,) = (tmp_path / name).iterdir()
+        written[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert written["several"] == written["one"]
-    assert set(written["one"]) == {"ids.bin", "trained.bin", "index.npz"}
-    statuses = token_utils.TokenizedRows(tmp_path / "several").all_rows["status"]
-    assert {KEPT, SHORTENED, ANSWER_CUT} <= set(statuses.tolist())
-
-
-def test_few_rows_or_few_cores_are_left_to_one_process_and_there_is_no_process_without_a_batch(monkeypatch):
-    found = {}
-    for cores in (1, 2, 16):
-        monkeypatch.setattr(token_utils, "count_processes", lambda cores=cores: cores)
-        found[cores] = [token_utils.choose_processes(count) for count in (0, 9_999, 10_000, 10_001, 10**6)]
-    assert found == {1: [1] * 5, 2: [1] * 5, 16: [1, 1, 10, 11, 16]}
+    assert {"ids.bin", "trained.bin", "index.npz"} < set(written["one"])
+    assert {KEPT, SHORTENED, ANSWER_CUT} <= set(rows.all_rows["status"].tolist())
 
 
 def test_only_answers_with_control_tokens_are_counted_as_such(tokenizer):
@@ -264,9 +200,8 @@ def test_only_answers_with_control_tokens_are_counted_as_such(tokenizer):
 def cut(prompt_length, answer_length, limit, bos_id=None):
     """Cut a row whose ids count from 0, so that every token tells where it came from; (ids, labels, status)."""
     ids = np.arange(prompt_length + answer_length, dtype=np.int32)
-    row = (ids, ids >= prompt_length, prompt_length, False)
-    ids, is_trained, full_length, status, _ = token_utils.cut_row(*row, limit, bos_id)
-    assert full_length == prompt_length + answer_length
+    row = EncodedText(ids, ids >= prompt_length, prompt_length)
+    ids, is_trained, status = token_utils.cut_row(row, limit, bos_id)
     return ids.tolist(), np.where(is_trained, ids, IGNORED).tolist(), STATUSES[status]
 
 
@@ -406,40 +341,35 @@ CONVERSATIONS = (
 )
 
 
-@pytest.fixture
-def builds(monkeypatch):
-    """The folders that write_rows filled so far."""
-    filled, write_rows = [], token_utils.write_rows
-
-    def counted(folder, *args):
-        filled.append(folder)
-        return write_rows(folder, *args)
-
-    monkeypatch.setattr(token_utils, "write_rows", counted)
-    return filled
+def builds(folder):
+    """What tells the cached folders apart, and each from one that is built again in its place."""
+    found = [path.stat() for path in folder.glob("cache/tokens-*/index.npz")]
+    return {(status.st_ino, status.st_mtime_ns) for status in found}
 
 
-def tokenize_in(folder, tokenizer, conversations=CONVERSATIONS, max_seq_length=512, **changes):
+def tokenize_in(folder, tokenizer, conversations=CONVERSATIONS, max_seq_length=512, order=None, **how):
     """Tokenize conversations with folder / "cache" as cache; they are written anew each time."""
     stored = store(folder, *conversations)
-    stored = stored.select(changes["order"]) if "order" in changes else stored
-    return tokenize_conversations(tokenizer, stored, max_seq_length, "data", folder / "cache")
+    stored = stored.select(order) if order else stored
+    return tokenize_conversations(tokenizer, stored, max_seq_length, "data", folder / "cache", **how)
 
 
-def test_a_second_call_builds_nothing_and_reads_the_same_rows(tokenizer, tmp_path, builds):
+def test_a_second_call_builds_nothing_and_reads_the_same_rows(tokenizer, tmp_path):
     first = tokenize_in(tmp_path, tokenizer)
+    built = builds(tmp_path)
     again = tokenize_in(tmp_path, model_utils.load_tokenizer(TINY_BASE))
-    assert len(builds) == 1
+    assert builds(tmp_path) == built
     assert list(first) == list(again)
     assert len(again) == 3
 
 
-def test_calls_of_the_tokenizer_in_between_do_not_change_its_key(tokenizer, tmp_path, builds):
+def test_calls_of_the_tokenizer_in_between_do_not_change_its_key(tokenizer, tmp_path):
     tokenize_in(tmp_path, tokenizer)
+    built = builds(tmp_path)
     tokenizer("some text")
     prompt_utils.encode_prompt(tokenizer, [user("say </s>")])
     tokenize_in(tmp_path, tokenizer)
-    assert len(builds) == 1
+    assert builds(tmp_path) == built
 
 
 def another_template(tokenizer):
@@ -461,13 +391,14 @@ def another_bos(tokenizer):
 @pytest.mark.parametrize(
     "change", [another_template, another_special_token, another_ordinary_token, another_bos], ids=lambda c: c.__name__
 )
-def test_a_tokenizer_changed_by_gives_other_rows_a_folder_of_their_own(change, tokenizer, tmp_path, builds):
+def test_a_tokenizer_changed_by_gives_other_rows_a_folder_of_their_own(change, tokenizer, tmp_path):
     tokenize_in(tmp_path, tokenizer)
     change(tokenizer)
     tokenize_in(tmp_path, tokenizer)
+    built = builds(tmp_path)
     tokenize_in(tmp_path, tokenizer)
-    assert len(builds) == 2
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert builds(tmp_path) == built
+    assert len(list((tmp_path / "cache").iterdir())) == len(built) == 2
 
 
 CHANGED_DATA = {
@@ -481,40 +412,42 @@ CHANGED_DATA = {
 
 
 @pytest.mark.parametrize("changes", CHANGED_DATA.values(), ids=CHANGED_DATA)
-def test_other_data_or_another_length_are_another_folder(changes, tokenizer, tmp_path, builds):
+def test_other_data_or_another_length_are_another_folder(changes, tokenizer, tmp_path):
     tokenize_in(tmp_path, tokenizer)
     rows = tokenize_in(tmp_path, tokenizer, **changes)
+    built = builds(tmp_path)
     again = tokenize_in(tmp_path, tokenizer, **changes)
-    assert len(builds) == 2
+    assert builds(tmp_path) == built
+    assert len(built) == 2
     assert list(rows) == list(again)
     assert [row["row"] for row in rows] == [position + 1 for position in changes.get("order", range(len(rows)))]
 
 
 @pytest.mark.parametrize("changed", ["token_utils.py", "prompt_utils.py"])
-def test_changed_code_is_another_folder_and_the_same_code_elsewhere_is_not(
-    changed, tokenizer, tmp_path, builds, monkeypatch
-):
+def test_changed_code_is_another_folder_and_the_same_code_elsewhere_is_not(changed, tokenizer, tmp_path):
+    stored = store(tmp_path, *CONVERSATIONS)
     tokenize_in(tmp_path, tokenizer)
-    code = tmp_path / "code"
-    code.mkdir()
+    built = builds(tmp_path)
     for name in ("token_utils.py", "prompt_utils.py"):
-        shutil.copy(PROJECT / name, code)
-    monkeypatch.setattr(token_utils, "__file__", str(code / "token_utils.py"))
-    tokenize_in(tmp_path, tokenizer)
-    assert len(builds) == 1
-    with open(code / changed, "a", encoding="utf-8") as file:
+        shutil.copy(PROJECT / name, tmp_path)
+    specification = importlib.util.spec_from_file_location("token_utils_elsewhere", tmp_path / "token_utils.py")
+    elsewhere = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(elsewhere)
+    elsewhere.tokenize_conversations(tokenizer, stored, 512, "data", tmp_path / "cache")
+    assert builds(tmp_path) == built
+    with open(tmp_path / changed, "a", encoding="utf-8") as file:
         file.write("\n")
-    tokenize_in(tmp_path, tokenizer)
-    assert len(builds) == 2
+    elsewhere.tokenize_conversations(tokenizer, stored, 512, "data", tmp_path / "cache")
+    assert len(builds(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_rows_that_cannot_be_tokenized_leave_nothing_in_the_cache(tokenizer, tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(token_utils, "BATCH", 1)  # the rows before the faulty one are written by then
-    use_processes(monkeypatch, processes)
+@pytest.mark.parametrize("processes", [1, FORKED])
+def test_rows_that_cannot_be_tokenized_leave_nothing_in_the_cache(tokenizer, tmp_path, processes):
     tokenizer.chat_template = NO_SYSTEM
     faulty = (system("Be brief."), *CONVERSATIONS[0])
-    message = refusal(tokenize_in, tmp_path, tokenizer, (*CONVERSATIONS, faulty, faulty, *CONVERSATIONS, faulty))
+    rows = (*CONVERSATIONS, faulty, faulty, *CONVERSATIONS, faulty)
+    # in batches of one, so that the rows before the faulty one are written by then
+    message = refusal(lambda: tokenize_in(tmp_path, tokenizer, rows, processes=processes, batch=1))
     assert message.startswith("data, row 4: the model's chat template refuses a conversation of system, user")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -634,13 +567,13 @@ def made_conversations(count, length, words=WORDS):
         yield number, [user(f"{number} {question}"), assistant(answer)]
 
 
-def test_the_memory_is_that_of_a_few_batches_and_not_of_the_file(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_utils, "BATCH", 100)  # as 1,000 to a file ten times as large
+def test_the_memory_is_that_of_a_few_batches_and_not_of_the_file(tokenizer, tmp_path):
     stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(4_000, 75, LONG_WORDS))
     size = stored.path.stat().st_size
     tracemalloc.start()
     try:
-        rows = tokenize_conversations(tokenizer, stored, 512, "data", tmp_path)
+        # a batch of 100, as 1,000 to a file ten times as large
+        rows = tokenize_conversations(tokenizer, stored, 512, "data", tmp_path, processes=1, batch=100)
         tokens = sum(len(row["input_ids"]) for row in rows)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -654,18 +587,16 @@ def processor_seconds():
     return sum(os.times()[:4])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, FORKED])
 def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_rendered_texts(
-    tokenizer, tmp_path, monkeypatch, processes
+    tokenizer, tmp_path, processes
 ):
-    use_processes(monkeypatch, processes)
-    monkeypatch.setattr(token_utils, "BATCH", 250)
     stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500, 140))
     texts = [prompt_utils.render(tokenizer, messages, False) for _, messages in stored]
     seconds = {"ours": [], "bare": []}
     for repeat in range(3):
         started = processor_seconds()
-        rows = tokenize_conversations(tokenizer, stored, 512, "data", tmp_path / str(repeat))
+        rows = tokenize_conversations(tokenizer, stored, 512, "data", tmp_path / str(repeat), processes, batch=250)
         seconds["ours"].append(processor_seconds() - started)
         started = processor_seconds()
         bare = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import process_utils
+import worker_utils
 from conftest import PROJECT, refusal
 from message_utils import UserError
-from process_utils import run_in_processes
+from worker_utils import run_in_processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 
@@ -142,17 +142,17 @@ def test_settings_and_signals_are_afterwards_as_they_were(monkeypatch, setting):
 
 def test_processes_are_as_many_as_our_cores_and_no_more_than_the_limit(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-    assert process_utils.count_processes() == 6
+    assert worker_utils.count_processes() == 6
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(200)))
-    assert process_utils.count_processes() == process_utils.MAX_PROCESSES
+    assert worker_utils.count_processes() == worker_utils.MAX_PROCESSES
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert process_utils.count_processes() == 1
+    assert worker_utils.count_processes() == 1
 
 
 # ---- A user's own command, on two processes whatever the machine has -------------------------------------------------
 TRAIN = """
-import sys, token_utils, train
-token_utils.choose_processes = lambda count: 2
+import os, sys, train
+os.sched_getaffinity = lambda pid: {0, 1}
 sys.exit(train.run_script(train.main, sys.argv[1:]))
 """
 
