@@ -81,7 +81,7 @@ def tokenize_conversations(
     """
     code = [Path(__file__), Path(__file__).with_name("prompt_utils.py")]
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    parts = json.dumps(
+    shaping = json.dumps(
         [
             conversations.fingerprint(),
             tokenizer.backend_tokenizer.to_str(),
@@ -91,7 +91,7 @@ def tokenize_conversations(
             transformers.__version__,
         ]
     )
-    key = sha256([parts, *code])
+    key = sha256([shaping, *code])
     parts = [range(start, min(start + batch, len(conversations))) for start in range(0, len(conversations), batch)]
     if processes is None:
         processes = min(count_processes(), len(parts)) if len(conversations) >= SHARED_ROWS else 1
