@@ -99,8 +99,7 @@ class LoraTrainer(Trainer):
         """Flag a loss or gradient that is not finite; the optimizer leaves out a flagged step."""
         norm = super()._get_grad_norm(model, grad_norm)
         finite, scaler = torch.isfinite(self.loss_of_step), self.accelerator.scaler
-        # the loss scaling of float16 answers an overflowing gradient by a smaller scale, as it must at first
-        if scaler is None or scaler.get_scale() <= 1:
+        if not answers_overflow(scaler):
             finite &= torch.isfinite(norm)
         optimizer = self.optimizer.optimizer
         leaves_out = optimizer.defaults.get("fused") and scaler is None
@@ -281,6 +280,14 @@ class SpeedMeter:
         speed = self.tokens / self.seconds
         self.tokens, self.seconds = 0, 0.0
         return speed
+
+
+def answers_overflow(scaler):
+    """Whether the loss scaling of float16 answers an overflowing gradient by a smaller scale, as it must at first.
+
+    scaler: torch's GradScaler, or None in other number formats.
+    """
+    return scaler is not None and scaler.get_scale() > 1
 
 
 def validation_loss(runner, rows, accelerator, before_pass):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
+import engine_runner
 import file_utils
 import train
 import training_utils
@@ -118,9 +119,9 @@ def test_early_stopping_counts_on_and_the_best_checkpoint_is_kept_across_kills(
 
 def stop_in_evaluation(monkeypatch, number):
     """Let the next run get a signal in the second pass of its evaluation `number`; returns the passes that it began."""
-    original, evaluations, passes = training_utils.score_rows, [], []
+    original, evaluations, passes = engine_runner.score_rows, [], []
 
-    def score_rows(model, rows, max_tokens, before_pass):
+    def score_rows(model, rows, max_pass_tokens, kernels, before_pass):
         evaluations.append(len(evaluations) + 1)
 
         def begin():
@@ -129,9 +130,9 @@ def stop_in_evaluation(monkeypatch, number):
                 os.kill(os.getpid(), signal.SIGTERM)
             before_pass()
 
-        return original(model, rows, max_tokens, begin)
+        return original(model, rows, max_pass_tokens, kernels, begin)
 
-    monkeypatch.setattr(training_utils, "score_rows", score_rows)
+    monkeypatch.setattr(engine_runner, "score_rows", score_rows)
     return passes
 
 

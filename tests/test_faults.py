@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint_utils
+import engine_runner
 import plan_utils
 import training_utils
 from checkpoint_utils import find_newest
@@ -298,25 +300,17 @@ def test_a_signal_in_a_step_that_is_not_finite_saves_nothing_of_it(dataset, tmp_
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_too(dataset, tmp_path, monkeypatch):
-    original = training_utils.score_rows
-    monkeypatch.setattr(training_utils, "score_rows", lambda *args: [(math.nan, n) for _, n in original(*args)])
+    original = engine_runner.score_rows
+    monkeypatch.setattr(engine_runner, "score_rows", lambda *args: [(math.nan, n) for _, n in original(*args)])
     message = refusal(lambda: small_run(dataset, tmp_path))
     assert "the validation loss of step 2 is not finite" in message
     assert "none yet" in message
 
 
 def test_the_overflow_that_fp16_scaling_answers_is_not_a_fault():
-    class Scaler:
-        def get_scale(self):
-            return 65536.0
-
-    class Trainer:
-        args = type("Arguments", (), {"device": torch.device("cpu")})
-        accelerator = type("Accelerator", (), {"scaler": None})
-
-    assert not training_utils.LoraTrainer._scaler_will_skip(Trainer)
-    Trainer.accelerator.scaler = Scaler()
-    assert training_utils.LoraTrainer._scaler_will_skip(Trainer)
+    assert not training_utils.answers_overflow(None)
+    assert training_utils.answers_overflow(torch.amp.GradScaler("cpu"))
+    assert not training_utils.answers_overflow(torch.amp.GradScaler("cpu", init_scale=1.0))  # it cannot get smaller
 
 
 # ---- A real full disk ------------------------------------------------------------------------------------------------
@@ -375,7 +369,8 @@ class PlannedRows(list):
 def test_a_run_of_one_step_says_that_it_trains_nothing(changes, said, capsys):
     settings = Settings(**DEFAULTS)._replace(**({"max_steps": 1} | changes))
     rows = PlannedRows(range(40))
-    plan_utils.print_plan(settings, torch.device("cpu"), torch.float32, rows, [], (100, 10))
+    base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, shapes=torch.nn.Linear(9, 10))
+    plan_utils.print_plan(settings, base, rows, [])
     assert ("trains nothing" in capsys.readouterr().err) == said
 
 

@@ -8,6 +8,7 @@ import statistics
 import sys
 import tracemalloc
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,7 +294,7 @@ def test_rows_of_which_no_trained_token_is_left_are_dropped_and_none_at_all_is_a
     assert "0 rows whole, 1 dropped: no trainable token (row 1)" in list(token_lines("training", report, 1))[2]
     chosen = Settings(**DEFAULTS)._replace(max_seq_length=1, output_dir=str(tmp_path))
     stored = store(tmp_path, conversation)
-    message = refusal(lambda: list(train.tokenize_data(tokenizer, stored, stored.select([]), chosen)))
+    message = refusal(train.tokenize, chosen, SimpleNamespace(tokenizer=tokenizer), stored, "training data")
     assert "the training data's 1 rows" in message
     assert "--max_seq_length 1; raise it" in message
 
