@@ -233,8 +233,9 @@ class StepRunner:
             self.patches.callback(self.base.gradient_checkpointing_disable)
         if self.plan.compiled:
             # the first layer's input then needs a gradient, as the others' do, and all layers share their code
-            self.base.enable_input_require_grads()
-            self.patches.callback(self.base.disable_input_require_grads)
+            embeddings = self.base.get_input_embeddings()
+            hook = embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
+            self.patches.callback(hook.remove)
         if self.accelerator:
             # Module.zero_grad walks through all modules
             self.patches.set(self.model, "zero_grad", lambda **_: self.release_gradients())

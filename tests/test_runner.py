@@ -24,10 +24,12 @@ LONG = StepPlan(max_pass_tokens=1000)
 
 # ---- Everything is taken back ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_is_as_it_was_when_the_runner_is_closed(checkpointing):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_is_as_it_was_when_the_runner_is_closed(checkpointing, compiled, monkeypatch):
     model, rows = bundled_model(), make_rows(vocabulary=8000)
+    compile_to(monkeypatch)
     before = state_of(model)
-    plan = LONG._replace(kernels=Kernels(loss=True, lora=True), checkpointing=checkpointing)
+    plan = LONG._replace(kernels=Kernels(loss=True, lora=True), checkpointing=checkpointing, compiled=compiled)
     with StepRunner(model, plan) as runner:
         assert runner.plan.kernels == Kernels(loss=True, lora=True)
         runner.step(rows)
