@@ -3,10 +3,12 @@
 import re
 
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from message_utils import UserError, printable, say
+from prompt_utils import encode_prompt
 
 LINEAR = (torch.nn.Linear, Conv1D)
 # Mamba's fused kernels read these layers' weights themselves, past any adapter (transformers, cuda_kernels_forward)
@@ -17,7 +19,8 @@ READ_BY_KERNELS = {"out_proj", "x_proj", "dt_proj"}
 def language_model(base):
     """The part of a base model that reads tokens: its decoder, without an output layer, vision or audio towers."""
     decoder = base.get_decoder()
-    return base.base_model if decoder is base else decoder
+    inner = [child for child in base.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if decoder is base and inner else decoder  # Llama 4's text model gives itself
 
 
 def own_modules(base):
@@ -64,6 +67,17 @@ def is_tied(base):
     return head is not None and getattr(head, "weight", None) is base.get_input_embeddings().weight
 
 
+def check_mergeable(model):
+    """Raise UserError for an adapter, of another tool, on an output layer that shares the embeddings' weight."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if isinstance(head, LoraLayer) and head.get_base_layer().weight is base.get_input_embeddings().weight:
+        raise UserError(
+            "the adapter changes the output layer, which shares its weight with the input embeddings, so it cannot be"
+            " merged; use base and adapter as they are, or train one without that layer"
+        )
+
+
 def listed_names(target_modules):
     return [name.strip() for name in target_modules.split(",")]
 
@@ -79,10 +93,13 @@ def check_target_modules(base, target_modules):
     output layer that could not be merged.
     """
     without = left_out(base)
-    if target_modules == "all-linear":
-        return without
-    wanted, head = listed_names(target_modules), base.get_output_embeddings()
     names = {name: layer for name, layer in base.named_modules() if isinstance(layer, LINEAR) and name not in without}
+    head = base.get_output_embeddings()
+    if target_modules == "all-linear":
+        if not any(layer is not head for layer in names.values()):
+            raise UserError(f"{type(base).__name__} has no linear layer that takes an adapter; give another base model")
+        return without
+    wanted = listed_names(target_modules)
     tied = [name for name, layer in names.items() if layer is head and is_tied(base)]
     if found := [target for target in wanted if any(matches(name, [target]) for name in tied)]:
         raise UserError(
@@ -105,25 +122,31 @@ def say_left_out(shapes):
     """
     base, total = shapes.get_base_model(), sum(parameter.numel() for parameter in shapes.parameters())
     own, names, count = own_modules(base), [], 0
-    for name in shapes.peft_config["default"].exclude_modules or []:
+    for name in sorted(shapes.peft_config["default"].exclude_modules or []):
         layer = base.get_submodule(name)
         names.append(short_name(name) if layer in own else ".".join(name.split(".")[:2]))
         count += layer.weight.numel()
-    experts = [
-        (f"{name}.{parameter_name}", parameter.numel())
-        for name, module in base.named_modules()
-        if module in own and not isinstance(module, (*LINEAR, torch.nn.Embedding))
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2
-    ]
-    if sum(size for _, size in experts) >= 0.01 * total:
-        names += [short_name(name) for name, _ in experts]
-        count += sum(size for _, size in experts)
+    others = stacked_weights(base, own)
+    if sum(weight.numel() for weight in others.values()) >= 0.01 * total:
+        names += [short_name(name.removesuffix(".weight")) for name in others]
+        count += sum(weight.numel() for weight in others.values())
     if names:
         say(
             f"LoRA leaves out {', '.join(dict.fromkeys(names))} ({count / total:.1%} of the parameters): they are not"
             " linear layers of the language model that take an adapter"
         )
+
+
+def stacked_weights(base, own):
+    """{name: matrix} of the language model's matrices, such as experts', in no layer that an adapter could serve."""
+    usual = (*LINEAR, torch.nn.Embedding, torch.nn.Conv1d)
+    modules = {name: module for name, module in base.named_modules() if module in own and not isinstance(module, usual)}
+    return {
+        f"{name}.{key}": weight
+        for name, module in modules.items()
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.ndim >= 2 and "base_layer" not in f"{name}." and "lora_" not in name
+    }
 
 
 def short_name(name):
@@ -150,13 +173,23 @@ def check_rows(model, tokenizer, rows, name):
     if largest >= count:
         position = int((rows.ids >= count).argmax())
         row = rows.index["row"][(rows.index["start"] <= position).nonzero()[0][-1]]
-        token = printable(tokenizer.convert_ids_to_tokens(int(rows.ids[position])))
-        raise UserError(
-            f"{name}, row {row}: the token {token} has the id {int(rows.ids[position])}, and the base model has"
-            f" embeddings for the ids 0 to {count - 1} only; give the tokenizer that belongs to this model, or the"
-            " model whose embeddings were resized for it"
-        )
+        refuse_token(f"{name}, row {row}", tokenizer, int(rows.ids[position]), count)
     check_lengths(model, rows, name)
+
+
+def check_prompt(model, tokenizer):
+    """Raise UserError where the chat template writes a token that the model has no embedding for."""
+    count, ids = count_embeddings(model), encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
+    if max(ids) >= count:
+        refuse_token("the chat template", tokenizer, max(ids), count)
+
+
+def refuse_token(where, tokenizer, number, count):
+    token = printable(tokenizer.convert_ids_to_tokens(number))
+    raise UserError(
+        f"{where}: the token {token} has the id {number}, and the base model has embeddings for the ids 0 to"
+        f" {count - 1} only; give the tokenizer that belongs to this model, or the model whose embeddings were resized"
+    )
 
 
 def check_lengths(model, rows, name):

@@ -32,7 +32,7 @@ from file_utils import (
     staged_folder,
     write_json,
 )
-from fit_utils import check_target_modules, fit_pad_token, listed_names, say_left_out
+from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import hub_errors, locate_model, model_folder
 from message_utils import UserError, quiet_libraries, say
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids
@@ -494,6 +494,7 @@ def load_trained_model(adapter_path, settings=None):
     say(f"Base model: {settings.base_model_name}, adapter: {display_path(folder)}")
     base = load_settings_base(settings)
     fit_pad_token(tokenizer, base, choose_pad_token)
+    check_prompt(base, tokenizer)
     content = base_content(base.name_or_path, resolve_path(settings.models_dir))
     check_adapter_identity(folder, settings.base_model_name, content)
     return load_adapter(base, folder).eval(), tokenizer
@@ -552,6 +553,7 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
+    check_mergeable(model)
     base = reload_base(model, resolve_path(models_dir))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
