@@ -49,7 +49,8 @@ def build_pass(rows):
     """Lay rows end to end, without padding, as one batch of size 1 for a causal LM.
 
     input_ids and position_ids have shape (1, tokens); positions restart at 0 with each row, which is how transformers'
-    masks keep the rows apart (it needs attention_mask=None and use_cache=False; masking_utils.py). `row_starts`, one
+    masks keep the rows apart (it needs attention_mask=None and use_cache=False; masking_utils.py); a row that is tried
+    out at other positions has its "first_position". `row_starts`, one
     more than there are rows, says the same to varlen attention, its last being the end; `longest`, rounded up to a
     power of two, bounds the rows' lengths. `predicting` holds the positions whose next token is trained, `targets` that
     token, `row_of_target` the row's index: (targets,) each.
@@ -57,13 +58,14 @@ def build_pass(rows):
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     labels = torch.cat([as_tensor(row["labels"]) for row in rows])
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    offsets = starts[:-1] - torch.tensor([row.get("first_position", 0) for row in rows])
     row_of_token = torch.repeat_interleave(torch.arange(len(rows)), lengths)
     trained = labels != IGNORED
     trained[starts[:-1]] = False  # nothing comes before a row's first token
     targets = trained.nonzero()[:, 0]
     return {
         "input_ids": torch.cat([as_tensor(row["input_ids"]) for row in rows])[None],
-        "position_ids": (torch.arange(len(labels)) - starts[row_of_token])[None],
+        "position_ids": (torch.arange(len(labels)) - offsets[row_of_token])[None],
         "row_starts": starts.int(),
         "longest": 1 << (int(lengths.max()) - 1).bit_length(),
         "predicting": targets - 1,
@@ -293,6 +295,7 @@ def pass_losses(model, rows, kernels=PLAIN):
     where a trained token follows.
     """
     base = transformers_model(model)
+    forget_longer_rows(base)
     batch = to_device(build_pass(rows), base.device)
     with chosen_attention(base, kernels), chosen_loss(base, kernels, batch["targets"]):
         outputs = model(
@@ -307,6 +310,24 @@ def pass_losses(model, rows, kernels=PLAIN):
     return outputs, batch["row_of_target"]
 
 
+def forget_longer_rows(base):
+    """Bring back the rotary frequencies of a short row.
+
+    With rope_type "dynamic" they follow the longest position met, and stay when a shorter row comes that is beyond the
+    original length too (transformers, dynamic_rope_update).
+    """
+    if "'dynamic'" not in str(getattr(base.config.get_text_config(), "rope_parameters", "")):
+        return
+    for module in base.modules():
+        if "dynamic" not in str(getattr(module, "rope_type", "")):
+            continue
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, module.original_max_seq_len)
+        for name, frequencies in module.named_buffers(recurse=False):
+            if name.endswith("original_inv_freq"):
+                getattr(module, name.replace("original_inv_freq", "inv_freq")).copy_(frequencies)
+
+
 def own_dropout(base):
     """Whether the model's config has dropout of its own, beside LoRA's; a mere likeness of names costs speed alone."""
     config = base.config.get_text_config().to_dict()
@@ -315,7 +336,7 @@ def own_dropout(base):
 
 # ---- Trying a model on two short rows --------------------------------------------------------------------------------
 def probe_rows(model, seed=0):
-    """Two short rows of random tokens, all trained; the seed decides the first, the second is always the same."""
+    """Two rows of 24 random tokens, all trained; the seed decides the first, the second is always the same."""
     vocabulary = model.get_input_embeddings().num_embeddings
     draws = [torch.Generator().manual_seed(number) for number in (seed, 1000)]
     ids = [torch.randint(vocabulary, (24,), generator=draw).tolist() for draw in draws]
@@ -355,17 +376,23 @@ def same_losses(model, found, expected):
     return (found - expected).abs().mean().item() <= (1e-3 if model.dtype == torch.float32 else 0.15)
 
 
-def mixes_rows(model, kernels):
+def mixes_rows(model, kernels, longest_row=1):
     """Whether a row's losses depend on the row that is laid before it.
 
-    What the first row says, or that it is there at all, must not move the second row's losses. Attention layers with
-    rotary positions keep rows apart; recurrent and convolutional layers, and learned absolute positions in some
-    families, let a row read the one before it.
+    What the first row says, that it is there at all, or that it stands where a row of longest_row tokens ends, must not
+    move the second row's losses. Attention layers with rotary positions keep rows apart; recurrent and convolutional
+    layers, and learned absolute positions in some families, let a row read the one before it; rope_type "dynamic" and
+    "longrope" scale the positions of all rows by the longest.
     """
     rows = probe_rows(model)
     found, alone = probe_losses(model, rows, kernels), probe_losses(model, rows[1:], kernels)
-    behind_another = probe_losses(model, probe_rows(model, seed=1), kernels)
-    return not (same_losses(model, found, alone) and (found - behind_another).abs().max() <= 1e-3)
+    others = [probe_rows(model, seed=1)]
+    first = max(longest_row - len(rows[0]["input_ids"]), 0)
+    if first:
+        others.append([rows[0] | {"first_position": first}, rows[1]])
+    behind_others = [probe_losses(model, other, kernels) for other in others]
+    unmoved = all((found - behind).abs().max() <= 1e-3 for behind in behind_others)
+    return not (unmoved and same_losses(model, found, alone))
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ class PassGraph:
         self.starts.copy_(starts.pin_memory(), non_blocking=True)
         self.ids[:, :count].copy_(batch["input_ids"].pin_memory(), non_blocking=True)
         self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
+        self.positions[:, count:].zero_()  # rope_type "longrope" looks for the longest position of a pass
 
 
 class Recordings:
@@ -196,7 +197,7 @@ class StepRunner:
         if self.base.device.type == "cuda":
             attention = "varlen flash attention" if kernels.attention else "SDPA with a block mask"
             say(f"Attention: {attention}; loss: {'fused with' if kernels.loss else 'after'} the output layer")
-        if self.plan.max_pass_tokens and mixes_rows(self.model, kernels):
+        if self.plan.max_pass_tokens and mixes_rows(self.model, kernels, self.plan.longest_row):
             say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")
             self.lower(max_pass_tokens=0)
 

@@ -19,6 +19,7 @@ from settings_utils import build_parser, make_settings, parse_command_line
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
 engine_runner = LateImport("engine_runner")
+fit_utils = LateImport("fit_utils")
 plan_utils = LateImport("plan_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
@@ -50,8 +51,9 @@ def evaluate(adapter_path, given, run_dir, target):
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     start_garbage_collection()
     rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
+    fit_utils.check_rows(model, tokenizer, rows, "validation data")
     say(f"Measuring base and tuned model on {len(rows)} rows")
-    with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings)) as runner:
+    with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
         metrics = measure(model, runner, rows)
     samples = answer_side_by_side(model, tokenizer, conversations[: settings.eval_samples], settings)
     metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name}

@@ -19,6 +19,7 @@ from settings_utils import build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 data_utils = LateImport("data_utils")
+fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
 prompt_utils = LateImport("prompt_utils")
@@ -76,7 +77,10 @@ def load(adapter_path, given, base_only):
     settings = make_settings(given, recorded)
     say(f"Base model: {settings.base_model_name}, no adapter")
     model = model_utils.load_settings_base(settings)
-    return Loaded(model, model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir)), settings)
+    tokenizer = model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir))
+    fit_utils.fit_pad_token(tokenizer, model, model_utils.choose_pad_token)
+    fit_utils.check_prompt(model, tokenizer)
+    return Loaded(model, tokenizer, settings)
 
 
 def print_reply(loaded, messages):

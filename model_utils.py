@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from file_utils import (
     staged_folder,
     write_json,
 )
+from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import hub_errors, locate_model, model_folder
 from message_utils import UserError, quiet_libraries, say
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids
@@ -103,8 +105,12 @@ def measured_peak(device):
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
 def load_tokenizer(path, models_dir=None):
     """Load a tokenizer ready for training: a pad token other than EOS, a chat template, padding on the right."""
+    check_sentencepiece(path)
     with hub_errors(path, "restore the folder's tokenizer files or give another one"):
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
+        # mistral_format: a tekken.json beside tokenizer.json would be read by mistral-common, which gives no offsets
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, cache_dir=models_dir, trust_remote_code=False, mistral_format=False
+        )
     if not tokenizer.is_fast:
         raise UserError(f"{path} has only a slow tokenizer, without character offsets; choose another base model")
     if tokenizer.eos_token is None:
@@ -117,9 +123,29 @@ def load_tokenizer(path, models_dir=None):
     return tokenizer
 
 
-def choose_pad_token(tokenizer):
-    """An existing token to pad with: a new one would resize the embeddings, EOS would be masked by other tools."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+def check_sentencepiece(path):
+    """Raise UserError for a folder with tokenizer.model alone where the library that reads it is not installed."""
+    files = {name: (Path(path) / name).is_file() for name in ("tokenizer.model", "tokenizer.json")}
+    if files["tokenizer.model"] and not files["tokenizer.json"] and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{path} has a tokenizer.model and no tokenizer.json; pip install sentencepiece, which reads it, or put the"
+            " model's tokenizer.json beside it"
+        )
+
+
+def has_tokenizer(folder):
+    """Whether a folder holds a tokenizer; adapters of other tools often do not."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    return any((Path(folder) / name).is_file() for name in names)
+
+
+def choose_pad_token(tokenizer, embeddings=2**31):
+    """An existing token to pad with: a new one would resize the embeddings, EOS would be masked by other tools.
+
+    Its id is below the number of the model's embeddings.
+    """
+    added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if number < embeddings}
+    special = [token.content for token in added.values() if token.special]
     spare = [token for token in special if "pad" in token or "reserved" in token or "unused" in token]
     # the last resort is harmless here: labels and masks of this project go by position, never by token
     candidates = [token for token in (tokenizer.unk_token, *spare) if token not in (None, tokenizer.eos_token)]
@@ -145,8 +171,11 @@ def find_base(settings):
     grow_gpu_memory(device)
     dtype = choose_dtype(device, settings.use_fp16)
     path = locate_model(settings.base_model_name, models_dir)
-    tokenizer = load_tokenizer(path, models_dir)
-    return Base(path, models_dir, device, dtype, tokenizer, empty_model(path, settings, models_dir))
+    tokenizer, shapes = load_tokenizer(path, models_dir), empty_model(path, settings, models_dir)
+    fit_pad_token(tokenizer, shapes, choose_pad_token)
+    if settings.lora_target_modules == "all-linear":
+        say_left_out(shapes)
+    return Base(path, models_dir, device, dtype, tokenizer, shapes)
 
 
 def load_for_training(settings, base):
@@ -221,7 +250,8 @@ def share_token_ids(model, tokenizer):
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def build_lora_config(settings):
+def build_lora_config(settings, left_out=()):
+    """LORA_TARGET_MODULES as peft has it; left_out: names of the layers among them that get no adapter."""
     modules = settings.lora_target_modules
     return LoraConfig(
         r=settings.lora_r,
@@ -229,7 +259,8 @@ def build_lora_config(settings):
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        target_modules=modules if modules == "all-linear" else [name.strip() for name in modules.split(",")],
+        target_modules=modules if modules == "all-linear" else listed_names(modules),
+        exclude_modules=list(left_out) or None,
         task_type="CAUSAL_LM",
     )
 
@@ -240,10 +271,12 @@ def attach_lora(model, settings):
     peft keeps the LoRA weights in float32 for the optimizer. Nothing else is cast: prepare_model_for_kbit_training
     would turn every 16-bit weight of the base to float32, about 1 GiB on 7B.
     """
+    left_out = check_target_modules(model, settings.lora_target_modules)
+    config = build_lora_config(settings, left_out)
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's weights lie so
     set_seed(settings.seed)
-    check_target_modules(model, settings.lora_target_modules)
     try:
-        peft_model = get_peft_model(model, build_lora_config(settings))
+        peft_model = get_peft_model(model, config)
     except ValueError as error:
         if "ParamWrapper" not in str(error):
             raise
@@ -254,20 +287,6 @@ def attach_lora(model, settings):
     # as the user gave it, not as it was resolved: a path inside the project stays valid when the project moves
     peft_model.peft_config["default"].base_model_name_or_path = settings.base_model_name
     return peft_model
-
-
-def check_target_modules(model, target_modules):
-    """Raise UserError for a listed module that the model has not; peft would leave it out in silence."""
-    if target_modules == "all-linear":
-        return
-    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    wanted = [target.strip() for target in target_modules.split(",")]
-    if unknown := [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in linear)]:
-        leaves = sorted({name.split(".")[-1] for name in linear})
-        raise UserError(
-            f"--lora_target_modules {target_modules}: the model has no linear layer {', '.join(unknown)}; it has"
-            f" {', '.join(leaves)}"
-        )
 
 
 def empty_model(path, settings, models_dir=None):
@@ -471,12 +490,27 @@ def load_trained_model(adapter_path, settings=None):
             f" {settings.base_model_name}; leave out --base_model_name (if the base was moved, correct"
             " base_model_name_or_path in the adapter's adapter_config.json)"
         )
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_adapters_tokenizer(folder, settings)
     say(f"Base model: {settings.base_model_name}, adapter: {display_path(folder)}")
     base = load_settings_base(settings)
+    fit_pad_token(tokenizer, base, choose_pad_token)
+    check_prompt(base, tokenizer)
     content = base_content(base.name_or_path, resolve_path(settings.models_dir))
     check_adapter_identity(folder, settings.base_model_name, content)
     return load_adapter(base, folder).eval(), tokenizer
+
+
+def load_adapters_tokenizer(folder, settings):
+    """The tokenizer that lies beside an adapter, or its base model's where another tool saved none.
+
+    An adapter of this project, known by its recorded settings, came with one, which is then missed.
+    """
+    if has_tokenizer(folder) or (folder / SETTINGS_FILE).is_file():
+        return load_tokenizer(str(folder))
+    models_dir = resolve_path(settings.models_dir)
+    tokenizer = load_tokenizer(locate_model(settings.base_model_name, models_dir), models_dir)
+    say(f"Adapter {display_path(folder)} holds no tokenizer; its base model's is used, with that one's chat template")
+    return tokenizer
 
 
 def load_adapter(base, folder):
@@ -519,6 +553,7 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
+    check_mergeable(model)
     base = reload_base(model, resolve_path(models_dir))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path

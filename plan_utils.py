@@ -49,6 +49,11 @@ def longest_rows(rows, count):
     return [rows[int(index)] for index in np.argsort(-lengths, kind="stable")[:count]]
 
 
+def longest_row(*datasets):
+    """The tokens of the longest row of all."""
+    return max(int(row_lengths(rows).max()) for rows in datasets if len(rows))
+
+
 def count_steps(rows, settings, processes=1):
     """Optimizer steps of a run, as the Trainer counts them."""
     rows_a_step = settings.batch_size * settings.gradient_accumulation_steps * processes
@@ -118,15 +123,16 @@ class StepPlan(NamedTuple):
     recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
     max_pass_tokens: int = 0  # a pass holds at most so many tokens; 0: each row is a pass of its own
     rows_a_step: int = 1  # in each process
-    longest_row: int = 1  # in tokens
+    longest_row: int = 1  # in tokens, of the rows that are scored too
     expected_bytes: float = 0.0  # peak of the GPU's memory; 0 on other devices
     expected_seconds: float = 0.0  # of all steps; the rehearsal tells
 
 
-def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1):
+def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()):
     """Decide how the steps of a run on these TokenizedRows are computed, and say it of a CUDA GPU; a StepPlan.
 
-    shapes: the model with its adapter, without weights. gpu: None where there is no CUDA GPU.
+    shapes: the model with its adapter, without weights. gpu: None where there is no CUDA GPU. held_out: the rows that
+    are only scored.
     """
     base, rows_a_step = transformers_model(shapes), settings.batch_size * settings.gradient_accumulation_steps
     kernels = plan_kernels(shapes, dtype, gpu)
@@ -137,7 +143,7 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1):
         compiled=settings.torch_compile is True,
         max_pass_tokens=max_pass_tokens,
         rows_a_step=rows_a_step,
-        longest_row=int(row_lengths(rows).max()),
+        longest_row=longest_row(rows, held_out),
     )
     if gpu is None:
         return plan
@@ -160,11 +166,11 @@ def plan_kernels(model, dtype, gpu):
     )
 
 
-def plan_scores(model, settings):
+def plan_scores(model, settings, rows):
     """The StepPlan by which the rows of an evaluation are scored."""
     base = transformers_model(model)
     kernels = plan_kernels(model, model.dtype, look_at_gpu(base.device))._replace(lora=False)
-    return StepPlan(kernels, max_pass_tokens=plan_pass_tokens(base, settings, kernels))
+    return StepPlan(kernels, max_pass_tokens=plan_pass_tokens(base, settings, kernels), longest_row=longest_row(rows))
 
 
 def plan_pass_tokens(base, settings, kernels):

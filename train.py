@@ -32,6 +32,7 @@ from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
+fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
 plan_utils = LateImport("plan_utils")
@@ -131,6 +132,7 @@ def tokenize(settings, base, conversations, name):
             f"no token of the {name}'s {len(conversations)} rows can be trained at --max_seq_length"
             f" {settings.max_seq_length}; raise it"
         )
+    fit_utils.check_rows(base.shapes, base.tokenizer, rows, name)
     return rows
 
 
@@ -160,7 +162,9 @@ def make_plan(settings, base, rows, arguments):
     """Decide how the steps are computed, and say what the run will do and what it needs; returns a Plan."""
     plan_utils.print_plan(settings, base, rows.training, rows.validation, arguments.world_size)
     gpu = plan_utils.look_at_gpu(base.device)
-    steps = plan_utils.plan_steps(base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size)
+    steps = plan_utils.plan_steps(
+        base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation
+    )
     plan_utils.check_compiler(settings, base.device)
     return Plan(arguments, steps)
 

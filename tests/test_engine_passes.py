@@ -22,7 +22,7 @@ from engine_passes import (
     probe_rows,
     transformers_model,
 )
-from tiny import assert_same, bundled_model, gradients, make_rows
+from tiny import SETTINGS, assert_same, bundled_model, gradients, make_model, make_rows
 
 
 def fast_lora(model):
@@ -115,13 +115,13 @@ def test_the_model_computes_the_fused_loss_and_afterwards_logits_again():
 
 
 def test_an_adapter_of_the_output_layer_computes_as_the_others_before_and_after_a_pass():
-    model = bundled_model(lora_target_modules="q_proj,lm_head")
+    model = make_model("llama", settings=SETTINGS._replace(lora_target_modules="q_proj,lm_head"))
     lora, head = fast_lora(model), transformers_model(model).get_output_embeddings()
     assert lora.covers_all
     assert len(lora.seeds) > 1
     for _ in range(2):
         assert "forward" in vars(head)
-        pass_losses(model, some_rows(), Kernels(loss=True))
+        pass_losses(model, make_rows(), Kernels(loss=True))
 
 
 def test_attention_is_the_models_own_again_after_a_pass():

@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from engine_passes import mean_loss, pass_losses, score_rows
 from engine_runner import StepRunner
 from plan_utils import StepPlan, plan_pass_tokens
-from tiny import CONFIGS, SETTINGS, TINY, assert_same, gradients, make_model, make_rows, reference_gradients
+from tiny import (
+    CONFIGS,
+    SETTINGS,
+    TINY,
+    assert_same,
+    gradients,
+    make_model,
+    make_rows,
+    reference_gradients,
+    with_adapter,
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -45,6 +55,50 @@ def test_a_model_that_mixes_rows_gets_one_row_a_pass_and_then_scores_them_right(
     alone = [score_rows(model, [row], 1000)[0][0] for row in rows]
     assert [nll for nll, _ in runner.score(rows)] == pytest.approx(alone, rel=1e-5)
     assert [nll for nll, _ in score_rows(model, rows, 1000)] != pytest.approx(alone, rel=1e-3)
+
+
+SCALED = {
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def scaled_model(rope_type):
+    """A tiny Llama whose positions are scaled from 32 on, as the longest position of a pass has it."""
+    torch.manual_seed(0)
+    positions = 32 if rope_type == "dynamic" else 128
+    scaling = {"rope_type": rope_type, "rope_theta": 10000.0} | SCALED[rope_type]
+    changes = {"max_position_embeddings": positions, "rope_parameters": scaling, "initializer_range": 0.3}
+    return with_adapter(AutoModelForCausalLM.from_config(LlamaConfig(**TINY | changes)))
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_rows_whose_positions_are_scaled_by_the_longest_get_one_row_a_pass(rope_type, capsys):
+    rows = make_rows((5, 60, 17, 40, 31))
+    alone = [score_rows(scaled_model(rope_type), [row], 1000)[0][0] for row in rows]  # each meets a fresh model
+    model = scaled_model(rope_type)
+    runner = StepRunner(model, StepPlan(max_pass_tokens=1000, longest_row=60))
+    assert runner.plan.max_pass_tokens == 0
+    assert "each row is computed by itself" in capsys.readouterr().err
+    for _ in range(2):
+        assert [nll for nll, _ in runner.score(rows)] == pytest.approx(alone, rel=1e-6)
+    assert [nll for nll, _ in score_rows(model, rows, 1000)] != pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_rows_within_the_original_length_are_still_laid_end_to_end(rope_type):
+    rows = make_rows((5, 17, 9, 30, 3))
+    model = scaled_model(rope_type)
+    expected = reference_gradients(model, rows)
+    runner = StepRunner(model, StepPlan(max_pass_tokens=1000, longest_row=30))
+    assert runner.plan.max_pass_tokens == 1000
+    runner.step(rows)
+    assert_same(gradients(model), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
