@@ -50,7 +50,7 @@ def read_json(path, what):
     """Read a JSON object that this project wrote. `what` names it in the UserError that is raised if it is damaged."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{what} {display_path(path)} cannot be read ({error}); train again or restore it") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} {display_path(path)} holds no JSON object; train again or restore it")

@@ -399,8 +399,9 @@ def write_adapter_identity(folder, name, content):
 
 def tokenizer_files(folder):
     """{name: hash} of the files that make prompts and answers token ids."""
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    return {name: short_hash((folder / name).read_bytes()) for name in names if (folder / name).is_file()}
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+    paths = [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): short_hash(path) for path in paths}
 
 
 def check_adapter_identity(folder, base_name, content):

@@ -229,9 +229,18 @@ def check_settings(settings):
         value = getattr(settings, name)
         if value not in choices:
             raise UserError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")
-    if settings.run_name is not None and (settings.run_name == ".." or {"/", os.sep} & set(settings.run_name)):
+    if settings.run_name is not None and not is_folder_name(settings.run_name):
         raise UserError(f"--run_name is {settings.run_name!r}, expected one folder's name, without slashes")
     return settings
+
+
+def is_folder_name(text):
+    """Whether a text is the name of one folder and leads to no other place."""
+    return (
+        text not in ("", ".", "..")
+        and not {"/", os.sep, "\0"} & set(text)
+        and len(text.encode(errors="replace")) <= 255
+    )
 
 
 def check_type(name, value):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig
 
 import checkpoint_utils
+import engine_runner
 import evaluate
 import inference
 import model_utils
@@ -298,7 +299,7 @@ def ctrl_c_twice(place):
 
 @fault("Stopped in the evaluation of step 1 of 4, saved in", "checkpoint-1; the same command goes on", code=143)
 def sigterm_in_an_evaluation(place):
-    before(place, training_utils, "score_rows", send(signal.SIGTERM))
+    before(place, engine_runner, "score_rows", send(signal.SIGTERM))
 
 
 @fault("Stopped at step 1 of 4, saved in", "checkpoint-1; the same command goes on", code=143)
