@@ -43,7 +43,7 @@ def main(argv):
 
 def evaluate(adapter_path, given, run_dir, target):
     """The phases: settings, data, model, rows, figures and answers of base and tuned, report."""
-    settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
+    settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "evaluate.py")
     cache_dir, target = target / CACHE, target / "evaluation"
     check_writable(target, "--output_dir")
     conversations = load_validation_rows(settings, run_dir, cache_dir)

@@ -19,6 +19,15 @@ def resolve_path(path):
     return (PROJECT_DIR / Path(path).expanduser()).resolve()
 
 
+def resolve_input(path):
+    """A file that a run reads: looked for where the user stands, and if it is not there in the project's folder."""
+    with contextlib.suppress(FileNotFoundError):  # the folder of the shell was deleted
+        here = Path(path).expanduser().absolute()
+        if here.exists():
+            return here.resolve()
+    return resolve_path(path)
+
+
 def display_path(path):
     """The path as a user would type it: relative to the project's folder where it lies inside."""
     path = Path(path)

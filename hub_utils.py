@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, try_to_load_fr
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
-from file_utils import PROJECT_DIR, display_path, resolve_path
+from file_utils import PROJECT_DIR, display_path, resolve_input, resolve_path
 from message_utils import UserError, say
 from reader_utils import FILE_TYPES, SUFFIXES
 
@@ -122,7 +122,7 @@ def find_files(dataset, cache_dir):
 
     A Hub dataset is `name`, `name:split` or `name:configuration:split`; the split is "train" unless it is given.
     """
-    local = resolve_path(dataset)
+    local = resolve_input(dataset)
     if local.is_file():
         if local.suffix.lower() not in SUFFIXES:
             raise UserError(f"dataset {display_path(local)}: unknown file type {local.suffix!r}, expected {FILE_TYPES}")
@@ -133,6 +133,8 @@ def find_files(dataset, cache_dir):
     is_path = len(rest) != 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
     if is_path or not HUB_ID.fullmatch(dataset) or (PROJECT_DIR / first).is_dir():
         hint = f"give an existing {FILE_TYPES} file or a Hub id such as team/name"
+        if not Path(dataset).expanduser().is_absolute() and Path.cwd() != PROJECT_DIR:
+            hint += f" (looked for in {Path.cwd()} and in {PROJECT_DIR})"
         raise UserError(f"dataset {display_path(local)} does not exist; {hint}")
     return dataset, download_from_hub(dataset, cache_dir)
 

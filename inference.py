@@ -70,10 +70,10 @@ def check_instruction(text):
 def load(adapter_path, given, base_only):
     """Load the model to talk to; with base_only the adapter need not exist, and names the base where it does."""
     if not base_only:
-        settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
+        settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "inference.py")
         return Loaded(*model_utils.load_trained_model(adapter_path, settings), settings)
     recorded = model_utils.read_recorded_settings(adapter_path) if adapter_path.is_dir() else {}
-    settings = make_settings(given, recorded)
+    settings = make_settings(given, recorded, "inference.py")
     say(f"Base model: {settings.base_model_name}, no adapter")
     model = model_utils.load_settings_base(settings)
     return Loaded(model, model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir)), settings)

@@ -465,7 +465,7 @@ def load_trained_model(adapter_path, settings=None):
     quiet_libraries()
     recorded = read_recorded_settings(adapter_path)
     folder = resolve_path(adapter_path)
-    settings = settings or make_settings(recorded=recorded)
+    settings = settings or make_settings(recorded=recorded, script=None)
     if settings.base_model_name != recorded["base_model_name"]:
         raise UserError(
             f"adapter {display_path(folder)} was trained on {recorded['base_model_name']} and cannot be used on"
@@ -509,7 +509,7 @@ def load_adapter(base, folder):
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
-def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir"]):
+def merge_and_save_model(model, tokenizer, path, models_dir=None):
     """Merge the adapter into its base model and save a folder that plain transformers loads.
 
     The base is loaded again unquantized, in the number format that `model` computes in, so that the merged model
@@ -520,7 +520,7 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
-    base = reload_base(model, resolve_path(models_dir))
+    base = reload_base(model, resolve_path(models_dir or DEFAULTS["models_dir"]))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout

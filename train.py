@@ -9,6 +9,7 @@ The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
 """
 
 import platform
+import shlex
 import sys
 import time
 from collections import namedtuple
@@ -215,7 +216,7 @@ def prepare_output(settings, validation_set, report, resumption):
 def run(trainer, settings, base, rows, started):
     """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
     resumption = trainer.checkpoints.resumption
-    say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
+    say(f"Training; watch it with: tensorboard --logdir {shlex.quote(settings.logs_dir)}")
     with trainer.signals, trainer.runner:
         try:
             trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
@@ -265,7 +266,9 @@ def build_record(trainer, rows, started):
 
 def print_summary(settings, adapter_dir, record):
     """Say on stdout how the run went, where the adapter is, and what to type next."""
-    where = "" if settings.output_dir == DEFAULTS["output_dir"] else f" --output_dir {settings.output_dir}"
+    where = ""
+    if settings.output_dir != DEFAULTS["output_dir"]:
+        where = f" --output_dir {shlex.quote(settings.output_dir)}"
     validation, following = "", [f"Next: python inference.py{where}   talk to it"]
     if record["validation_loss"] is not None:
         perplexity = engine_passes.perplexity(record["validation_loss"])
