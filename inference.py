@@ -12,7 +12,6 @@ import sys
 from collections import namedtuple
 from contextlib import closing, suppress
 
-from file_utils import resolve_path
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
@@ -20,6 +19,7 @@ from settings_utils import build_parser, make_settings, parse_command_line
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 data_utils = LateImport("data_utils")
 generation_utils = LateImport("generation_utils")
+hub_utils = LateImport("hub_utils")
 model_utils = LateImport("model_utils")
 prompt_utils = LateImport("prompt_utils")
 torch = LateImport("torch")
@@ -76,7 +76,9 @@ def load(adapter_path, given, base_only):
     settings = make_settings(given, recorded, "inference.py")
     say(f"Base model: {settings.base_model_name}, no adapter")
     model = model_utils.load_settings_base(settings)
-    return Loaded(model, model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir)), settings)
+    return Loaded(
+        model, model_utils.load_tokenizer(model.name_or_path, hub_utils.models_cache(settings.models_dir)), settings
+    )
 
 
 def print_reply(loaded, messages):

@@ -31,7 +31,7 @@ from file_utils import (
     staged_folder,
     write_json,
 )
-from hub_utils import hub_errors, locate_model, model_folder
+from hub_utils import hub_errors, locate_model, model_folder, models_cache
 from message_utils import UserError, quiet_libraries, say
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids
 from settings_utils import DEFAULTS, make_settings
@@ -45,6 +45,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "settings.json"
 IDENTITY_FILE = "identity.json"  # beside an adapter
 GIB = 2**30
+# A base's config.json may name kernels for attention and experts, such as one that is downloaded from the Hub. Given in
+# the call beside the config they are the library's own choice for this model and machine, whatever that file says.
+OWN_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 PROBE_TEXT = "### Instruction:\nWhat does a good answer look like?\n\n### Response:\nIt is short, clear and true."
 
 
@@ -141,7 +144,7 @@ class Base(NamedTuple):
 
 def find_base(settings):
     """Find the base model and prepare the device for it; returns a Base."""
-    models_dir, device = resolve_path(settings.models_dir), resolve_device(settings.device)
+    models_dir, device = models_cache(settings.models_dir), resolve_device(settings.device)
     grow_gpu_memory(device)
     dtype = choose_dtype(device, settings.use_fp16)
     path = locate_model(settings.base_model_name, models_dir)
@@ -178,6 +181,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
     with hub_errors(path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
+            config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
             dtype=dtype,
             quantization_config=quantization_config,
             device_map={"": device},
@@ -185,6 +189,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **OWN_KERNELS,
         )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -209,7 +214,7 @@ def keep_four_bits_trainable(model):
 
 def load_settings_base(settings):
     """Load the base model that the settings name, as they say: device, number format and quantization."""
-    models_dir = resolve_path(settings.models_dir)
+    models_dir = models_cache(settings.models_dir)
     path = locate_model(settings.base_model_name, models_dir)
     device = resolve_device(settings.device)
     dtype = choose_dtype(device, settings.use_fp16)
@@ -280,7 +285,7 @@ def empty_model(path, settings, models_dir=None):
                 " made from, which is quantized to 4 bits while it is loaded"
             )
         with torch.device("meta"):
-            return attach_lora(AutoModelForCausalLM.from_config(model_config), settings)
+            return attach_lora(AutoModelForCausalLM.from_config(model_config, **OWN_KERNELS), settings)
 
 
 def count_parameters(model):
@@ -475,7 +480,7 @@ def load_trained_model(adapter_path, settings=None):
     tokenizer = load_tokenizer(str(folder))
     say(f"Base model: {settings.base_model_name}, adapter: {display_path(folder)}")
     base = load_settings_base(settings)
-    content = base_content(base.name_or_path, resolve_path(settings.models_dir))
+    content = base_content(base.name_or_path, models_cache(settings.models_dir))
     check_adapter_identity(folder, settings.base_model_name, content)
     return load_adapter(base, folder).eval(), tokenizer
 
@@ -520,7 +525,7 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
-    base = reload_base(model, resolve_path(models_dir or DEFAULTS["models_dir"]))
+    base = reload_base(model, models_cache(models_dir or DEFAULTS["models_dir"]))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
@@ -547,7 +552,7 @@ def reload_base(model, models_dir):
         # counted from the config, since the model's own 4-bit weights are packed
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
+                AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False), **OWN_KERNELS
             )
         needed = model.dtype.itemsize * sum(parameter.numel() for parameter in plain.parameters())
         if torch.cuda.mem_get_info(device)[0] < 1.15 * needed:

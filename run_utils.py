@@ -33,12 +33,14 @@ def find_adapter(options, given):
     return resolve_path(options.adapter_path or output_dir / ADAPTER), output_dir
 
 
-def set_aside(output_dir, names):
+def set_aside(output_dir, names, kept=()):
     """Move what lies in output_dir under these names to output_dir/previous/<time>, so that nothing is overwritten.
 
-    Returns that folder, or None where there was nothing to move.
+    What holds one of the `kept` paths, which a run reads, stays. Returns that folder, or None where there was nothing
+    to move.
     """
     found = [output_dir / name for name in names if (output_dir / name).exists()]
+    found = [path for path in found if not any(kept_path.is_relative_to(path) for kept_path in kept)]
     if not found:
         return None
     target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")

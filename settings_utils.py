@@ -108,7 +108,8 @@ SHIPPED = {
 
 
 # What an adapter was trained with and needs again wherever it is loaded
-BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "max_seq_length")
+# Nothing that chooses where files are read or written: who made an adapter may not choose that on your machine
+BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length")
 
 
 # ---- Which script uses which settings --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import time
 from collections import namedtuple
 from importlib.metadata import version
 
-from file_utils import check_writable, display_path, resolve_path, storage_errors, write_json
+from file_utils import check_writable, display_path, resolve_input, resolve_path, storage_errors, write_json
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import (
     ADAPTER,
@@ -205,12 +205,18 @@ def prepare_output(settings, validation_set, report, resumption):
     """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
-        moved_to = set_aside(output_dir, RUN_OUTPUTS)
+        moved_to = set_aside(output_dir, RUN_OUTPUTS, paths_read(settings))
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
     if validation_set and not (output_dir / VALIDATION_ROWS).exists():
         data_utils.store_conversations(output_dir / VALIDATION_ROWS, validation_set)
+
+
+def paths_read(settings):
+    """What a run reads of local files and folders, and therefore must not move, be it in its own output folder."""
+    data = [path for path in (settings.custom_dataset_path, settings.validation_dataset_path) if path is not None]
+    return [resolve_path(settings.base_model_name), *map(resolve_input, data)]
 
 
 def run(trainer, settings, base, rows, started):

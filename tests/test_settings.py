@@ -924,7 +924,7 @@ def test_durations_are_short_to_read(seconds, text):
     ("edit", "message"),
     [
         (("LORA_R = 16", "# LORA_R = 16"), "config.py lacks LORA_R; restore what was there"),
-        (("LORA_R = 16", "LORA_R = '16'"), "config.py, line 24: LORA_R is '16', expected a whole number; correct it"),
+        (("LORA_R = 16", "LORA_R = '16'"), ": LORA_R is '16', expected a whole number; correct it"),
         (("SEED = 42", "SEED = -1"), ": SEED is -1, expected 0 to 4294967295; correct it there"),
         (("SEED = 42", "SEED = ="), ": invalid syntax (SyntaxError); correct it"),
         (("SEED = 42", "SEED = seed"), ": name 'seed' is not defined (NameError); correct it"),
@@ -941,7 +941,10 @@ def test_a_mistake_in_config_is_one_line(script, edit, message, tmp_path):
     (tmp_path / "config.py").write_text(text.replace(*edit), encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: config.py")
+    lines = (tmp_path / "config.py").read_text(encoding="utf-8").splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if edit[1].splitlines()[0] in line)
+    place = "" if "lacks" in message else f", line {number}"
+    assert done.stderr.startswith(f"error: config.py{place}")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
