@@ -49,10 +49,28 @@ def check_writable(folder, flag):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 def write_json(path, value):
     """Write value as readable JSON. A temporary file and a rename make sure that a reader never meets half a file."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a text file to write. Afterwards it is on the disk under the name `path`; if this fails, nothing changes.
+
+    Until then it has ".tmp" behind its name. A link that lies there, or under the name itself, is not followed.
+    """
     unfinished = Path(f"{path}.tmp")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_file(unfinished)
-    os.replace(unfinished, path)
+    unfinished.unlink(missing_ok=True)
+    try:
+        with open(unfinished, "x", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def read_json(path, what):

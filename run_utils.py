@@ -78,7 +78,7 @@ class OutputLock:
 
     def check(self):
         """Raise UserError if another run holds the lock now. Nothing is kept, and no file or folder is made."""
-        if is_first_process() and (self.folder / LOCK).exists():
+        if is_first_process() and os.path.lexists(self.folder / LOCK):
             try:
                 self.take()
             finally:
@@ -103,24 +103,30 @@ class OutputLock:
         taken = self.acquire()
         owner, folder = self.read_owner(), display_path(self.folder)
         who = "process {pid} on {host} since {since}".format(**owner) if owner else "another process"
-        if not taken:
+        if taken is False or (taken is None and owner and runs_here(owner)):
             raise UserError(f"{folder} is in use by {who}; wait for it, or give another folder with --output_dir")
-        # the lock of another host may be unknown to our system, on a network drive for example
-        if owner and owner["host"] != socket.gethostname():
-            self.lock.release()
+        if taken is None and owner and owner["host"] != socket.gethostname():
             remedy = f"make sure that it has ended, then remove {display_path(self.owner_file)}"
             raise UserError(f"{folder} may be in use by {who}; {remedy}")
         return who if owner else None
 
     def acquire(self):
-        """Take the operating system's lock; False if another process holds it."""
+        """Take the operating system's lock: True, or False if a process holds it, or None if the disk knows no locks.
+
+        A lock that could be taken has no holder any more, whatever host the owner's record names: that of a container
+        changes each time.
+        """
         try:
             self.lock.acquire()
         except Timeout:
             return False
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+            if error.errno in NO_LOCKS:
+                return None
+            raise UserError(
+                f"{display_path(self.folder / LOCK)} cannot be used as a lock ({error.strerror or error}); expected an"
+                " empty file: move away what lies there, or give another folder with --output_dir"
+            ) from None
         return True
 
     def read_owner(self):
@@ -130,3 +136,16 @@ class OutputLock:
             return {name: owner[name] for name in ("pid", "host", "since")}
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def runs_here(owner):
+    """Whether the process of an owner's record is one of this machine that runs."""
+    if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)  # sends nothing
+    except PermissionError:
+        return True
+    except (OSError, ValueError, TypeError, OverflowError):
+        return False
+    return True

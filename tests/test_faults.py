@@ -208,16 +208,83 @@ def test_the_other_processes_of_a_launcher_take_no_lock(tmp_path, monkeypatch):
             pass
 
 
-def test_another_hosts_lock_is_refused_and_says_what_to_remove(tmp_path):
+def test_a_lock_without_a_holder_is_taken_over_whatever_host_it_names(tmp_path, capsys):
+    """A container has another host's name each time."""
     (tmp_path / LOCK).touch()
     write_json(tmp_path / OWNER, {"pid": 4711, "host": "elsewhere", "since": "2026-01-01 00:00:00"})
+    OutputLock(tmp_path).check()
+    with OutputLock(tmp_path):
+        said = capsys.readouterr().err
+        assert "The run of process 4711 on elsewhere since 2026-01-01 00:00:00 ended without saying so" in said
+
+
+STRANGE_LOCKS = {
+    "a link to a file": lambda path: path.symlink_to(path.parent / "victim"),
+    "a link to nothing": lambda path: path.symlink_to(path.parent / "none"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE_LOCKS)
+def test_what_is_no_file_is_no_lock_and_is_not_followed(what, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    STRANGE_LOCKS[what](tmp_path / LOCK)
     for take in (OutputLock(tmp_path).check, OutputLock(tmp_path).__enter__):
         message = refusal(take)
-        assert "may be in use by process 4711 on elsewhere since 2026-01-01 00:00:00" in message
-        assert message.endswith(f"make sure that it has ended, then remove {tmp_path / OWNER}")
-    (tmp_path / OWNER).unlink()
+        assert message.startswith(f"{tmp_path / LOCK} cannot be used as a lock (")
+        assert "move away what lies there" in message
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_link_in_the_place_of_a_record_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    for name in (OWNER, f"{OWNER}.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
     with OutputLock(tmp_path):
-        pass
+        assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
+        assert not (tmp_path / OWNER).is_symlink()
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+START_AT_ONCE = """
+import sys, time
+from pathlib import Path
+from message_utils import run_script
+from run_utils import OutputLock
+def main(argv):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    lock = OutputLock(Path(argv[0]))
+    lock.check()
+    with lock:
+        print("won", flush=True)
+        sys.stdin.readline()
+sys.exit(run_script(main, sys.argv[1:]))
+"""
+
+
+def test_of_runs_that_start_at_once_one_wins_eight_times(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for number in range(8):
+        folder = str(tmp_path / f"out{number % 4}")  # new ones, then ones with an old lock
+        command = [sys.executable, "-c", START_AT_ONCE, folder]
+        runs = [subprocess.Popen(command, cwd=PROJECT, **pipes) for _ in range(2)]
+        for process in runs:
+            assert process.stdout.readline() == "ready\n"
+        for process in runs:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        lost = [process for process in runs if process.stdout.readline() != "won\n"]
+        assert len(lost) == 1
+        (won,) = set(runs) - set(lost)
+        assert lost[0].wait(30) == 2
+        message = lost[0].communicate()[1]
+        assert message.startswith(f"error: {folder} is in use by ")
+        assert message.count("\n") == 1
+        won.communicate("\n")
+        assert won.returncode == 0
 
 
 def test_a_torn_record_of_a_lock_that_nobody_holds_is_free(tmp_path):
@@ -235,7 +302,13 @@ def test_on_a_file_system_without_locks_the_owners_record_has_to_do(number, tmp_
     with OutputLock(tmp_path):
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
     write_json(tmp_path / OWNER, {"pid": 4711, "host": "elsewhere", "since": "2026-01-01 00:00:00"})
-    assert "may be in use by process 4711 on elsewhere" in refusal(OutputLock(tmp_path).check)
+    message = refusal(OutputLock(tmp_path).check)
+    assert "may be in use by process 4711 on elsewhere" in message
+    assert message.endswith(f"make sure that it has ended, then remove {tmp_path / OWNER}")
+    write_json(tmp_path / OWNER, {"pid": os.getppid(), "host": socket.gethostname(), "since": "2026-01-01 00:00:00"})
+    assert f"is in use by process {os.getppid()}" in refusal(OutputLock(tmp_path).check)
+    write_json(tmp_path / OWNER, {"pid": 2**22 + 1, "host": socket.gethostname(), "since": "2026-01-01 00:00:00"})
+    OutputLock(tmp_path).check()
 
 
 # ---- Numbers that are not finite -------------------------------------------------------------------------------------
