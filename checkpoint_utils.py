@@ -395,6 +395,15 @@ class Checkpoints:
         self.saved_step = step
         state.best_model_checkpoint = str(self.path(state.best_global_step)) if state.best_global_step else None
 
+    def check_folder(self):
+        """Raise UserError if the output folder was deleted under the run."""
+        if not self.folder.parent.is_dir():
+            raise UserError(
+                f"{display_path(self.folder.parent)} was deleted or moved while the run was writing to it, so that its"
+                " checkpoints are gone; start it again, and leave its folder where it is",
+                each_process=True,
+            )
+
     def storage_errors(self, step):
         return storage_errors(f"checkpoint-{step}", f"{self.last()}; mend that, and {AGAIN}")
 

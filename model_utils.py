@@ -9,6 +9,7 @@ What cannot be loaded is a UserError with its remedy.
 
 import copy
 import json
+import math
 import os
 import platform
 import sys
@@ -23,12 +24,14 @@ from transformers.pytorch_utils import Conv1D
 
 from file_utils import (
     SHOWN_DIGITS,
+    check_space,
     display_path,
     make_readable,
     read_json,
     resolve_path,
     short_hash,
     staged_folder,
+    storage_errors,
     write_json,
 )
 from hub_utils import hub_errors, locate_model, model_folder, models_cache
@@ -525,6 +528,8 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
+    size = model.dtype.itemsize * sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
+    check_space(target, size, "the merged model", "free some, or merge into a folder on another disk")
     base = reload_base(model, models_cache(models_dir or DEFAULTS["models_dir"]))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
@@ -537,10 +542,15 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
         raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
     merged.config.use_cache = True
     prepare_generation_config(merged.generation_config, tokenizer)
-    with staged_folder(target) as staged:
+    with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
     say(f"Merged model saved to {display_path(target)}")
+
+
+def shape_of(parameter):
+    """The shape that a weight has when it is not quantized: 4-bit ones are packed, and know theirs."""
+    return getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
 
 
 def reload_base(model, models_dir):

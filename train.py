@@ -15,7 +15,15 @@ import time
 from collections import namedtuple
 from importlib.metadata import version
 
-from file_utils import check_writable, display_path, resolve_input, resolve_path, storage_errors, write_json
+from file_utils import (
+    check_writable,
+    display_path,
+    put_in_place,
+    resolve_input,
+    resolve_path,
+    storage_errors,
+    write_json,
+)
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import (
     ADAPTER,
@@ -209,8 +217,11 @@ def prepare_output(settings, validation_set, report, resumption):
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
-    if validation_set and not (output_dir / VALIDATION_ROWS).exists():
-        data_utils.store_conversations(output_dir / VALIDATION_ROWS, validation_set)
+    path = output_dir / VALIDATION_ROWS
+    # written anew where a run goes on, since a power cut may have torn it
+    if validation_set and path not in paths_read(settings):
+        data_utils.store_conversations(output_dir / f"{VALIDATION_ROWS}.tmp", validation_set)
+        put_in_place(output_dir / f"{VALIDATION_ROWS}.tmp", path)
 
 
 def paths_read(settings):

@@ -69,6 +69,8 @@ class LoraTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward over one step's rows; returns the step's mean loss a token."""
         self.speed.start()
+        if self.checkpoints:
+            self.checkpoints.check_folder()
         if not self.rehearsed:
             self.rehearsed = True
             broadcast([parameter.detach() for parameter in self.runner.parameters])  # all begin with the first's

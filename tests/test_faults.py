@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint_utils
+import engine_runner
 import plan_utils
 import training_utils
 from checkpoint_utils import find_newest
 from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
 from file_utils import storage_errors, write_json
-from model_utils import load_trained_model
+from model_utils import load_trained_model, merge_and_save_model
 from process_utils import StopSignals
 from run_utils import LOCK, OWNER, OutputLock
 from settings_utils import DEFAULTS, Settings
@@ -371,8 +372,8 @@ def test_a_signal_in_a_step_that_is_not_finite_saves_nothing_of_it(dataset, tmp_
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_too(dataset, tmp_path, monkeypatch):
-    original = training_utils.score_rows
-    monkeypatch.setattr(training_utils, "score_rows", lambda *args: [(math.nan, n) for _, n in original(*args)])
+    original = engine_runner.score_rows
+    monkeypatch.setattr(engine_runner, "score_rows", lambda *args: [(math.nan, n) for _, n in original(*args)])
     message = refusal(lambda: small_run(dataset, tmp_path))
     assert "the validation loss of step 2 is not finite" in message
     assert "none yet" in message
@@ -472,3 +473,69 @@ def test_an_adapter_whose_base_was_moved_still_loads(adapter, tmp_path, capsys):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     load_trained_model(folder)
     assert f"Base model: {base}" in capsys.readouterr().err
+
+
+def test_a_disk_for_the_logs_that_is_full_costs_the_logs_and_not_the_run(
+    small_disk, dataset, tmp_path, undisturbed, capsys
+):
+    (small_disk / "logs").mkdir()
+    with contextlib.suppress(OSError):
+        (small_disk / "ballast").write_bytes(bytes(2**25))
+    capsys.readouterr()
+    out = small_run(dataset, tmp_path, logs_dir=str(small_disk / "logs"))
+    assert capsys.readouterr().err.count("TensorBoard logs end here") == 1
+    assert adapter_bytes(out) == adapter_bytes(undisturbed())
+
+
+def test_a_file_where_the_logs_folder_belongs_costs_the_logs_and_not_the_run(dataset, tmp_path, undisturbed, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/run").write_text("a file")
+    out = small_run(dataset, tmp_path)
+    assert capsys.readouterr().err.count("TensorBoard logs end here") == 1
+    assert adapter_bytes(out) == adapter_bytes(undisturbed())
+
+
+def at_step(monkeypatch, step, action):
+    """Do something before a step of the next run."""
+    original = training_utils.LoraTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            action()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training_utils.LoraTrainer, "training_step", training_step)
+
+
+def test_an_output_folder_that_is_deleted_under_a_run_is_said_at_once(dataset, tmp_path, monkeypatch):
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "out"))
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert message.startswith(f"{tmp_path / 'out'} was deleted or moved while the run was writing to it")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"row": 4, "mess', bytes(200)])
+def test_a_torn_file_of_validation_rows_is_written_anew_when_the_run_goes_on(content, dataset, tmp_path, undisturbed):
+    whole = undisturbed()
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/lora-adapter")
+    (tmp_path / "out/validation.jsonl").write_bytes(content)
+    out = small_run(dataset, tmp_path)
+    assert (out / "validation.jsonl").read_bytes() == (whole / "validation.jsonl").read_bytes()
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_merge_that_the_disk_has_no_room_for_is_one_line_and_leaves_nothing(small_disk, undisturbed):
+    model, tokenizer = load_trained_model(undisturbed() / "lora-adapter")
+    message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
+    assert "the merged model needs 3" in message
+    assert "or merge into a folder on another disk" in message
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_in_a_merge_is_one_line_and_leaves_nothing(small_disk, undisturbed, monkeypatch):
+    monkeypatch.setattr("model_utils.check_space", lambda *args: None)
+    model, tokenizer = load_trained_model(undisturbed() / "lora-adapter")
+    message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
+    assert message.startswith("the merged model could not be saved: ")
+    assert list(small_disk.iterdir()) == []
