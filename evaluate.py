@@ -7,6 +7,11 @@
 Writes metrics.json, samples.json and samples.csv to output/evaluation.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
+
 import random
 import sys
 

@@ -18,13 +18,21 @@ PROJECT_DIR = Path(__file__).resolve().parent
 
 def resolve_path(path):
     """Anchor a relative path at the project's folder, so that scripts work from any folder; ~ is expanded."""
-    return (PROJECT_DIR / Path(path).expanduser()).resolve()
+    return (PROJECT_DIR / expand_home(path)).resolve()
+
+
+def expand_home(path):
+    """The path with its ~ or ~name expanded; UserError if the system knows no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path} names the home of a user that this machine does not know; write it out") from None
 
 
 def resolve_input(path):
     """A file that a run reads: looked for where the user stands, and if it is not there in the project's folder."""
     with contextlib.suppress(FileNotFoundError):  # the folder of the shell was deleted
-        here = Path(path).expanduser().absolute()
+        here = expand_home(path).absolute()
         if here.exists():
             return here.resolve()
     return resolve_path(path)

@@ -8,6 +8,11 @@
 Replies go to stdout, everything else to stderr.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
+
 import sys
 from collections import namedtuple
 from contextlib import closing, suppress

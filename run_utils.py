@@ -48,7 +48,12 @@ def set_aside(output_dir, names, kept=()):
         target = target.with_name(target.name + "-2")
     target.mkdir(parents=True)
     for path in found:
-        shutil.move(path, target / path.name)
+        if path.is_mount():  # a disk of its own stays where it is mounted, and what it holds moves
+            (target / path.name).mkdir()
+            for inner in path.iterdir():
+                shutil.move(inner, target / path.name / inner.name)
+        else:
+            shutil.move(path, target / path.name)
     return target
 
 

@@ -10,7 +10,9 @@ from collections import namedtuple
 from pathlib import Path
 
 from file_utils import PROJECT_DIR, display_path, resolve_input
-from message_utils import UserError, say
+from message_utils import LateImport, UserError, say
+
+torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
 
 CONFIG_FILE = PROJECT_DIR / "config.py"
 
@@ -328,8 +330,6 @@ def demo_settings(chosen_base):
 
 
 def cuda_is_available():
-    import torch  # here, since importing it takes seconds and most mistakes are found without it
-
     return torch.cuda.is_available()
 
 

@@ -8,6 +8,11 @@
 The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
+
 import platform
 import shlex
 import sys
