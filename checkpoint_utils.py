@@ -4,13 +4,16 @@ import contextlib
 import itertools
 import json
 import pickle
+import re
 import shutil
 import time
 from collections import namedtuple
 from importlib.metadata import version
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
+from transformers import TrainerState
 from transformers.trainer import safe_globals
 
 from file_utils import (
@@ -28,6 +31,7 @@ from message_utils import UserError, say
 from model_utils import ADAPTER_WEIGHTS, base_revision, template_content, tokenizer_content, write_recorded_settings
 from process_utils import from_first_process, shared_errors
 from run_utils import CHECKPOINTS, set_aside
+from settings_utils import is_folder_name
 
 # In a checkpoint: its manifest and what the Trainer's own state leaves out. Beside the checkpoints: the unfinished one.
 MANIFEST, PROGRESS, STAGING = "manifest.json", "progress.json", "incomplete"
@@ -140,22 +144,29 @@ def seal(folder, identity, **facts):
 
 
 def verify(folder):
-    """Compare every file of a checkpoint with its manifest and return the manifest; the UserError says what differs."""
+    """Compare every file of a checkpoint with its manifest and return the manifest; the UserError says what differs.
+
+    What the manifest does not list makes a checkpoint not count either: the Trainer prefers a stray model.safetensors
+    to the adapter, and would go on with fresh LoRA weights, in silence.
+    """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"it has no {MANIFEST}")
     manifest = read_json(folder / MANIFEST, "its manifest")
-    try:
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        missing = sorted(required_files(manifest["identity"]) - files.keys())
-        expected = f"checkpoint-{manifest['step']}"
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"its {MANIFEST} is damaged") from None
+    files = listed_files(manifest)
+    missing = sorted(required_files(manifest["identity"]) - files.keys())
+    expected = f"checkpoint-{manifest['step']}"
     if missing or folder.name != expected:
         raise UserError(f"its {MANIFEST} is of {expected} and lacks {', '.join(missing) or 'nothing'}")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    if absent := sorted(files.keys() - found):
+        raise UserError(f"{absent[0]} is missing")
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    if stray := sorted(found - files.keys() - folders - {MANIFEST}):
+        raise UserError(f"it holds {stray[0]}, which its {MANIFEST} does not list; move that away to use it")
     for name, (size, content) in files.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{name} is missing")
+            raise UserError(f"{name} is no file")
         if path.stat().st_size != size:
             raise UserError(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
         if sha256([path]) != content:
@@ -163,10 +174,41 @@ def verify(folder):
     return manifest
 
 
+# What a manifest says beside its files, and of which type
+FACTS = {"step": int, "best_step": (int, type(None)), "finished": bool, "run_name": str, "identity": dict}
+
+
+def listed_files(manifest):
+    """{name: (bytes, sha256)} of a manifest's files; UserError unless the manifest says what seal writes, and no path.
+
+    The run's name becomes that of a folder, so that a manifest may not choose another place by it.
+    """
+    try:
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        wrong = [name for name, kind in FACTS.items() if not isinstance(manifest[name], kind)]
+        wrong += ["run_name"] if not is_folder_name(manifest["run_name"]) else []
+        # each process has a file of its own, so that there cannot be more processes than files
+        wrong += ["processes"] if not 0 < manifest["identity"]["processes"] <= len(files) else []
+        wrong += ["number_format"] if not isinstance(manifest["identity"]["number_format"], str) else []
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"its {MANIFEST} is damaged ({type(error).__name__}: {error})") from None
+    if wrong:
+        raise UserError(f"its {MANIFEST} is damaged ({', '.join(wrong)})")
+    return files
+
+
 def list_checkpoints(folder):
     """The folders checkpoint-<step> in a folder, the newest first. None of them has been verified."""
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(numbered, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+    return sorted(
+        (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,18}", path.name)),
+        key=step_of,
+        reverse=True,
+    )
+
+
+def step_of(path):
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def find_newest(folder):
@@ -202,6 +244,7 @@ def find_resumption(output_dir, identity, fresh):
     path, manifest = newest
     check_identity(output_dir, manifest, identity)
     check_states(path)
+    losses, progress = read_history(path, manifest["step"])
     if skipped:
         moved = set_aside(output_dir, [f"{CHECKPOINTS}/{old.name}" for old, _ in skipped])
         say(f"What was skipped lies in {display_path(moved)}")
@@ -209,8 +252,8 @@ def find_resumption(output_dir, identity, fresh):
         path,
         manifest["step"],
         manifest["finished"],
-        whole_best_step(folder, manifest),
-        read_json(path / PROGRESS, "the checkpoint's progress"),
+        best_whole_step(folder, manifest["best_step"], losses, manifest["step"]),
+        progress,
         manifest["run_name"],
     )
     say(f"Going on with the interrupted run from {display_path(path)}; --fresh would start a new one")
@@ -246,17 +289,51 @@ def check_states(folder):
             ) from error
 
 
-def whole_best_step(folder, manifest):
-    """The step of the best checkpoint so far; None if there is none, or, with a notice, if it is damaged."""
-    step = manifest["best_step"]
-    if step in (None, manifest["step"]):
-        return step
+def read_history(folder, step):
+    """Return ({step: validation loss} so far, the content of progress.json) of the checkpoint of a step.
+
+    Raises UserError if they are not what is saved: a manifest that verifies proves no more than who wrote it.
+    """
     try:
-        verify(folder / f"checkpoint-{step}")
-    except UserError as error:
-        say(f"The best checkpoint so far, checkpoint-{step}, is lost ({error}); the best of the coming ones is kept")
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        losses = validation_losses(state)
+        progress = read_json(folder / PROGRESS, "the checkpoint's progress")
+        numbers = [*losses.values(), *(progress[name] for name in ("seconds", "loss_since_log", "last_logged_step"))]
+        if state.global_step != step or not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise UserError(
+            f"{display_path(folder)} does not hold what train.py saves in trainer_state.json and {PROGRESS}; remove it"
+            " to go on from the checkpoint before it, or add --fresh to start anew"
+        ) from None
+    return losses, progress
+
+
+def validation_losses(state):
+    """{step: validation loss} of all evaluations that a TrainerState knows."""
+    return {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+
+
+def best_whole_step(folder, best, losses, at_hand):
+    """The step of the best checkpoint that is whole: `best`, or, with a notice, the next best; None if there is none.
+
+    losses: {step: validation loss} so far. at_hand: the step whose weights need no verifying, in memory or verified.
+    """
+    if best is None:
         return None
-    return step
+    candidates = {best, at_hand, *map(step_of, list_checkpoints(folder))} & losses.keys()
+    for step in sorted(candidates, key=lambda step: (step != best, losses[step], step)):
+        try:
+            if step != at_hand:
+                verify(folder / f"checkpoint-{step}")
+        except UserError as error:
+            say(f"The best checkpoint, checkpoint-{step}, is lost ({error}); looking for the next best")
+        else:
+            if step != best:
+                say(f"The best whole one is that of step {step}, validation loss {losses[step]:.4f}")
+            return step
+    say("No evaluated checkpoint is left; the best of the coming ones is kept")
+    return None
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------
@@ -317,6 +394,15 @@ class Checkpoints:
             from_first_process(self.complete, state, finished, progress, staged)
         self.saved_step = step
         state.best_model_checkpoint = str(self.path(state.best_global_step)) if state.best_global_step else None
+
+    def check_folder(self):
+        """Raise UserError if the output folder was deleted under the run."""
+        if not self.folder.parent.is_dir():
+            raise UserError(
+                f"{display_path(self.folder.parent)} was deleted or moved while the run was writing to it, so that its"
+                " checkpoints are gone; start it again, and leave its folder where it is",
+                each_process=True,
+            )
 
     def storage_errors(self, step):
         return storage_errors(f"checkpoint-{step}", f"{self.last()}; mend that, and {AGAIN}")

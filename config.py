@@ -1,6 +1,7 @@
 """Every setting of the project. Edit the values here, or give any of them as a flag for one run:
 
     python train.py --lora_r 8 --num_epochs 1
+    python train.py --config experiment.py          # a file with some of these values, which win over those here
 
 This file holds values only. The comment beside a value is its --help text.
 """
@@ -69,7 +70,7 @@ RUN_NAME = None  # name of the run in TensorBoard; None: the start time
 
 # ---- The demo on a machine without a CUDA GPU ------------------------------------------------------------------------
 # These replace the values above there, so that `python train.py` shows the whole pipeline in minutes. It is announced
-# when they do; a setting given on the command line wins, and naming another base model switches them off.
+# when they do. A value that you edit above or give on the command line wins, and another base model switches them off.
 CPU_DEMO = {
     "BASE_MODEL_NAME": "models/tiny-base",  # 8 M parameters, ships with the project
     "USE_4BIT_QUANTIZATION": False,  # 4 bits work on a CPU, slowly; 32 MB need no saving

@@ -7,6 +7,11 @@
 Writes metrics.json, samples.json and samples.csv to output/evaluation.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
+
 import random
 import sys
 
@@ -44,7 +49,7 @@ def main(argv):
 
 def evaluate(adapter_path, given, run_dir, target):
     """The phases: settings, data, model, rows, figures and answers of base and tuned, report."""
-    settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
+    settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "evaluate.py")
     cache_dir, target = target / CACHE, target / "evaluation"
     check_writable(target, "--output_dir")
     conversations = load_validation_rows(settings, run_dir, cache_dir)

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
+import zlib
 from pathlib import Path
 
 from message_utils import STORAGE_ERROR_NUMBERS, UserError
@@ -16,7 +18,24 @@ PROJECT_DIR = Path(__file__).resolve().parent
 
 def resolve_path(path):
     """Anchor a relative path at the project's folder, so that scripts work from any folder; ~ is expanded."""
-    return (PROJECT_DIR / Path(path).expanduser()).resolve()
+    return (PROJECT_DIR / expand_home(path)).resolve()
+
+
+def expand_home(path):
+    """The path with its ~ or ~name expanded; UserError if the system knows no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path} names the home of a user that this machine does not know; write it out") from None
+
+
+def resolve_input(path):
+    """A file that a run reads: looked for where the user stands, and if it is not there in the project's folder."""
+    with contextlib.suppress(FileNotFoundError):  # the folder of the shell was deleted
+        here = expand_home(path).absolute()
+        if here.exists():
+            return here.resolve()
+    return resolve_path(path)
 
 
 def display_path(path):
@@ -40,17 +59,40 @@ def check_writable(folder, flag):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 def write_json(path, value):
     """Write value as readable JSON. A temporary file and a rename make sure that a reader never meets half a file."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a text file to write. Afterwards it is on the disk under the name `path`; if this fails, nothing changes.
+
+    Until then it has ".tmp" behind its name. A link that lies there, or under the name itself, is not followed.
+    """
     unfinished = Path(f"{path}.tmp")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.unlink(missing_ok=True)
+    try:
+        with open(unfinished, "x", encoding="utf-8", newline="\n") as file:
+            yield file
+        put_in_place(unfinished, Path(path))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def put_in_place(unfinished, path):
+    """Give a written file its name, once its content is on the disk."""
     sync_file(unfinished)
     os.replace(unfinished, path)
+    sync_folder(path.parent)
 
 
 def read_json(path, what):
     """Read a JSON object that this project wrote. `what` names it in the UserError that is raised if it is damaged."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{what} {display_path(path)} cannot be read ({error}); train again or restore it") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} {display_path(path)} holds no JSON object; train again or restore it")
@@ -110,25 +152,26 @@ def staged_folder(target, staged=None):
 
 
 CACHED_FOLDERS = 8  # of each kind are kept, those that were used last
-SIZES = "sizes.json"
+CONTENTS = "contents.json"
+LEFT_BEHIND = 3600  # seconds without a write after which an unfinished cached folder is a killed process's
 
 
 def cached_folder(cache_dir, kind, key, build):
-    """Return the folder cache_dir/<kind>-<key>, after filling it by build(folder) if it is not there.
+    """Return the folder cache_dir/<kind>-<key>, after filling it by build(folder) if it is not there, or was damaged.
 
     If build fails, nothing is left, not even a cache_dir that was made for it. Afterwards at most CACHED_FOLDERS of
     this kind are kept.
     """
     target = Path(cache_dir) / f"{kind}-{key[:24]}"
     if not is_complete(target):
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         made = [folder for folder in target.parents if not folder.exists()]
         # a name of its own, because another process may be building the same folder
         staged = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.incomplete")
         try:
             with staged_folder(target, staged):
                 build(staged)
-                (staged / SIZES).write_text(json.dumps(file_sizes(staged)), encoding="utf-8")
+                (staged / CONTENTS).write_text(json.dumps(file_contents(staged)), encoding="utf-8")
         except OSError:
             if not target.is_dir():  # if it is there, another process was quicker
                 raise
@@ -142,30 +185,55 @@ def cached_folder(cache_dir, kind, key, build):
 
 
 def remove_oldest(folders):
-    """Remove all but the CACHED_FOLDERS that were used last."""
-    for folder in sorted(folders, key=last_use)[:-CACHED_FOLDERS]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove all but the CACHED_FOLDERS that were used last, and unfinished ones that nobody fills any more."""
+    folders = sorted(folders, key=last_use)
+    unfinished = [folder for folder in folders if folder.name.endswith(".incomplete")]
+    written = [max(map(last_use, [folder, *files_in(folder)])) for folder in unfinished]
+    left = [folder for folder, at in zip(unfinished, written, strict=True) if time.time() - at > LEFT_BEHIND]
+    for folder in left + [folder for folder in folders if folder not in unfinished][:-CACHED_FOLDERS]:
+        remove(folder)
 
 
-def last_use(folder):
+def remove(path):
+    """Remove a folder with all that it holds, or whatever else lies there in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def last_use(path):
     """When a cached folder was last used, in seconds; 0 if another process has just removed or renamed it."""
     try:
-        return folder.stat().st_mtime
+        return path.stat().st_mtime
     except FileNotFoundError:
         return 0
 
 
 def is_complete(folder):
-    """Whether a cached folder holds its files at the sizes that they were written with."""
+    """Whether a cached folder holds its files as they were written."""
     try:
-        return json.loads((folder / SIZES).read_text(encoding="utf-8")) == file_sizes(folder)
-    except (OSError, ValueError):
+        return json.loads((folder / CONTENTS).read_text(encoding="utf-8")) == file_contents(folder)
+    except (OSError, ValueError, RecursionError):
         return False
 
 
-def file_sizes(folder):
-    """{name: bytes} of the files in a cached folder."""
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != SIZES}
+def file_contents(folder):
+    """{name: [bytes, checksum]} of the files in a cached folder; crc32 reads a gigabyte in a second or less."""
+    return {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)]
+        for path in files_in(folder)
+        if path.name != CONTENTS
+    }
+
+
+def checksum(path):
+    """The crc32 of a file: it tells damage, not intent."""
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found = zlib.crc32(block, found)
+    return found
 
 
 # ---- Hashes ----------------------------------------------------------------------------------------------------------

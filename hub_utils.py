@@ -6,15 +6,20 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
-from file_utils import PROJECT_DIR, display_path, resolve_path
+from file_utils import PROJECT_DIR, display_path, resolve_input, resolve_path
 from message_utils import UserError, say
 from reader_utils import FILE_TYPES, SUFFIXES
 
 # The exceptions in which the Hub and the libraries that load from it report a failure
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HTTPError)
+# ImportError: httpx raises it for a SOCKS proxy
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, HTTPError)
+
+
+SHIPPED_MODELS_DIR = "models"  # MODELS_DIR as config.py ships it
 
 
 # What a user can give in place of a model or a dataset of the Hub
@@ -41,9 +46,16 @@ def hub_problem(error, name, kind):
     causes = list(chain_of_causes(error))
     place = "folder" if kind == "model" else "file"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        switch = "TRANSFORMERS_OFFLINE" if not os.environ.get("HF_HUB_OFFLINE") else "HF_HUB_OFFLINE"
         if kind == "dataset":
-            return f"HF_HUB_OFFLINE is set, so the Hub is not asked for {name}; unset it or {SUBSTITUTES[kind]}"
-        return f"{name} is not in the cache and HF_HUB_OFFLINE is set; unset it or give a local folder"
+            return f"{switch} is set, so the Hub is not asked for {name}; unset it or {SUBSTITUTES[kind]}"
+        return f"{name} is not in the cache and {switch} is set; unset it or give a local folder"
+    if any(re.search("SOCKS proxy|proxy URL", str(cause)) for cause in causes):
+        return (
+            f"the Hub cannot be reached for {name} through the proxy that ALL_PROXY or HTTPS_PROXY names"
+            f" ({' '.join(str(causes[-1]).split())[:120]}); correct or unset it, for a SOCKS proxy pip install"
+            f" 'httpx[socks]', or {SUBSTITUTES[kind]}"
+        )
     if isinstance(error, HFValidationError):
         return f"{name!r} is neither a {place} nor a Hub id such as mistralai/Mistral-7B-v0.1; correct it"
     statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
@@ -106,6 +118,13 @@ def locate_model(name, models_dir):
     return name
 
 
+def models_cache(models_dir):
+    """The folder of models of the Hub: MODELS_DIR; left as it ships, it gives way to HF_HUB_CACHE and HF_HOME."""
+    if models_dir == SHIPPED_MODELS_DIR and os.environ.keys() & {"HF_HUB_CACHE", "HF_HOME"}:
+        return Path(HF_HUB_CACHE)
+    return resolve_path(models_dir)
+
+
 def model_folder(name, models_dir):
     """The folder of a model that locate_model has found: its own, or the one in the cache, named by its commit."""
     if Path(name).is_dir():
@@ -122,7 +141,7 @@ def find_files(dataset, cache_dir):
 
     A Hub dataset is `name`, `name:split` or `name:configuration:split`; the split is "train" unless it is given.
     """
-    local = resolve_path(dataset)
+    local = resolve_input(dataset)
     if local.is_file():
         if local.suffix.lower() not in SUFFIXES:
             raise UserError(f"dataset {display_path(local)}: unknown file type {local.suffix!r}, expected {FILE_TYPES}")
@@ -133,6 +152,8 @@ def find_files(dataset, cache_dir):
     is_path = len(rest) != 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
     if is_path or not HUB_ID.fullmatch(dataset) or (PROJECT_DIR / first).is_dir():
         hint = f"give an existing {FILE_TYPES} file or a Hub id such as team/name"
+        if not Path(dataset).expanduser().is_absolute() and Path.cwd() != PROJECT_DIR:
+            hint += f" (looked for in {Path.cwd()} and in {PROJECT_DIR})"
         raise UserError(f"dataset {display_path(local)} does not exist; {hint}")
     return dataset, download_from_hub(dataset, cache_dir)
 

@@ -8,11 +8,15 @@
 Replies go to stdout, everything else to stderr.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
+
 import sys
 from collections import namedtuple
 from contextlib import closing, suppress
 
-from file_utils import resolve_path
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
@@ -21,6 +25,7 @@ from settings_utils import build_parser, make_settings, parse_command_line
 data_utils = LateImport("data_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
+hub_utils = LateImport("hub_utils")
 model_utils = LateImport("model_utils")
 prompt_utils = LateImport("prompt_utils")
 torch = LateImport("torch")
@@ -71,13 +76,13 @@ def check_instruction(text):
 def load(adapter_path, given, base_only):
     """Load the model to talk to; with base_only the adapter need not exist, and names the base where it does."""
     if not base_only:
-        settings = make_settings(given, model_utils.read_recorded_settings(adapter_path))
+        settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "inference.py")
         return Loaded(*model_utils.load_trained_model(adapter_path, settings), settings)
     recorded = model_utils.read_recorded_settings(adapter_path) if adapter_path.is_dir() else {}
-    settings = make_settings(given, recorded)
+    settings = make_settings(given, recorded, "inference.py")
     say(f"Base model: {settings.base_model_name}, no adapter")
     model = model_utils.load_settings_base(settings)
-    tokenizer = model_utils.load_tokenizer(model.name_or_path, resolve_path(settings.models_dir))
+    tokenizer = model_utils.load_tokenizer(model.name_or_path, hub_utils.models_cache(settings.models_dir))
     fit_utils.fit_pad_token(tokenizer, model, model_utils.choose_pad_token)
     fit_utils.check_prompt(model, tokenizer)
     return Loaded(model, tokenizer, settings)

@@ -1,11 +1,14 @@
 """What a user is told: one line for each message, mistakes with their remedy, exit codes."""
 
+import contextlib
 import errno
 import gc
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 
@@ -35,6 +38,9 @@ class Stopped(BaseException):
     def __init__(self, signal_number, message):
         super().__init__(message)
         self.exit_code = 128 + signal_number  # the code that a shell reports for a signal
+
+
+CTRL_C = "\nStopped by Ctrl-C."
 
 
 # C0 and C1 control characters except tab and newline: no foreign text may steer the terminal
@@ -76,7 +82,32 @@ class LateImport:
         self._name = name
 
     def __getattr__(self, attribute):
+        if self._name not in sys.modules:
+            with ctrl_c_leaves_at_once():
+                importlib.import_module(self._name)
         return getattr(importlib.import_module(self._name), attribute)
+
+
+@contextlib.contextmanager
+def ctrl_c_leaves_at_once():
+    """While libraries are imported, end the process at Ctrl-C: in their C code a KeyboardInterrupt would be lost, or
+    come out as another error. Nothing needs cleaning up yet.
+    """
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, leave_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave_at_once(number, frame):
+    if is_first_process():
+        os.write(2, CTRL_C.encode() + b"\n")
+    os._exit(128 + number)
 
 
 def start_garbage_collection():
@@ -92,11 +123,21 @@ def start_garbage_collection():
 def run_script(main, argv):
     """Call the main(argv) of an entry script and return the script's exit code.
 
-    0: main returned. 1: the reader of our output left. 2: a UserError, which is printed as one line (--debug prints its
-    traceback too), or a disk that refuses to write. 130: Ctrl-C. 128 and its number: another signal. Any other
-    exception is a bug of ours and is raised with its traceback.
+    0: main returned. 1: the reader of our output left. 2: a UserError, or a file, a folder or memory that the system
+    refuses, which is printed as one line (--debug prints its traceback too). 130: Ctrl-C. 128 and its number: another
+    signal. Any other exception is a bug of ours and is raised with its traceback.
     """
+    try:
+        return run_main(main, argv)
+    except KeyboardInterrupt:  # one more, while the first was dealt with
+        return end_by_ctrl_c()
+
+
+def run_main(main, argv):
+    """The work of run_script."""
     gc.disable()  # until start_garbage_collection()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the entry scripts leave it while they are imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end the script
@@ -107,25 +148,56 @@ def run_script(main, argv):
     except BrokenPipeError:  # `head`, for example, leaves after its last line
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except UserError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        say(f"error: {error}", each_process=error.each_process)
-        if not error.each_process:  # all processes end here
-            leave_process_group()
-        return 2
     except KeyboardInterrupt:
-        say("\nStopped by Ctrl-C.")
-        return 130
+        return end_by_ctrl_c()
     except Stopped as stop:
         leave_process_group()
         say(str(stop))
         return stop.exit_code
-    except OSError as error:
-        if error.errno not in STORAGE_ERROR_NUMBERS:
+    except Exception as error:
+        if came_of_ctrl_c(error):
+            return end_by_ctrl_c()
+        mistake = error if isinstance(error, UserError) else system_problem(error)
+        if mistake is None:
             raise
-        say(f"error: {os.strerror(error.errno)}: {error.filename or 'output'}; mend that and try again")
+        if "--debug" in argv:
+            traceback.print_exc()
+        say(f"error: {mistake}", each_process=mistake.each_process)
+        if not mistake.each_process:  # all processes end here
+            leave_process_group()
         return 2
+
+
+def system_problem(error):
+    """The UserError for what the system refuses, a file, a folder or memory; None if the exception is a bug of ours."""
+    if isinstance(error, MemoryError):
+        return UserError(
+            "this machine's memory is used up; a file that is read, or the model, is too large for it: give a smaller"
+            " one, or close other programs",
+            each_process=True,
+        )
+    if isinstance(error, OSError) and error.errno and (error.filename or error.errno in STORAGE_ERROR_NUMBERS):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "output"
+        name = name if len(name) < 300 else f"{name[:300]}..."
+        return UserError(f"{os.strerror(error.errno)}: {name}; mend that and try again", each_process=True)
+    return None
+
+
+def came_of_ctrl_c(error):
+    """Whether an exception was raised while, or because, a KeyboardInterrupt was: libraries turn it into others."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def end_by_ctrl_c():
+    """Say that Ctrl-C ended the script, and let no further one disturb its end; returns the exit code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    say(CTRL_C)
+    return 130
 
 
 def leave_process_group():

@@ -9,6 +9,7 @@ What cannot be loaded is a UserError with its remedy.
 
 import copy
 import json
+import math
 import os
 import platform
 import sys
@@ -24,16 +25,18 @@ from transformers.pytorch_utils import Conv1D
 
 from file_utils import (
     SHOWN_DIGITS,
+    check_space,
     display_path,
     make_readable,
     read_json,
     resolve_path,
     short_hash,
     staged_folder,
+    storage_errors,
     write_json,
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
-from hub_utils import hub_errors, locate_model, model_folder
+from hub_utils import hub_errors, locate_model, model_folder, models_cache
 from message_utils import UserError, quiet_libraries, say
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids
 from settings_utils import DEFAULTS, make_settings
@@ -47,6 +50,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "settings.json"
 IDENTITY_FILE = "identity.json"  # beside an adapter
 GIB = 2**30
+# A base's config.json may name kernels for attention and experts, such as one that is downloaded from the Hub. Given in
+# the call beside the config they are the library's own choice for this model and machine, whatever that file says.
+OWN_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 PROBE_TEXT = "### Instruction:\nWhat does a good answer look like?\n\n### Response:\nIt is short, clear and true."
 
 
@@ -167,7 +173,7 @@ class Base(NamedTuple):
 
 def find_base(settings):
     """Find the base model and prepare the device for it; returns a Base."""
-    models_dir, device = resolve_path(settings.models_dir), resolve_device(settings.device)
+    models_dir, device = models_cache(settings.models_dir), resolve_device(settings.device)
     grow_gpu_memory(device)
     dtype = choose_dtype(device, settings.use_fp16)
     path = locate_model(settings.base_model_name, models_dir)
@@ -207,6 +213,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
     with hub_errors(path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
+            config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
             dtype=dtype,
             quantization_config=quantization_config,
             device_map={"": device},
@@ -214,6 +221,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **OWN_KERNELS,
         )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -238,7 +246,7 @@ def keep_four_bits_trainable(model):
 
 def load_settings_base(settings):
     """Load the base model that the settings name, as they say: device, number format and quantization."""
-    models_dir = resolve_path(settings.models_dir)
+    models_dir = models_cache(settings.models_dir)
     path = locate_model(settings.base_model_name, models_dir)
     device = resolve_device(settings.device)
     dtype = choose_dtype(device, settings.use_fp16)
@@ -299,7 +307,7 @@ def empty_model(path, settings, models_dir=None):
                 " made from, which is quantized to 4 bits while it is loaded"
             )
         with torch.device("meta"):
-            return attach_lora(AutoModelForCausalLM.from_config(model_config), settings)
+            return attach_lora(AutoModelForCausalLM.from_config(model_config, **OWN_KERNELS), settings)
 
 
 def count_parameters(model):
@@ -418,8 +426,9 @@ def write_adapter_identity(folder, name, content):
 
 def tokenizer_files(folder):
     """{name: hash} of the files that make prompts and answers token ids."""
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    return {name: short_hash((folder / name).read_bytes()) for name in names if (folder / name).is_file()}
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+    paths = [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): short_hash(path) for path in paths}
 
 
 def check_adapter_identity(folder, base_name, content):
@@ -483,7 +492,7 @@ def load_trained_model(adapter_path, settings=None):
     quiet_libraries()
     recorded = read_recorded_settings(adapter_path)
     folder = resolve_path(adapter_path)
-    settings = settings or make_settings(recorded=recorded)
+    settings = settings or make_settings(recorded=recorded, script=None)
     if settings.base_model_name != recorded["base_model_name"]:
         raise UserError(
             f"adapter {display_path(folder)} was trained on {recorded['base_model_name']} and cannot be used on"
@@ -495,7 +504,7 @@ def load_trained_model(adapter_path, settings=None):
     base = load_settings_base(settings)
     fit_pad_token(tokenizer, base, choose_pad_token)
     check_prompt(base, tokenizer)
-    content = base_content(base.name_or_path, resolve_path(settings.models_dir))
+    content = base_content(base.name_or_path, models_cache(settings.models_dir))
     check_adapter_identity(folder, settings.base_model_name, content)
     return load_adapter(base, folder).eval(), tokenizer
 
@@ -507,7 +516,7 @@ def load_adapters_tokenizer(folder, settings):
     """
     if has_tokenizer(folder) or (folder / SETTINGS_FILE).is_file():
         return load_tokenizer(str(folder))
-    models_dir = resolve_path(settings.models_dir)
+    models_dir = models_cache(settings.models_dir)
     tokenizer = load_tokenizer(locate_model(settings.base_model_name, models_dir), models_dir)
     say(f"Adapter {display_path(folder)} holds no tokenizer; its base model's is used, with that one's chat template")
     return tokenizer
@@ -542,7 +551,7 @@ def load_adapter(base, folder):
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
-def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir"]):
+def merge_and_save_model(model, tokenizer, path, models_dir=None):
     """Merge the adapter into its base model and save a folder that plain transformers loads.
 
     The base is loaded again unquantized, in the number format that `model` computes in, so that the merged model
@@ -554,7 +563,9 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
     check_mergeable(model)
-    base = reload_base(model, resolve_path(models_dir))
+    size = model.dtype.itemsize * sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
+    check_space(target, size, "the merged model", "free some, or merge into a folder on another disk")
+    base = reload_base(model, models_cache(models_dir or DEFAULTS["models_dir"]))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
@@ -566,10 +577,15 @@ def merge_and_save_model(model, tokenizer, path, models_dir=DEFAULTS["models_dir
         raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
     merged.config.use_cache = True
     prepare_generation_config(merged.generation_config, tokenizer)
-    with staged_folder(target) as staged:
+    with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
     say(f"Merged model saved to {display_path(target)}")
+
+
+def shape_of(parameter):
+    """The shape that a weight has when it is not quantized: 4-bit ones are packed, and know theirs."""
+    return getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
 
 
 def reload_base(model, models_dir):
@@ -581,7 +597,7 @@ def reload_base(model, models_dir):
         # counted from the config, since the model's own 4-bit weights are packed
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False)
+                AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False), **OWN_KERNELS
             )
         needed = model.dtype.itemsize * sum(parameter.numel() for parameter in plain.parameters())
         if torch.cuda.mem_get_info(device)[0] < 1.15 * needed:

@@ -109,6 +109,8 @@ class StopSignals(SignalHandlers):
         # A launcher passes Ctrl-C on to processes that have had it from the terminal already
         echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.first_at < 2
         if number == signal.SIGINT and self.requested == signal.SIGINT and not echo:
+            signal.signal(number, signal.SIG_IGN)  # more of them must not disturb the cleaning up
+            self.previous.pop(number, None)
             raise KeyboardInterrupt
         detach_from_closed_terminal(number)
         if not self.requested:

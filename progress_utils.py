@@ -1,5 +1,6 @@
 """What a run shows of itself: a line for each logged loss, TensorBoard, sample answers."""
 
+import contextlib
 import sys
 from typing import ClassVar
 
@@ -8,7 +9,9 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from data_utils import last_answer
+from file_utils import display_path
 from generation_utils import generate_replies
+from message_utils import say
 
 
 class ProgressLine(ProgressCallback):
@@ -58,15 +61,19 @@ class RunBoard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.writer = SummaryWriter(str(self.log_dir), purge_step=self.first_step + 1 if self.first_step else None)
-            rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
-            self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
+            with self.kept_going():
+                purge = {"purge_step": self.first_step + 1} if self.first_step else {}
+                self.writer = SummaryWriter(str(self.log_dir), **purge)
+                rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
+                self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
+                self.writer.flush()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.writer is not None:
-            for name in self.NAMES.keys() & logs.keys():
-                self.writer.add_scalar(self.NAMES[name], logs[name], state.global_step)
-            self.writer.flush()
+            with self.kept_going():
+                for name in self.NAMES.keys() & logs.keys():
+                    self.writer.add_scalar(self.NAMES[name], logs[name], state.global_step)
+                self.writer.flush()
 
     def add_samples(self, prompts, expected, replies, step):
         """Show each prompt with the reply of this step and the answer in the data."""
@@ -75,13 +82,26 @@ class RunBoard(TrainerCallback):
                 f"**Prompt** {prompt}\n\n**Reply** {reply}\n\n**Answer in the data** {answer}"
                 for prompt, reply, answer in zip(prompts, replies, expected, strict=True)
             ]
-            self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
-            self.writer.flush()
+            with self.kept_going():
+                self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
+                self.writer.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer is not None:
-            self.writer.close()
+            with self.kept_going():
+                self.writer.close()
             self.writer = None
+
+    @contextlib.contextmanager
+    def kept_going(self):
+        """A disk that refuses to write the logs costs the logs, not the run; it is said once."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            say(
+                f"TensorBoard logs end here: {display_path(self.log_dir)} cannot be written ({error.strerror or error})"
+            )
 
 
 class SampleAnswers(TrainerCallback):

@@ -33,12 +33,14 @@ def find_adapter(options, given):
     return resolve_path(options.adapter_path or output_dir / ADAPTER), output_dir
 
 
-def set_aside(output_dir, names):
+def set_aside(output_dir, names, kept=()):
     """Move what lies in output_dir under these names to output_dir/previous/<time>, so that nothing is overwritten.
 
-    Returns that folder, or None where there was nothing to move.
+    What holds one of the `kept` paths, which a run reads, stays. Returns that folder, or None where there was nothing
+    to move.
     """
     found = [output_dir / name for name in names if (output_dir / name).exists()]
+    found = [path for path in found if not any(kept_path.is_relative_to(path) for kept_path in kept)]
     if not found:
         return None
     target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")
@@ -46,7 +48,12 @@ def set_aside(output_dir, names):
         target = target.with_name(target.name + "-2")
     target.mkdir(parents=True)
     for path in found:
-        shutil.move(path, target / path.name)
+        if path.is_mount():  # a disk of its own stays where it is mounted, and what it holds moves
+            (target / path.name).mkdir()
+            for inner in path.iterdir():
+                shutil.move(inner, target / path.name / inner.name)
+        else:
+            shutil.move(path, target / path.name)
     return target
 
 
@@ -76,7 +83,7 @@ class OutputLock:
 
     def check(self):
         """Raise UserError if another run holds the lock now. Nothing is kept, and no file or folder is made."""
-        if is_first_process() and (self.folder / LOCK).exists():
+        if is_first_process() and os.path.lexists(self.folder / LOCK):
             try:
                 self.take()
             finally:
@@ -101,24 +108,30 @@ class OutputLock:
         taken = self.acquire()
         owner, folder = self.read_owner(), display_path(self.folder)
         who = "process {pid} on {host} since {since}".format(**owner) if owner else "another process"
-        if not taken:
+        if taken is False or (taken is None and owner and runs_here(owner)):
             raise UserError(f"{folder} is in use by {who}; wait for it, or give another folder with --output_dir")
-        # the lock of another host may be unknown to our system, on a network drive for example
-        if owner and owner["host"] != socket.gethostname():
-            self.lock.release()
+        if taken is None and owner and owner["host"] != socket.gethostname():
             remedy = f"make sure that it has ended, then remove {display_path(self.owner_file)}"
             raise UserError(f"{folder} may be in use by {who}; {remedy}")
         return who if owner else None
 
     def acquire(self):
-        """Take the operating system's lock; False if another process holds it."""
+        """Take the operating system's lock: True, or False if a process holds it, or None if the disk knows no locks.
+
+        A lock that could be taken has no holder any more, whatever host the owner's record names: that of a container
+        changes each time.
+        """
         try:
             self.lock.acquire()
         except Timeout:
             return False
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+            if error.errno in NO_LOCKS:
+                return None
+            raise UserError(
+                f"{display_path(self.folder / LOCK)} cannot be used as a lock ({error.strerror or error}); expected an"
+                " empty file: move away what lies there, or give another folder with --output_dir"
+            ) from None
         return True
 
     def read_owner(self):
@@ -128,3 +141,16 @@ class OutputLock:
             return {name: owner[name] for name in ("pid", "host", "since")}
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def runs_here(owner):
+    """Whether the process of an owner's record is one of this machine that runs."""
+    if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)  # sends nothing
+    except PermissionError:
+        return True
+    except (OSError, ValueError, TypeError, OverflowError):
+        return False
+    return True

@@ -5,14 +5,45 @@ import difflib
 import json
 import os
 import re
+import traceback
 from collections import namedtuple
 from pathlib import Path
 
-import config
-from message_utils import UserError, say
+from file_utils import PROJECT_DIR, display_path, resolve_input
+from message_utils import LateImport, UserError, say
+
+torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
+
+CONFIG_FILE = PROJECT_DIR / "config.py"
+
+
+def read_config(path):
+    """{NAME: value} of a settings file; UserError, with file and line, if it cannot be read or executed."""
+    path, shown = Path(path), display_path(path)
+    values = {"__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), values)
+    except OSError as error:
+        raise UserError(f"settings file {shown} cannot be read ({error.strerror}); give one by --config") from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a user's file raises is told of with its line
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f"{shown}, line {line}" if line else shown
+        raise UserError(f"{place}: {getattr(error, 'msg', error)} ({type(error).__name__}); correct it") from None
+    return {name: value for name, value in values.items() if re.fullmatch("[A-Z][A-Z0-9_]*", name)}
+
+
+# A config.py that cannot be read is told of when a command line is parsed or settings are made, not at this import
+try:
+    CONFIG, CONFIG_PROBLEM = read_config(CONFIG_FILE), None
+except UserError as problem:
+    CONFIG, CONFIG_PROBLEM = {}, problem
+
 
 # {name: value} of config.py: its constants in lower case, as the flags are written
-DEFAULTS = {name.lower(): value for name, value in vars(config).items() if name.isupper() and name != "CPU_DEMO"}
+DEFAULTS = {name.lower(): value for name, value in CONFIG.items() if name != "CPU_DEMO"}
+# {name: file} of the settings that the file named by --config sets
+OTHER_FILES = {}
 
 
 # One frozen snapshot of all settings: settings.lora_r and so on
@@ -52,6 +83,7 @@ RANGES = {
 
 
 REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
+OPTIONAL_TEXTS = ("custom_dataset_path", "validation_dataset_path", "run_name")  # None stands for none
 AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "auto"
 
 
@@ -63,8 +95,23 @@ CHOICES = {
 }
 
 
+# What config.py ships with of the settings that CPU_DEMO replaces: another value was set by the user, and wins over it
+SHIPPED = {
+    "base_model_name": "mistralai/Mistral-7B-v0.1",
+    "use_4bit_quantization": True,
+    "gradient_checkpointing": True,
+    "lora_dropout": 0.05,
+    "learning_rate": 2e-4,
+    "num_epochs": 3,
+    "gradient_accumulation_steps": 4,
+    "eval_steps": 50,
+    "max_new_tokens": 256,
+}
+
+
 # What an adapter was trained with and needs again wherever it is loaded
-BOUND_TO_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "max_seq_length")
+# Nothing that chooses where files are read or written: who made an adapter may not choose that on your machine
+BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length")
 
 
 # ---- Which script uses which settings --------------------------------------------------------------------------------
@@ -91,12 +138,16 @@ USED_SETTINGS = {
 def describe_settings():
     """Return [(banner, [(name, help text), ...]), ...] as config.py is written: banners and trailing comments."""
     groups = []
-    for line in Path(config.__file__).read_text(encoding="utf-8").splitlines():
+    for line in CONFIG_FILE.read_text(encoding="utf-8", errors="replace").splitlines():
         if banner := re.match(r"# ---- (.+?) -+$", line):
             groups.append((banner[1], []))
         elif (constant := re.match(r"([A-Z][A-Z0-9_]*) = .*?  # (.+)$", line)) and constant[1].lower() in DEFAULTS:
+            if not groups:
+                groups.append(("Settings", []))
             groups[-1][1].append((constant[1].lower(), constant[2]))
-    return groups
+    described = {name for _, constants in groups for name, _ in constants}
+    # a value without a comment, or of several lines, is a setting too
+    return [*groups, ("More settings", [(name, "") for name in DEFAULTS if name not in described])]
 
 
 def setting_type(name):
@@ -122,8 +173,10 @@ def parse_value(name, text, default):
                 raise ValueError
             return value
         return None if default is None and text.lower() == "none" else kind(text)
-    except (ValueError, KeyError):
-        raise UserError(f"--{name} got {text!r}, expected {expected[kind]}; the default is {default!r}") from None
+    except (ValueError, KeyError, RecursionError):
+        raise UserError(
+            f"--{name} got {shortened(text)}, expected {expected[kind]}; the default is {default!r}"
+        ) from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,10 +198,14 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(script, description):
     """A parser with a flag for each setting that a script uses; help texts and defaults are those of config.py."""
+    if CONFIG_PROBLEM:
+        raise CONFIG_PROBLEM
+    check_config()
     parser = Parser(
         prog=script, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    parser.add_argument("--config", metavar="FILE", help="settings that win over those of config.py, written like it")
     for banner, constants in describe_settings():
         group = parser.add_argument_group(banner)  # --help leaves out a group without flags
         for name, text in constants:
@@ -160,50 +217,119 @@ def build_parser(script, description):
 
 
 def parse_command_line(parser, argv):
-    """Parse argv; return the script's own options and {name: value} of the settings given, both checked for type."""
+    """Parse argv; return the script's own options and {name: value} of the settings given, both checked for type.
+
+    What the file that --config names sets replaces from here on what config.py does.
+    """
     argv = [re.sub(r"^--[a-z0-9_-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), item) for item in argv]
     options = parser.parse_args(argv)
+    if options.config is not None:
+        use_config(options.config)
     given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
     return options, {name: parse_value(name, text, DEFAULTS[name]) for name, text in given.items()}
 
 
+# ---- config.py and other settings files ------------------------------------------------------------------------------
+def use_config(path):
+    """Let the settings in another file win over those of config.py; it may hold all of them or some."""
+    file = resolve_input(path)
+    values = read_config(file)
+    for name in values:
+        if name not in CONFIG:
+            near = difflib.get_close_matches(name, CONFIG, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "config.py lists all settings"
+            raise UserError(f"{place_of(name, file)} is no setting; {hint}")
+    OTHER_FILES.update({name.lower(): file for name in values})
+    CONFIG.update(values)
+    DEFAULTS.update({name.lower(): value for name, value in values.items() if name != "CPU_DEMO"})
+    check_config()
+
+
+def place_of(name, file=None):
+    """The words for where a setting has its value: "config.py, line 31: LORA_R"."""
+    file = file or OTHER_FILES.get(name.lower(), CONFIG_FILE)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    numbers = [number for number, line in enumerate(lines, 1) if re.match(rf"{name}\b\s*[:=]", line)]
+    return f"{display_path(file)}{f', line {numbers[-1]}' if numbers else ''}: {name}"
+
+
+def check_config():
+    """Raise UserError, with file and line, for a setting that is missing, of another type or out of its range."""
+    required = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS, *OPTIONAL_TEXTS}
+    if missing := sorted(required - set(DEFAULTS)):
+        raise UserError(f"config.py lacks {', '.join(missing).upper()}; restore what was there")
+    for name, value in DEFAULTS.items():
+        check_value(name, value, place_of(name.upper()))
+    demo = CONFIG.get("CPU_DEMO") or {}
+    if not isinstance(demo, dict):
+        raise UserError(
+            f"{place_of('CPU_DEMO')} is {shortened(demo)}, expected a dict of settings; {{}} switches it off"
+        )
+    for name, value in demo.items():
+        place = f"{place_of('CPU_DEMO')}[{name!r}]"
+        if not isinstance(name, str) or name.lower() not in DEFAULTS:
+            raise UserError(f"{place} is no setting; correct or remove it")
+        check_value(name.lower(), value, place)
+
+
+def shortened(value):
+    """A value as Python writes it, cut to what fits into a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 # ---- One snapshot ----------------------------------------------------------------------------------------------------
-def make_settings(given=None, recorded=None):
+def make_settings(given=None, recorded=None, script="train.py"):
     """Merge the settings' sources into a checked snapshot. In this order, a later source replaces an earlier one:
 
-    1. config.py
+    1. config.py as it ships
     2. CPU_DEMO in config.py, where it applies (demo_settings)
-    3. recorded: {name: value} of an adapter's record, of which only what the adapter is bound to counts
-    4. given: {name: value} of the command line
+    3. what was edited in config.py, or set in the file that --config names
+    4. recorded: {name: value} of an adapter's record, of which only what the adapter is bound to counts
+    5. given: {name: value} of the command line
 
-    Raises UserError for a name that is no setting, and for a value of the wrong type or out of its range.
+    Of the demo's settings those that the script uses are announced. Raises UserError for a name that is no setting, and
+    for a value of the wrong type or out of its range.
     """
+    if CONFIG_PROBLEM:
+        raise CONFIG_PROBLEM
+    check_config()
     given = given or {}
     check_names(given, "unknown settings")
     bound = {name: value for name, value in (recorded or {}).items() if name in BOUND_TO_ADAPTER}
+    for name, value in bound.items():
+        check_value(name, value, f"the adapter's settings.json: {name}")
+    for name, value in given.items():
+        check_value(name, value, f"--{name}")
     demo = demo_settings((bound | given).get("base_model_name"))
     settings = check_settings(Settings(**(DEFAULTS | demo | bound | given)))
-    if demo and not bound:
-        used = ", ".join(f"{name}={getattr(settings, name)}" for name in demo if name not in given)
+    taken = [name for name in demo if name not in bound | given and name in USED_SETTINGS.get(script, ())]
+    if taken:
+        used = ", ".join(f"{name}={demo[name]}" for name in taken)
         say(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
     return settings
 
 
 def demo_settings(chosen_base):
-    """{name: value} of CPU_DEMO, or {} where it does not apply.
+    """{name: value} of CPU_DEMO that take effect, or {} where it does not apply.
 
     It applies only on a machine without a CUDA GPU, and only to its own base model, which its learning rate belongs
-    to: chosen_base is the base model that the user or the adapter has chosen, or None.
+    to: chosen_base is the base model that the command line or the adapter has chosen, or None. A value that was edited
+    in config.py stays, and another base model there switches the demo off.
     """
-    demo = {name.lower(): value for name, value in (config.CPU_DEMO or {}).items()}
-    check_names(demo, "CPU_DEMO in config.py names no setting")
+    demo = {name.lower(): value for name, value in (CONFIG.get("CPU_DEMO") or {}).items()}
     base = demo.get("base_model_name")
-    return demo if demo and chosen_base in (None, base) and not cuda_is_available() else {}
+    edited = {name for name in demo if name in SHIPPED and DEFAULTS[name] != SHIPPED[name]}
+    if "cpu_demo" not in OTHER_FILES:  # a file that is no copy of config.py, but sets a few values: all of them count
+        edited |= OTHER_FILES.keys() & demo.keys()
+    if chosen_base is None and "base_model_name" in edited:
+        chosen_base = DEFAULTS["base_model_name"]
+    if not demo or chosen_base not in (None, base) or cuda_is_available():
+        return {}
+    return {name: value for name, value in demo.items() if name not in edited}
 
 
 def cuda_is_available():
-    import torch  # here, since importing it takes seconds and most mistakes are found without it
-
     return torch.cuda.is_available()
 
 
@@ -215,26 +341,42 @@ def check_names(values, problem):
 
 
 def check_settings(settings):
-    """Return the settings, or raise UserError for the first that is missing, of another type or out of its range."""
-    required = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS}
-    if missing := sorted(required - set(DEFAULTS)):
-        raise UserError(f"config.py lacks {', '.join(missing).upper()}; restore what was there")
+    """Return the settings, or raise UserError for the first that is of another type or out of its range."""
     for name, value in settings._asdict().items():
-        check_type(name, value)
-    for name, (low, high) in RANGES.items():
-        value = getattr(settings, name)
-        if not low <= value <= high:  # a NaN is in no range
-            raise UserError(f"--{name} is {value}, expected {low} to {high}; the default is {DEFAULTS[name]}")
-    for name, choices in CHOICES.items():
-        value = getattr(settings, name)
-        if value not in choices:
-            raise UserError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")
-    if settings.run_name is not None and (settings.run_name == ".." or {"/", os.sep} & set(settings.run_name)):
-        raise UserError(f"--run_name is {settings.run_name!r}, expected one folder's name, without slashes")
+        check_value(name, value, f"--{name}")
     return settings
 
 
-def check_type(name, value):
+def check_value(name, value, shown):
+    """Raise UserError unless a value is of its setting's type and in its range. `shown` names it and its place."""
+    check_type(name, value, shown)
+    # where it was given on the command line, config.py may tell a value that works
+    default = f"; the default is {DEFAULTS[name]!r}" if shown.startswith("--") else "; correct it there"
+    if name == "temperature" and value == 0:
+        remedy = "--do_sample false" if shown.startswith("--") else "DO_SAMPLE = False"
+        raise UserError(f"{shown} is 0; for the likeliest answer, the same every time, set {remedy} instead")
+    if name in RANGES:
+        low, high = RANGES[name]
+        if not low <= value <= high:  # a NaN is in no range
+            raise UserError(f"{shown} is {shortened(value)}, expected {low} to {high}{default}")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise UserError(f"{shown} is {shortened(value)}, expected one of {', '.join(CHOICES[name])}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{shown} holds a NUL character, which no name has; correct it")
+    if name == "run_name" and value is not None and not is_folder_name(value):
+        raise UserError(f"{shown} is {shortened(value)}, expected one folder's name, without slashes")
+
+
+def is_folder_name(text):
+    """Whether a text is the name of one folder and leads to no other place."""
+    return (
+        text not in ("", ".", "..")
+        and not {"/", os.sep, "\0"} & set(text)
+        and len(text.encode(errors="replace")) <= 255
+    )
+
+
+def check_type(name, value, shown):
     """Raise UserError unless a setting's value is of its type, and no blank text."""
     kind = setting_type(name)
     if name in AUTO_SWITCHES and value == "auto":
@@ -243,8 +385,8 @@ def check_type(name, value):
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):  # a bool is an int in Python
         switch = 'True, False or "auto"' if name in AUTO_SWITCHES else "True or False"
         wanted = {bool: switch, int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
-        raise UserError(f"{name.upper()} is {value!r}, expected {wanted[kind]}; correct it where it was set")
+        raise UserError(f"{shown} is {shortened(value)}, expected {wanted[kind]}; correct it where it was set")
     if isinstance(value, str) and not value.strip():
-        raise UserError(f"--{name} is empty, expected a value; the default is {DEFAULTS[name]!r}")
+        raise UserError(f"{shown} is empty, expected a value; correct it where it was set")
     if name in REQUIRED_TEXTS and value is None:
-        raise UserError(f"{name.upper()} is None, expected a name; the default is {DEFAULTS[name]!r}")
+        raise UserError(f"{shown} is None, expected a name; correct it where it was set")

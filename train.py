@@ -8,13 +8,27 @@
 The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
+
 import platform
+import shlex
 import sys
 import time
 from collections import namedtuple
 from importlib.metadata import version
 
-from file_utils import check_writable, display_path, resolve_path, storage_errors, write_json
+from file_utils import (
+    check_writable,
+    display_path,
+    put_in_place,
+    resolve_input,
+    resolve_path,
+    storage_errors,
+    write_json,
+)
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import (
     ADAPTER,
@@ -208,18 +222,27 @@ def prepare_output(settings, validation_set, report, resumption):
     """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
-        moved_to = set_aside(output_dir, RUN_OUTPUTS)
+        moved_to = set_aside(output_dir, RUN_OUTPUTS, paths_read(settings))
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
     write_report(settings, report)
-    if validation_set and not (output_dir / VALIDATION_ROWS).exists():
-        data_utils.store_conversations(output_dir / VALIDATION_ROWS, validation_set)
+    path = output_dir / VALIDATION_ROWS
+    # written anew where a run goes on, since a power cut may have torn it
+    if validation_set and path not in paths_read(settings):
+        data_utils.store_conversations(output_dir / f"{VALIDATION_ROWS}.tmp", validation_set)
+        put_in_place(output_dir / f"{VALIDATION_ROWS}.tmp", path)
+
+
+def paths_read(settings):
+    """What a run reads of local files and folders, and therefore must not move, be it in its own output folder."""
+    data = [path for path in (settings.custom_dataset_path, settings.validation_dataset_path) if path is not None]
+    return [resolve_path(settings.base_model_name), *map(resolve_input, data)]
 
 
 def run(trainer, settings, base, rows, started):
     """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
     resumption = trainer.checkpoints.resumption
-    say(f"Training; watch it with: tensorboard --logdir {settings.logs_dir}")
+    say(f"Training; watch it with: tensorboard --logdir {shlex.quote(settings.logs_dir)}")
     with trainer.signals, trainer.runner:
         try:
             trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
@@ -269,7 +292,9 @@ def build_record(trainer, rows, started):
 
 def print_summary(settings, adapter_dir, record):
     """Say on stdout how the run went, where the adapter is, and what to type next."""
-    where = "" if settings.output_dir == DEFAULTS["output_dir"] else f" --output_dir {settings.output_dir}"
+    where = ""
+    if settings.output_dir != DEFAULTS["output_dir"]:
+        where = f" --output_dir {shlex.quote(settings.output_dir)}"
     validation, following = "", [f"Next: python inference.py{where}   talk to it"]
     if record["validation_loss"] is not None:
         perplexity = engine_passes.perplexity(record["validation_loss"])

@@ -11,14 +11,14 @@ from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from checkpoint_utils import AGAIN
+from checkpoint_utils import AGAIN, best_whole_step, validation_losses
 from engine_passes import count_tokens, pack_rows, perplexity
 from engine_runner import StepCheck, StepRunner
 from file_utils import display_path
 from message_utils import Stopped, UserError, say
 from model_utils import measured_peak, save_adapter
 from plan_utils import StepPlan, expected_seconds, longest_rows, typical_rows
-from process_utils import StopSignals
+from process_utils import StopSignals, from_first_process
 from progress_utils import format_duration
 
 # What LoraTrainer relies on beside the Trainer's public methods. A test tells when a release of it has lost one.
@@ -27,6 +27,7 @@ TRAINER_METHODS = (
     "_get_grad_norm",
     "_get_output_dir",
     "_init_training_state",
+    "_load_best_model",
     "_maybe_log_save_evaluate",
     "_run_epoch",
     "_save",
@@ -68,6 +69,8 @@ class LoraTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward over one step's rows; returns the step's mean loss a token."""
         self.speed.start()
+        if self.checkpoints:
+            self.checkpoints.check_folder()
         if not self.rehearsed:
             self.rehearsed = True
             broadcast([parameter.detach() for parameter in self.runner.parameters])  # all begin with the first's
@@ -222,6 +225,17 @@ class LoraTrainer(Trainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, self.processing_class, output_dir, self.base_content)
 
+    def _load_best_model(self):
+        """Take the weights of the best checkpoint that is whole; the state, and with it the record, says which."""
+        state = self.state
+        losses = validation_losses(state)
+        known = (self.checkpoints.folder, state.best_global_step, losses, state.global_step)
+        best = from_first_process(best_whole_step, *known)
+        state.best_global_step, state.best_metric = best, losses[best]
+        state.best_model_checkpoint = str(self.checkpoints.path(best))
+        if best != state.global_step:  # else they are in memory
+            super()._load_best_model()
+
     # ---- Going on ----
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
         begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
@@ -229,7 +243,7 @@ class LoraTrainer(Trainer):
             best = self.checkpoints.resumption.best_step
             self.state.best_global_step = best
             self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
-            self.state.best_metric = best and self.state.best_metric
+            self.state.best_metric = best and validation_losses(self.state)[best]
             self.state.compute_steps(self.args, max_steps)  # LOGGING_STEPS may have been changed
         return begin
 

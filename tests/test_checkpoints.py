@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
 import engine_runner
+import evaluate
 import file_utils
+import inference
 import train
 import training_utils
 from checkpoint_utils import differences, find_newest, list_checkpoints, rows_content, verify
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from file_utils import write_json
 from message_utils import Stopped
-from model_utils import base_content
+from model_utils import base_content, load_trained_model
 from token_utils import TokenizedRows
 
 
@@ -121,7 +123,7 @@ def stop_in_evaluation(monkeypatch, number):
     """Let the next run get a signal in the second pass of its evaluation `number`; returns the passes that it began."""
     original, evaluations, passes = engine_runner.score_rows, [], []
 
-    def score_rows(model, rows, max_pass_tokens, kernels, before_pass):
+    def score_rows(model, rows, max_tokens, kernels, before_pass):
         evaluations.append(len(evaluations) + 1)
 
         def begin():
@@ -130,7 +132,7 @@ def stop_in_evaluation(monkeypatch, number):
                 os.kill(os.getpid(), signal.SIGTERM)
             before_pass()
 
-        return original(model, rows, max_pass_tokens, kernels, begin)
+        return original(model, rows, max_tokens, kernels, begin)
 
     monkeypatch.setattr(engine_runner, "score_rows", score_rows)
     return passes
@@ -191,7 +193,10 @@ def remove(name):
 
 
 def flip_a_bit(folder):
-    path = folder / "optimizer.pt"
+    flip_bit_of(folder / "optimizer.pt")
+
+
+def flip_bit_of(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -202,6 +207,21 @@ def forget_the_optimizer(folder):
     del manifest["files"]["optimizer.pt"]
     write_json(folder / "manifest.json", manifest)
     (folder / "optimizer.pt").unlink()
+
+
+def change_manifest(**changes):
+    return lambda folder: write_json(
+        folder / "manifest.json", json.loads((folder / "manifest.json").read_text()) | changes
+    )
+
+
+def leave_out(name):
+    def spoil(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest[name]
+        write_json(folder / "manifest.json", manifest)
+
+    return spoil
 
 
 # what happens to a checkpoint -> words of the reason
@@ -216,6 +236,35 @@ DAMAGES = {
     "a torn manifest": (lambda folder: os.truncate(folder / "manifest.json", 40), "cannot be read"),
     "an empty manifest": (lambda folder: (folder / "manifest.json").write_text("{}"), "is damaged"),
     "a manifest without the optimizer": (forget_the_optimizer, "lacks optimizer.pt"),
+    "a stray model": (
+        lambda folder: shutil.copy(folder / "adapter_model.safetensors", folder / "model.safetensors"),
+        "it holds model.safetensors, which its manifest.json does not list",
+    ),
+    "a stray pickle": (lambda folder: (folder / "pytorch_model.bin").touch(), "it holds pytorch_model.bin"),
+    "an empty folder": (lambda folder: (folder / "global_step4").mkdir(), "it holds global_step4"),
+    "a folder as a file": (
+        lambda folder: (remove("optimizer.pt")(folder), (folder / "optimizer.pt").mkdir()),
+        "no file",
+    ),
+    "a run that leads elsewhere": (change_manifest(run_name="../../elsewhere"), "is damaged (run_name)"),
+    "a run without a name": (change_manifest(run_name=""), "is damaged (run_name)"),
+    "a step that is a text": (change_manifest(step="4"), "is damaged (step)"),
+    "a best step that is a path": (change_manifest(best_step="../2"), "is damaged (best_step)"),
+    "files in a list": (change_manifest(files=[]), "is damaged"),
+    "a list of identities": (change_manifest(identity=[]), "is damaged"),
+    "endlessly many processes": (
+        change_manifest(identity={"processes": 10**12, "number_format": "float32"}),
+        "is damaged (processes)",
+    ),
+} | {
+    f"no {name}": (leave_out(name), "is damaged")
+    for name in ("step", "best_step", "finished", "run_name", "identity", "files")
+}
+DAMAGES |= {
+    "a manifest deeper than Python reads": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
+        "its manifest",
+    ),
 }
 
 
@@ -289,6 +338,70 @@ def test_a_lost_best_checkpoint_is_named_and_the_run_still_goes_on(
     assert losses(out)["best_step"] >= 14
 
 
+def spoil_at_step(monkeypatch, step, spoil):
+    """Do something to the checkpoints' folder before a step of the next run of this test."""
+    original = training_utils.LoraTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            spoil(self.checkpoints.folder)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training_utils.LoraTrainer, "training_step", training_step)
+
+
+SPOILT = {
+    "one bit": lambda folder: flip_bit_of(folder / "adapter_model.safetensors"),
+    "gone": shutil.rmtree,
+    "a stray model": lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 99),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_best_checkpoint_that_is_spoilt_before_the_end_gives_way_to_the_next_best(
+    how, dataset, tmp_path, monkeypatch, capsys, contradicted, undisturbed
+):
+    expected = undisturbed(**contradicted, save_total_limit=9)
+    history = json.loads((expected / "checkpoints/checkpoint-18/trainer_state.json").read_text())["log_history"]
+    losses_by_step = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    best, second = sorted(losses_by_step, key=losses_by_step.get)[:2]
+    assert best < 18
+    spoil_at_step(monkeypatch, 17, lambda folder: SPOILT[how](folder / f"checkpoint-{best}"))
+    capsys.readouterr()
+    found = small_run(dataset, tmp_path, **contradicted, save_total_limit=9)
+    said = capsys.readouterr().err
+    assert f"The best checkpoint, checkpoint-{best}, is lost" in said
+    assert f"The best whole one is that of step {second}, validation loss {losses_by_step[second]:.4f}" in said
+    assert (
+        adapter_bytes(found) == (expected / f"checkpoints/checkpoint-{second}/adapter_model.safetensors").read_bytes()
+    )
+    assert losses(found)["best_step"] == second
+    assert losses(found)["validation_loss"] == losses_by_step[second]
+
+
+def test_where_every_checkpoint_is_spoilt_the_last_steps_weights_become_the_adapter(
+    dataset, tmp_path, monkeypatch, contradicted, undisturbed
+):
+    expected = undisturbed(**contradicted, save_total_limit=9)
+    monkeypatch.setattr(
+        training_utils.LoraTrainer,
+        "_finalize_training",
+        with_before(training_utils.LoraTrainer._finalize_training, lambda self: shutil.rmtree(self.checkpoints.folder)),
+    )
+    found = small_run(dataset, tmp_path, **contradicted)
+    assert adapter_bytes(found) == (expected / "checkpoints/checkpoint-18/adapter_model.safetensors").read_bytes()
+    record = json.loads((found / "lora-adapter/run.json").read_text())
+    assert record["best_step"] == 18
+
+
+def with_before(original, action):
+    def called(self, *args, **kwargs):
+        action(self)
+        return original(self, *args, **kwargs)
+
+    return called
+
+
 def test_checkpoints_hold_no_absolute_path(halfway):
     for path in (halfway / "checkpoints").rglob("*.json"):
         if path.name != "settings.json":
@@ -306,6 +419,30 @@ def test_an_old_checkpoint_is_deleted_only_after_the_new_one_verifies(dataset, t
     monkeypatch.setattr(checkpoint_utils, "verify", watched)
     small_run(dataset, tmp_path, save_total_limit=1)
     assert seen[1] == ["checkpoint-2", "checkpoint-4"]
+
+
+# ---- Tokenizers with several templates -------------------------------------------------------------------------------
+def test_a_tokenizer_with_several_templates_trains_goes_on_and_is_evaluated(
+    dataset, tmp_path, monkeypatch, tokenizer, capsys
+):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_BASE, base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(base)
+    assert (base / "additional_chat_templates").is_dir()
+    expected = small_run(dataset, tmp_path / "whole", base_model_name=str(base))
+    interrupted(dataset, tmp_path / "killed", monkeypatch, base_model_name=str(base))
+    capsys.readouterr()
+    found = small_run(dataset, tmp_path / "killed", base_model_name=str(base))
+    assert "Going on" in capsys.readouterr().err
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    template = found / "lora-adapter/additional_chat_templates/tool_use.jinja"
+    assert template.read_text() == "{{ messages }}"
+    evaluate.main(["--adapter_path", str(found / "lora-adapter"), "--device", "cpu", "--eval_samples", "1"])
+    assert (found / "evaluation/metrics.json").is_file()
+    inference.main(["Hi", "--adapter_path", str(found / "lora-adapter"), "--device", "cpu", "--max_new_tokens", "2"])
+    template.write_text("{{ 1 }}")
+    assert "tool_use.jinja" in refusal(load_trained_model, found / "lora-adapter")
 
 
 # ---- Another run -----------------------------------------------------------------------------------------------------

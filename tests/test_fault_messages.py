@@ -94,8 +94,9 @@ def place(scratch, finished, halfway, tmp_path, monkeypatch):
     yield SimpleNamespace(
         folder=tmp_path, out=tmp_path / "out", patch=monkeypatch, finished=finished, halfway=halfway, scratch=scratch
     )
-    if (tmp_path / "disk").is_mount():
-        subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)  # its rows may still be mapped into memory
+    for folder in (tmp_path / "disk", tmp_path / "out" / CHECKPOINTS):
+        if folder.is_mount():
+            subprocess.run(["umount", "--lazy", folder], check=True)  # its rows may still be mapped into memory
     assert not (tmp_path / "exploded").exists()
 
 
@@ -119,13 +120,13 @@ def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def disk(place, size="64m"):
-    """Mount a disk of its own at folder/disk."""
-    (place.folder / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place.folder / "disk"]
+def disk(place, size="64m", name="disk"):
+    """Mount a disk of its own at a new folder."""
+    (place.folder / name).mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place.folder / name]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting a tmpfs is not permitted here")
-    return place.folder / "disk"
+    return place.folder / name
 
 
 def interrupted(place):
@@ -150,6 +151,14 @@ def edit_weights(path, change):
     weights = load_file(path)
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def talk(argv):
+    inference.main(["Hi", "--max_new_tokens=2", "--adapter_path", os.environ["ADAPTER"]])
+
+
+def measure(argv):
+    evaluate.main(["--adapter_path", os.environ["ADAPTER"]])
 
 
 class Bomb:
@@ -266,6 +275,128 @@ def two_runs_in_one_folder(place):
     place.child = pid
 
 
+# ---- Names that no file has, files where folders belong, and the reverse ---------------------------------------------
+LONG = "x" * 300
+# setting -> what to do about a name that is too long
+for name in ("output_dir", "logs_dir", "models_dir", "custom_dataset_path", "validation_dataset_path"):
+    FAULTS[f"{name} of a user that is not there"] = Fault(
+        lambda place, name=name: {name: "~nouser/x"},
+        train.main,
+        2,
+        ("~nouser/x names the home of a user that this machine does not know; write it out",),
+    )
+for name in ("output_dir", "logs_dir", "custom_dataset_path", "validation_dataset_path"):
+    FAULTS[f"{name} longer than a name may be"] = Fault(
+        lambda place, name=name: {name: place.folder / LONG}, train.main, 2, ("File name too long: ",)
+    )
+
+
+@fault("~nouser/x names the home of a user that this machine does not know")
+def a_base_of_a_user_that_is_not_there(place):
+    return {"base_model_name": "~nouser/x"}
+
+
+@fault("File name too long: ", "mend that and try again")
+def a_base_longer_than_a_name_may_be(place):
+    return {"base_model_name": f"models/{LONG}"}
+
+
+@fault("File name too long: ", main=talk)
+def an_adapter_longer_than_a_name_may_be(place):
+    place.patch.setenv("ADAPTER", LONG)
+
+
+@fault("~nouser/x names the home of a user that this machine does not know", main=talk)
+def an_adapter_of_a_user_that_is_not_there(place):
+    place.patch.setenv("ADAPTER", "~nouser/x")
+
+
+@fault("--run_name is", "expected one folder's name, without slashes")
+def a_run_name_that_is_too_long(place):
+    return {"run_name": LONG}
+
+
+@fault("--dataset_columns got", "expected JSON such as")
+def json_deeper_than_python_reads_in_a_flag(place):
+    return {"dataset_columns": '{"a":' * 100_000}
+
+
+def lies_in(place, name, folder=True):
+    """Put a folder, or else a file, of this name into the output folder."""
+    path = place.out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        (path / "mine").mkdir(parents=True)
+    else:
+        path.write_text("mine")
+
+
+@fault(".lock cannot be used as a lock (", "expected an empty file: move away what lies there")
+def a_folder_where_the_lock_belongs(place):
+    lies_in(place, ".lock")
+
+
+@fault("Is a directory: ", ".lock-owner.json")
+def a_folder_where_the_locks_record_belongs(place):
+    lies_in(place, ".lock-owner.json")
+
+
+@fault("data_report.json.tmp; mend that and try again")
+def a_folder_where_an_unfinished_file_belongs(place):
+    lies_in(place, "data_report.json.tmp")
+
+
+@fault("Not a directory: ", "/cache")
+def a_file_where_the_cache_belongs(place):
+    lies_in(place, "cache", folder=False)
+
+
+@fault("previous", "mend that and try again")
+def a_file_where_earlier_runs_belong(place):
+    shutil.copytree(place.finished, place.out)
+    lies_in(place, "previous", folder=False)
+
+
+@fault("An earlier run lies in", "moved to", code=0)
+def a_file_where_the_checkpoints_belong(place):
+    lies_in(place, "checkpoints", folder=False)
+
+
+@fault("An earlier run lies in", "moved to", code=0)
+def a_folder_where_the_validation_rows_belong(place):
+    lies_in(place, "validation.jsonl")
+
+
+@fault("An earlier run lies in", "moved to", code=0)
+def a_file_where_the_adapter_belongs(place):
+    lies_in(place, "lora-adapter", folder=False)
+
+
+@fault("An earlier run lies in", "moved to", code=0)
+def checkpoints_on_a_disk_of_their_own(place):
+    shutil.copytree(place.finished, place.out)
+    shutil.rmtree(place.out / CHECKPOINTS)
+    shutil.copytree(place.finished / CHECKPOINTS, disk(place, name=f"out/{CHECKPOINTS}"), dirs_exist_ok=True)
+
+
+@fault("the adapter's settings", "cannot be read", main=talk)
+def a_record_larger_than_the_memory(place):
+    (adapter(place) / "settings.json").touch()
+    os.truncate(place.folder / "adapter/settings.json", 2**42)
+
+
+@fault("the adapter's settings", "cannot be read", main=talk)
+def a_record_deeper_than_python_reads(place):
+    (adapter(place) / "settings.json").write_text("[" * 100_000)
+
+
+@fault("holds no adapter_config.json; train again, or give the folder that holds it", main=talk)
+def a_folder_where_a_record_belongs(place):
+    folder = adapter(place)
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+
+
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 STOPPED = ("Stopped at step 3 of 4, saved in", "checkpoint-3; the same command goes on from the last checkpoint")
 
@@ -328,14 +459,6 @@ def a_loss_that_is_nan(place):
 
 
 # ---- Adapters --------------------------------------------------------------------------------------------------------
-def talk(argv):
-    inference.main(["Hi", "--max_new_tokens=2", "--adapter_path", os.environ["ADAPTER"]])
-
-
-def measure(argv):
-    evaluate.main(["--adapter_path", os.environ["ADAPTER"]])
-
-
 @fault("adapter folder", "does not exist; train one first with python train.py", main=talk)
 def no_adapter(place):
     place.patch.setenv("ADAPTER", str(place.folder / "none"))
@@ -543,5 +666,5 @@ def test_a_fault_is_one_plain_line(name, place, hub, capsys):
     if code == 2:
         assert lines[-1] == said[0]
         assert said[0].startswith("error: ")
-    if name != "two runs in one folder":
+    if name not in ("two runs in one folder", "a folder where the locks record belongs"):
         assert {path.name for path in place.out.glob(".lock*")} <= {".lock"}  # the owner's record is gone

@@ -28,7 +28,7 @@ import training_utils
 from checkpoint_utils import find_newest
 from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
 from file_utils import storage_errors, write_json
-from model_utils import load_trained_model
+from model_utils import load_trained_model, merge_and_save_model
 from process_utils import StopSignals
 from run_utils import LOCK, OWNER, OutputLock
 from settings_utils import DEFAULTS, Settings
@@ -210,16 +210,83 @@ def test_the_other_processes_of_a_launcher_take_no_lock(tmp_path, monkeypatch):
             pass
 
 
-def test_another_hosts_lock_is_refused_and_says_what_to_remove(tmp_path):
+def test_a_lock_without_a_holder_is_taken_over_whatever_host_it_names(tmp_path, capsys):
+    """A container has another host's name each time."""
     (tmp_path / LOCK).touch()
     write_json(tmp_path / OWNER, {"pid": 4711, "host": "elsewhere", "since": "2026-01-01 00:00:00"})
+    OutputLock(tmp_path).check()
+    with OutputLock(tmp_path):
+        said = capsys.readouterr().err
+        assert "The run of process 4711 on elsewhere since 2026-01-01 00:00:00 ended without saying so" in said
+
+
+STRANGE_LOCKS = {
+    "a link to a file": lambda path: path.symlink_to(path.parent / "victim"),
+    "a link to nothing": lambda path: path.symlink_to(path.parent / "none"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE_LOCKS)
+def test_what_is_no_file_is_no_lock_and_is_not_followed(what, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    STRANGE_LOCKS[what](tmp_path / LOCK)
     for take in (OutputLock(tmp_path).check, OutputLock(tmp_path).__enter__):
         message = refusal(take)
-        assert "may be in use by process 4711 on elsewhere since 2026-01-01 00:00:00" in message
-        assert message.endswith(f"make sure that it has ended, then remove {tmp_path / OWNER}")
-    (tmp_path / OWNER).unlink()
+        assert message.startswith(f"{tmp_path / LOCK} cannot be used as a lock (")
+        assert "move away what lies there" in message
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_link_in_the_place_of_a_record_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    for name in (OWNER, f"{OWNER}.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
     with OutputLock(tmp_path):
-        pass
+        assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
+        assert not (tmp_path / OWNER).is_symlink()
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+START_AT_ONCE = """
+import sys, time
+from pathlib import Path
+from message_utils import run_script
+from run_utils import OutputLock
+def main(argv):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    lock = OutputLock(Path(argv[0]))
+    lock.check()
+    with lock:
+        print("won", flush=True)
+        sys.stdin.readline()
+sys.exit(run_script(main, sys.argv[1:]))
+"""
+
+
+def test_of_runs_that_start_at_once_one_wins_eight_times(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for number in range(8):
+        folder = str(tmp_path / f"out{number % 4}")  # new ones, then ones with an old lock
+        command = [sys.executable, "-c", START_AT_ONCE, folder]
+        runs = [subprocess.Popen(command, cwd=PROJECT, **pipes) for _ in range(2)]
+        for process in runs:
+            assert process.stdout.readline() == "ready\n"
+        for process in runs:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        lost = [process for process in runs if process.stdout.readline() != "won\n"]
+        assert len(lost) == 1
+        (won,) = set(runs) - set(lost)
+        assert lost[0].wait(30) == 2
+        message = lost[0].communicate()[1]
+        assert message.startswith(f"error: {folder} is in use by ")
+        assert message.count("\n") == 1
+        won.communicate("\n")
+        assert won.returncode == 0
 
 
 def test_a_torn_record_of_a_lock_that_nobody_holds_is_free(tmp_path):
@@ -237,7 +304,13 @@ def test_on_a_file_system_without_locks_the_owners_record_has_to_do(number, tmp_
     with OutputLock(tmp_path):
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
     write_json(tmp_path / OWNER, {"pid": 4711, "host": "elsewhere", "since": "2026-01-01 00:00:00"})
-    assert "may be in use by process 4711 on elsewhere" in refusal(OutputLock(tmp_path).check)
+    message = refusal(OutputLock(tmp_path).check)
+    assert "may be in use by process 4711 on elsewhere" in message
+    assert message.endswith(f"make sure that it has ended, then remove {tmp_path / OWNER}")
+    write_json(tmp_path / OWNER, {"pid": os.getppid(), "host": socket.gethostname(), "since": "2026-01-01 00:00:00"})
+    assert f"is in use by process {os.getppid()}" in refusal(OutputLock(tmp_path).check)
+    write_json(tmp_path / OWNER, {"pid": 2**22 + 1, "host": socket.gethostname(), "since": "2026-01-01 00:00:00"})
+    OutputLock(tmp_path).check()
 
 
 # ---- Numbers that are not finite -------------------------------------------------------------------------------------
@@ -394,3 +467,69 @@ def test_an_adapter_whose_base_was_moved_still_loads(adapter, tmp_path, capsys):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     load_trained_model(folder)
     assert f"Base model: {base}" in capsys.readouterr().err
+
+
+def test_a_disk_for_the_logs_that_is_full_costs_the_logs_and_not_the_run(
+    small_disk, dataset, tmp_path, undisturbed, capsys
+):
+    (small_disk / "logs").mkdir()
+    with contextlib.suppress(OSError):
+        (small_disk / "ballast").write_bytes(bytes(2**25))
+    capsys.readouterr()
+    out = small_run(dataset, tmp_path, logs_dir=str(small_disk / "logs"))
+    assert capsys.readouterr().err.count("TensorBoard logs end here") == 1
+    assert adapter_bytes(out) == adapter_bytes(undisturbed())
+
+
+def test_a_file_where_the_logs_folder_belongs_costs_the_logs_and_not_the_run(dataset, tmp_path, undisturbed, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/run").write_text("a file")
+    out = small_run(dataset, tmp_path)
+    assert capsys.readouterr().err.count("TensorBoard logs end here") == 1
+    assert adapter_bytes(out) == adapter_bytes(undisturbed())
+
+
+def at_step(monkeypatch, step, action):
+    """Do something before a step of the next run."""
+    original = training_utils.LoraTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            action()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training_utils.LoraTrainer, "training_step", training_step)
+
+
+def test_an_output_folder_that_is_deleted_under_a_run_is_said_at_once(dataset, tmp_path, monkeypatch):
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "out"))
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert message.startswith(f"{tmp_path / 'out'} was deleted or moved while the run was writing to it")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"row": 4, "mess', bytes(200)])
+def test_a_torn_file_of_validation_rows_is_written_anew_when_the_run_goes_on(content, dataset, tmp_path, undisturbed):
+    whole = undisturbed()
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/lora-adapter")
+    (tmp_path / "out/validation.jsonl").write_bytes(content)
+    out = small_run(dataset, tmp_path)
+    assert (out / "validation.jsonl").read_bytes() == (whole / "validation.jsonl").read_bytes()
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_merge_that_the_disk_has_no_room_for_is_one_line_and_leaves_nothing(small_disk, undisturbed):
+    model, tokenizer = load_trained_model(undisturbed() / "lora-adapter")
+    message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
+    assert "the merged model needs 3" in message
+    assert "or merge into a folder on another disk" in message
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_in_a_merge_is_one_line_and_leaves_nothing(small_disk, undisturbed, monkeypatch):
+    monkeypatch.setattr("model_utils.check_space", lambda *args: None)
+    model, tokenizer = load_trained_model(undisturbed() / "lora-adapter")
+    message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
+    assert message.startswith("the merged model could not be saved: ")
+    assert list(small_disk.iterdir()) == []

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import sys
 
 import numpy as np
@@ -68,6 +69,15 @@ def test_a_second_run_moves_the_first_aside_and_overwrites_nothing(dataset, tmp_
     assert (moved / "lora-adapter" / "adapter_model.safetensors").read_bytes() == first
     assert (moved / "validation.jsonl").exists()
     assert adapter_bytes(tmp_path / "out") != first
+
+
+def test_what_to_type_next_can_be_pasted(dataset, tmp_path, capsys):
+    out = small_run(dataset, tmp_path / "my out", max_steps=1)
+    said = capsys.readouterr()
+    (line,) = [line for line in said.out.splitlines() if line.startswith("Next: python inference.py")]
+    assert shlex.split(line)[3:5] == ["--output_dir", str(out)]
+    (line,) = [line for line in said.err.splitlines() if "tensorboard --logdir" in line]
+    assert shlex.split(line.partition("with: ")[2])[-1] == str(tmp_path / "my out/logs")
 
 
 def test_tensorboard_holds_the_curves_the_samples_and_the_settings(undisturbed):

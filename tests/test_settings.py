@@ -25,6 +25,7 @@ import run_utils
 import settings_utils
 from conftest import refusal, small_run
 from file_utils import PROJECT_DIR
+from hub_utils import find_files
 from message_utils import UserError
 from progress_utils import format_duration
 from settings_utils import AUTO_SWITCHES, CHOICES, DEFAULTS, RANGES, USED_SETTINGS, Settings
@@ -342,13 +343,13 @@ def test_nan_is_out_of_every_range(name):
     [("use_4bit_quantization", "false"), ("batch_size", 4.0), ("batch_size", True), ("dataset_columns", "a")],
 )
 def test_an_edited_setting_of_another_type_is_refused(name, value):
-    assert f"{name.upper()} is {value!r}" in refusal(settings_utils.check_settings, with_value(name, value))
+    assert f"--{name} is {value!r}" in refusal(settings_utils.check_settings, with_value(name, value))
 
 
 @pytest.mark.parametrize("name", AUTO_SWITCHES)
 def test_a_switch_with_a_third_position_names_it_where_it_is_set_wrongly(name):
     message = refusal(settings_utils.check_settings, with_value(name, "yes"))
-    assert message.startswith(f"{name.upper()} is 'yes', expected True, False or \"auto\"")
+    assert message.startswith(f"--{name} is 'yes', expected True, False or \"auto\"")
 
 
 def test_a_whole_number_in_config_does_not_change_the_type_of_a_decimal_flag():
@@ -367,7 +368,7 @@ def test_a_choice_takes_its_listed_values_only(name):
 
 @pytest.mark.parametrize("value", ["16", None])
 def test_a_value_of_the_wrong_type_in_config_is_a_line_and_no_traceback(value):
-    assert "LORA_R is" in refusal(settings_utils.check_settings, with_value("lora_r", value))
+    assert "--lora_r is" in refusal(settings_utils.check_settings, with_value("lora_r", value))
 
 
 def test_make_settings_checks_what_it_merges(gpu):
@@ -429,7 +430,7 @@ def test_the_demo_is_never_used_on_a_cuda_machine(gpu, capsys, chosen):
 
 
 def test_an_empty_cpu_demo_switches_it_off(no_gpu, monkeypatch):
-    monkeypatch.setattr(config, "CPU_DEMO", {})
+    monkeypatch.setitem(settings_utils.CONFIG, "CPU_DEMO", {})
     assert settings_utils.make_settings() == Settings(**DEFAULTS)
 
 
@@ -458,10 +459,118 @@ def test_the_command_line_wins_over_an_adapters_record(gpu):
 
 def test_an_adapters_record_wins_over_the_demo(no_gpu, capsys):
     recorded = {"base_model_name": TINY_BASE, "use_4bit_quantization": True}
-    settings = settings_utils.make_settings({}, recorded)
+    settings = settings_utils.make_settings({}, recorded, "inference.py")
     assert settings.use_4bit_quantization is True
     assert settings.max_new_tokens == config.CPU_DEMO["MAX_NEW_TOKENS"]
+    said = capsys.readouterr().err
+    assert said == "No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): max_new_tokens=96\n"
+
+
+def test_what_ships_is_what_the_demo_replaces():
+    assert {name.lower() for name in config.CPU_DEMO} == set(settings_utils.SHIPPED)
+    for name, value in settings_utils.SHIPPED.items():
+        assert (DEFAULTS[name], type(DEFAULTS[name])) == (value, type(value))
+
+
+EDITS = {
+    "use_4bit_quantization": False,
+    "gradient_checkpointing": "auto",
+    "lora_dropout": 0.2,
+    "learning_rate": 3e-4,
+    "num_epochs": 1,
+    "gradient_accumulation_steps": 8,
+    "eval_steps": 10,
+    "max_new_tokens": 40,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_value_that_was_edited_in_config_wins_over_the_demo(name, no_gpu, monkeypatch, capsys):
+    monkeypatch.setitem(DEFAULTS, name, EDITS[name])
+    settings = settings_utils.make_settings()
+    demo = {key.lower(): value for key, value in config.CPU_DEMO.items()}
+    assert settings == Settings(**(DEFAULTS | demo | {name: EDITS[name]}))
+    assert f"{name}=" not in capsys.readouterr().err
+
+
+def test_a_base_that_was_edited_in_config_switches_the_demo_off(no_gpu, monkeypatch, capsys):
+    monkeypatch.setitem(DEFAULTS, "base_model_name", "some/model")
+    assert settings_utils.make_settings() == Settings(**DEFAULTS)
     assert capsys.readouterr().err == ""
+
+
+def test_the_demos_own_base_named_in_config_keeps_the_demo(no_gpu, monkeypatch):
+    monkeypatch.setitem(DEFAULTS, "base_model_name", TINY_BASE)
+    assert settings_utils.make_settings().learning_rate == config.CPU_DEMO["LEARNING_RATE"]
+
+
+@pytest.fixture
+def restored():
+    """config.py's values, whatever file a test takes beside it."""
+    before = [(kept, dict(kept)) for kept in (DEFAULTS, settings_utils.CONFIG, settings_utils.OTHER_FILES)]
+    yield
+    for kept, values in before:
+        kept.clear()
+        kept.update(values)
+
+
+def test_another_settings_file_wins_over_config_and_the_command_line_over_it(restored, gpu, tmp_path):
+    (tmp_path / "mine.py").write_text("LORA_R = 8\nLORA_ALPHA = 2 * LORA_R\nlora_dropout = 3\n")
+    values = given("--seed", 1, "--config", tmp_path / "mine.py", "--lora_r", 4)
+    assert values == {"seed": 1, "lora_r": 4}
+    settings = settings_utils.make_settings(values)
+    assert (settings.lora_r, settings.lora_alpha, settings.seed) == (4, 16, 1)
+
+
+def test_what_a_short_settings_file_sets_wins_over_the_demo_though_it_be_the_shipped_value(restored, no_gpu, tmp_path):
+    (tmp_path / "mine.py").write_text("NUM_EPOCHS = 3\n")
+    given("--seed", 1, "--config", tmp_path / "mine.py")
+    settings = settings_utils.make_settings()
+    assert (settings.num_epochs, settings.base_model_name) == (3, TINY_BASE)
+
+
+def test_of_a_copy_of_config_only_what_was_edited_wins_over_the_demo(restored, no_gpu, tmp_path):
+    text = Path(config.__file__).read_text().replace("LORA_DROPOUT = 0.05", "LORA_DROPOUT = 0.3")
+    (tmp_path / "mine.py").write_text(text)
+    given("--seed", 1, "--config", tmp_path / "mine.py")
+    settings = settings_utils.make_settings()
+    assert (settings.num_epochs, settings.lora_dropout) == (config.CPU_DEMO["NUM_EPOCHS"], 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("SEED = 1\nNUM_EPOCH = 3\n", "mine.py, line 2: NUM_EPOCH is no setting; did you mean NUM_EPOCHS?"),
+        ("SEED = \n", "mine.py, line 1: invalid syntax (SyntaxError); correct it"),
+        ("SEED = 1\n  LORA_R = 2\n", "mine.py, line 2: unexpected indent (IndentationError)"),
+        ("SEED = seed\n", "mine.py, line 1: name 'seed' is not defined (NameError)"),
+        ("SEED = 1\nimport nowhere\n", "mine.py, line 2: No module named 'nowhere' (ModuleNotFoundError)"),
+        ("raise SystemExit(3)\n", "mine.py, line 1: 3 (SystemExit)"),
+        ("SEED = 1\0\n", "mine.py"),
+        ("SEED = '" + "x" * 9999 + "'\n", "mine.py, line 1: SEED is 'xxx"),
+        (
+            "\n\nLORA_R = '16'\n",
+            "mine.py, line 3: LORA_R is '16', expected a whole number; correct it where it was set",
+        ),
+        ("CPU_DEMO = 3\n", "mine.py, line 1: CPU_DEMO is 3, expected a dict of settings; {} switches it off"),
+        ("CPU_DEMO = {'LORA_RR': 3}\n", "mine.py, line 1: CPU_DEMO['LORA_RR'] is no setting"),
+        ("CPU_DEMO = {3: 3}\n", "mine.py, line 1: CPU_DEMO[3] is no setting"),
+        ("CPU_DEMO = {'LORA_R': '3'}\n", "CPU_DEMO['LORA_R'] is '3', expected a whole number"),
+        ("OUTPUT_DIR = 5\n", "mine.py, line 1: OUTPUT_DIR is 5, expected a text"),
+        ("TEMPERATURE = 0\n", "mine.py, line 1: TEMPERATURE is 0; for the likeliest answer"),
+        (None, "mine.py cannot be read (No such file or directory); give one by --config"),
+    ],
+)
+def test_a_mistake_in_another_settings_file_is_one_line(text, words, restored, tmp_path):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    message = refusal(given, "--seed", 1, "--config", tmp_path / "mine.py")
+    assert words in message
+    assert len(message) < 400
+
+
+def test_a_temperature_of_zero_points_to_do_sample():
+    assert "set --do_sample false instead" in refusal(settings_utils.make_settings, {"temperature": 0.0})
 
 
 def test_an_adapter_of_another_base_switches_the_demo_off(no_gpu):
@@ -474,6 +583,18 @@ def test_relative_paths_start_at_the_project_whatever_the_folder_of_the_shell(tm
     monkeypatch.chdir(tmp_path)
     assert file_utils.resolve_path("output/x") == PROJECT_DIR / "output" / "x"
     assert file_utils.resolve_path("./data/../data/demo.json") == PROJECT_DIR / "data" / "demo.json"
+
+
+def test_a_file_that_is_read_is_looked_for_where_the_user_stands_and_then_in_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert file_utils.resolve_input("data/demo.json") == PROJECT_DIR / "data" / "demo.json"
+    message = refusal(find_files, "rows.json", tmp_path)
+    assert message.startswith("dataset rows.json does not exist;")
+    assert f"looked for in {tmp_path} and in {PROJECT_DIR}" in message
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo.json").touch()
+    assert file_utils.resolve_input("data/demo.json") == tmp_path / "data" / "demo.json"
+    assert find_files("data/demo.json", tmp_path)[1] == [tmp_path / "data" / "demo.json"]
 
 
 def test_absolute_paths_and_the_home_folder_are_kept(tmp_path, monkeypatch):
@@ -635,8 +756,6 @@ def test_a_hash_is_that_of_texts_bytes_and_files_one_after_the_other(tmp_path):
     (tmp_path / "file").write_bytes(b"cd" * 2**20)
     expected = hashlib.sha256("é".encode() + b"ab" + b"cd" * 2**20).hexdigest()
     assert file_utils.sha256(["é", b"ab", tmp_path / "file"]) == expected
-    assert file_utils.sha256([tmp_path / "file"]) == hashlib.sha256(b"cd" * 2**20).hexdigest()
-    assert file_utils.sha256(["[1]", tmp_path / "file"]) == hashlib.sha256(b"[1]" + b"cd" * 2**20).hexdigest()
     assert file_utils.short_hash("é") == hashlib.sha256("é".encode()).hexdigest()[:12]
 
 
@@ -805,31 +924,35 @@ def test_durations_are_short_to_read(seconds, text):
     ("edit", "message"),
     [
         (("LORA_R = 16", "# LORA_R = 16"), "config.py lacks LORA_R; restore what was there"),
-        (("LORA_R = 16", "LORA_R = '16'"), "LORA_R is '16', expected a whole number; correct it where it was set"),
-        (("SEED = 42", "SEED = -1"), "--seed is -1, expected 0 to 4294967295; the default is -1"),
+        (("LORA_R = 16", "LORA_R = '16'"), ": LORA_R is '16', expected a whole number; correct it"),
+        (("SEED = 42", "SEED = -1"), ": SEED is -1, expected 0 to 4294967295; correct it there"),
+        (("SEED = 42", "SEED = ="), ": invalid syntax (SyntaxError); correct it"),
+        (("SEED = 42", "SEED = seed"), ": name 'seed' is not defined (NameError); correct it"),
+        (("CPU_DEMO = {", "CPU_DEMO = 3 or {"), ": CPU_DEMO is 3, expected a dict of settings"),
+        (('OUTPUT_DIR = "output"', "OUTPUT_DIR = 5"), ": OUTPUT_DIR is 5, expected a text; correct it"),
     ],
 )
-def test_a_mistake_in_config_is_one_line(edit, message, tmp_path):
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+def test_a_mistake_in_config_is_one_line(script, edit, message, tmp_path):
+    for path in PROJECT_DIR.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     text = Path(config.__file__).read_text(encoding="utf-8")
     assert edit[0] in text
     (tmp_path / "config.py").write_text(text.replace(*edit), encoding="utf-8")
-    code = "import settings_utils; settings_utils.make_settings({'base_model_name': 'some/model'})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT_DIR}"},
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.stderr.strip().splitlines()[-1] == f"message_utils.UserError: {message}"
+    done = subprocess.run([sys.executable, tmp_path / script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = (tmp_path / "config.py").read_text(encoding="utf-8").splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if edit[1].splitlines()[0] in line)
+    place = "" if "lacks" in message else f", line {number}"
+    assert done.stderr.startswith(f"error: config.py{place}")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_what_is_no_setting_is_named(gpu, monkeypatch):
-    monkeypatch.setitem(config.CPU_DEMO, "FOO", 1)
-    assert refusal(settings_utils.make_settings) == (
-        "CPU_DEMO in config.py names no setting: FOO; correct or remove it"
-    )
+    monkeypatch.setitem(settings_utils.CONFIG, "CPU_DEMO", {"FOO": 1})
+    assert refusal(settings_utils.make_settings).endswith("CPU_DEMO['FOO'] is no setting; correct or remove it")
+    monkeypatch.undo()
     assert refusal(settings_utils.make_settings, {"lora_rr": 8}).startswith("unknown settings: LORA_RR;")
 
 

@@ -103,7 +103,19 @@ def test_the_readmes_set_up_commands_make_their_environment_and_name_real_files(
 
 
 def test_every_flag_and_setting_that_the_readme_names_exists():
-    own = {"dry_run", "fresh", "debug", "demo", "base_only", "adapter_path", "help", "logdir", "num_processes", "dist"}
+    own = {
+        "dry_run",
+        "fresh",
+        "debug",
+        "config",
+        "demo",
+        "base_only",
+        "adapter_path",
+        "help",
+        "logdir",
+        "num_processes",
+        "dist",
+    }
     flags = set(re.findall(r"--([a-z0-9_]+)", README)) - own
     assert flags
     assert flags <= set(DEFAULTS)

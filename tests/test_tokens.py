@@ -680,6 +680,32 @@ def test_a_cached_folder_that_lost_a_part_is_built_again(tmp_path):
     assert (folder / "ids.bin").read_bytes() == b"12345678"
 
 
+def test_a_cached_folder_with_a_changed_bit_is_built_again_and_what_lies_in_its_place_is_replaced(tmp_path):
+    def build(folder):
+        (folder / "inner").mkdir()
+        (folder / "inner/ids.bin").write_bytes(b"12345678")
+
+    folder = file_utils.cached_folder(tmp_path, "tokens", "key", build)
+    for spoilt in (b"12345679", b"00000000"):
+        (folder / "inner/ids.bin").write_bytes(spoilt)
+        assert file_utils.cached_folder(tmp_path, "tokens", "key", build) == folder
+        assert (folder / "inner/ids.bin").read_bytes() == b"12345678"
+    file_utils.remove(folder)
+    folder.write_text("a file")
+    assert file_utils.cached_folder(tmp_path, "tokens", "key", build).is_dir()
+
+
+def test_what_killed_processes_left_in_a_cache_is_swept_and_what_is_being_built_is_not(tmp_path):
+    left, building = tmp_path / "rows-a.1.incomplete", tmp_path / "rows-a.2.incomplete"
+    for folder in (left, building):
+        folder.mkdir()
+        (folder / "half").touch()
+        os.utime(folder, (1000, 1000))
+    os.utime(left / "half", (1000, 1000))
+    file_utils.cached_folder(tmp_path, "rows", "key", fill)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows-key", building.name}
+
+
 def test_a_second_bos_anywhere_in_a_row_is_noticed_where_the_template_writes_one():
     ids, trained = np.array([1, 5, 1, 6, 2]), np.array([False, False, False, True, True])
     token_utils.check_row(ids, trained, token_utils.KEPT, 1, 2, "row", one_bos=False)
