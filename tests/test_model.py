@@ -498,7 +498,7 @@ DAMAGES = {
     "its settings are a list": (lambda folder: (folder / "settings.json").write_text("[1]"), ["settings.json"]),
     "its settings hold a length of text": (
         lambda folder: edit_json(folder / "settings.json", max_seq_length="many"),
-        ["MAX_SEQ_LENGTH", "'many'"],
+        ["max_seq_length", "'many'"],
     ),
     "its tokenizer is gone": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
