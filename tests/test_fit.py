@@ -139,12 +139,16 @@ def test_a_tokenizer_model_alone_names_the_library_that_reads_it(tmp_path, monke
     assert "tokenizer.json" in message
 
 
-def test_a_tekken_file_beside_tokenizer_json_is_left_alone(tmp_path, monkeypatch):
-    AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained(tmp_path)
-    (tmp_path / "tekken.json").write_text("{}")
-    # as where mistral-common is installed, whose tokenizer has no character offsets
-    monkeypatch.setattr("transformers.integrations.mistral.tokenizer.is_mistral_common_available", lambda: True)
-    assert load_tokenizer(str(tmp_path)).is_fast
+def test_a_tokenizer_is_never_read_from_tekken_json(monkeypatch):
+    # where mistral-common is installed, transformers would prefer it, and its tokenizer gives no character offsets
+    asked, usual = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        model_utils.AutoTokenizer,
+        "from_pretrained",
+        lambda *args, **kwargs: asked.append(kwargs) or usual(*args, **kwargs),
+    )
+    load_tokenizer(TINY_BASE)
+    assert [options["mistral_format"] for options in asked] == [False]
 
 
 def test_an_adapter_of_another_tool_without_a_tokenizer_gets_its_bases(tmp_path, capsys):
