@@ -17,6 +17,7 @@ CUSTOM_DATASET_PATH = None  # .json, .jsonl, .csv, .parquet or a Hub dataset, na
 VALIDATION_DATASET_PATH = None  # your own validation file; None: VALIDATION_SPLIT of the rows are held out
 VALIDATION_SPLIT = 0.1  # share of the rows held out to measure what the model has not seen; 0.05-0.2
 DATASET_COLUMNS = {}  # for unusual column names, as JSON: {"instruction": "q", "input": "hint", "response": "a"}
+CHOSEN_ONLY = False  # of preferences (chosen and rejected; label) train on the good answers alone; False: refuse them
 MAX_SEQ_LENGTH = 512  # tokens a row; longer prompts lose their start. Memory grows with it
 ANSWERS_CUT_LIMIT = 0.3  # refuse to train if a larger share of the rows loses its answer's end, or is dropped; 1: never
 MAX_TRAIN_ROWS = 0  # use at most this many rows of the file, chosen by SEED, for a quick try; 0: all

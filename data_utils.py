@@ -1,6 +1,9 @@
 """Rows to conversations: the shapes of a row, what is dropped and why, de-duplication and the split.
 
-A conversation is a list of messages, {"role": "user", "content": "..."}. Every format that is read becomes one.
+A conversation is a list of messages, {"role": "user", "content": "..."}. Every format that is read becomes one. Beside
+these two keys a message may hold tool_calls, reasoning_content, name and tool_call_id, as transformers documents them
+for chat templates, and "weight": 0 for an answer that is context only. The definitions of a conversation's tools stand
+in its first message, under "tools".
 """
 
 import json
@@ -39,8 +42,21 @@ ROLES = {
     "system": "system",
     "developer": "system",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
     "function_response": "tool",
+}
+
+
+# What a row may hold beside its texts, and what it means
+CALLS = "function_call"  # the speaker of a call in ShareGPT, and the key of a call in OpenAI's first format
+TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+LABELS = ("label", "kto_tag")  # true or false: whether the answer is a good one, as KTO has it
+PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
+TURN_KEYS = {
+    *("role", "from", "content", "value", "weight", "tools", "tool_calls", CALLS, "reasoning_content", "tool_call_id"),
+    *MEDIA,
 }
 
 
@@ -52,6 +68,9 @@ class DataReport:
     format: str = ""
     columns: dict = field(default_factory=dict)  # part of a conversation -> column
     unused: list = field(default_factory=list)  # columns that no part of a conversation is made of
+    unused_keys: list = field(default_factory=list)  # keys of messages that are not used
+    context_only: int = 0  # answers of weight 0
+    thoughts: int = 0  # answers with a thought before them
     rows: int = 0
     kept: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
@@ -70,8 +89,12 @@ class DataReport:
         columns = ", ".join(self.columns.values())
         if self.unused:
             columns += f"; not used: {', '.join(self.unused)}"
+        if self.unused_keys:
+            columns += f"; not used in messages: {', '.join(self.unused_keys)}"
         parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
+        if self.context_only:
+            parts.append(f"{self.context_only:,} answers of weight 0 read but not trained")
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
 
 
@@ -83,8 +106,10 @@ def list_rows(count, rows):
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
-def find_columns(found, mapping, name):
+def find_columns(found, mapping, name, chosen_only=False):
     """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
+
+    Of preferences, {"chosen": "chosen"}, where the user asked for the chosen answers.
 
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question).
     """
@@ -92,6 +117,13 @@ def find_columns(found, mapping, name):
         check_mapping(found, mapping, name)
         return dict(mapping)
     columns = match_columns(found, COLUMN_NAMES)
+    if set(PREFERENCE) <= set(found):
+        if not chosen_only:
+            raise UserError(
+                f"dataset {name}: columns chosen and rejected, so these are preferences; add --chosen_only true to"
+                " train on the chosen answers, or give a file of instructions and responses"
+            )
+        return {"chosen": "chosen"} | {part: column for part, column in columns.items() if part == "system"}
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
     columns.pop("messages", None)
@@ -106,7 +138,7 @@ def find_columns(found, mapping, name):
 
 def optional_parts(columns):
     """The parts that rows of this shape may have or lack."""
-    return ("system",) if "messages" in columns else OPTIONAL
+    return ("system",) if "messages" in columns or "chosen" in columns else OPTIONAL
 
 
 def match_columns(found, parts):
@@ -152,35 +184,184 @@ def message_text(row, columns, part, where):
     return require_text(row[column], f"{where}, column {column!r}")
 
 
-def to_conversation(row, columns, where):
+def to_conversation(row, columns, where, report):
     """The messages of a row: its system text if it is not blank, then its turns or its instruction and response."""
     system = message_text(row, columns, "system", where)
     conversation = [{"role": "system", "content": system}] if system.strip() else []
-    if "messages" in columns:
-        return conversation + read_turns(row.get(columns["messages"]), columns["messages"], where)
-    instruction, extra, response = (
-        message_text(row, columns, part, where) for part in ("instruction", "input", "response")
-    )
-    prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return [*conversation, {"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    if "chosen" in columns:
+        conversation += read_chosen(row, where, report)
+    elif "messages" in columns:
+        conversation += read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+    else:
+        response = message_text(row, columns, "response", where)
+        report.thoughts += "</think>" in response
+        conversation += [read_question(row, columns, where), {"role": "assistant", "content": response}]
+    return with_tools(conversation, read_tools(row, columns, where))
 
 
-def read_turns(turns, column, where):
+def read_question(row, columns, where):
+    """The user's message of an instruction and the input that may belong to it."""
+    instruction, extra = (message_text(row, columns, part, where) for part in ("instruction", "input"))
+    return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction}
+
+
+def read_chosen(row, where, report):
+    """The messages of a row of preferences: its prompt, and the answer that was chosen."""
+    chosen = row.get("chosen")
+    turns = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else chosen
+    answer = read_turns([turns] if isinstance(turns, dict) else turns, "chosen", where, report)
+    if any(message["role"] == "user" for message in answer):
+        return answer
+    prompt = match_columns(row, ("instruction", "input", "messages"))
+    if column := prompt.get("messages"):
+        return read_turns(row[column], column, where, report) + answer
+    if "instruction" not in prompt:
+        raise UserError(f"{where}: an answer in column 'chosen', but no prompt; expected a column prompt or messages")
+    column = prompt["instruction"]
+    if isinstance(row[column], list):
+        return read_turns(row[column], column, where, report) + answer
+    return [read_question(row, prompt, where), *answer]
+
+
+def read_turns(turns, column, where, report):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
     if not isinstance(turns, list):
         raise UserError(f"{where}, column {column!r}: expected a list of messages")
-    messages = []
+    messages, tools = [], None
     for index, turn in enumerate(turns, start=1):
-        speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        if not isinstance(speaker, str) or speaker not in ROLES:
-            raise UserError(f"{where}, message {index}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
-        content = turn.get("content", turn.get("value"))
-        if content is None and turn.get("tool_calls"):
-            raise UserError(f"{where}, message {index}: tool_calls without a text; write the call as text in content")
-        require_text(content, f"{where}, message {index}")
-        if ROLES[speaker] != "system" or content.strip():
-            messages.append({"role": ROLES[speaker], "content": content})
-    return messages
+        spoken = f"{where}, message {index}"
+        message = read_message(turn, spoken)
+        tools = tools or parse_tools(turn.get("tools"), spoken)
+        unused = [key for key, value in turn.items() if value is not None and key not in TURN_KEYS]
+        if message["role"] == "tool" and "name" in unused:
+            message["name"] = require_text(turn["name"], spoken)
+            unused.remove("name")
+        report.unused_keys += [key for key in unused if key not in report.unused_keys]
+        report.context_only += "weight" in message
+        report.thoughts += "reasoning_content" in message or "</think>" in message["content"]
+        if message["role"] != "system" or message["content"].strip():
+            messages.append(message)
+    return with_tools(messages, tools)
+
+
+def read_message(turn, where):
+    """One turn as a message, with the keys that have a meaning here in a fixed order."""
+    speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise UserError(f"{where}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
+    check_media(turn, where)
+    calls = read_calls(turn, where)
+    content = turn.get("content", turn.get("value"))
+    if speaker == CALLS and not calls and isinstance(content, str):
+        calls = parse_calls(content, where)
+        content = None if calls else content
+    text = "" if content is None and calls else join_parts(content, where)
+    message = {"role": ROLES[speaker], "content": text}
+    if calls:
+        message["tool_calls"] = calls
+    for key in ("reasoning_content", "tool_call_id"):
+        if turn.get(key) not in (None, ""):
+            message[key] = require_text(turn[key], f"{where}, {key}")
+    if turn.get("weight") not in (None, 0, 1):
+        raise UserError(f"{where}: weight {turn['weight']!r}, expected 0 (read, not trained) or 1")
+    if turn.get("weight") == 0 and message["role"] == "assistant":
+        message["weight"] = 0
+    return message
+
+
+def join_parts(content, where):
+    """The text of a message: a text, or OpenAI's list of parts, whose texts are joined by line breaks."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return require_text(content, where)
+    if others := sorted({str(part.get("type")) for part in content if part.get("type") != "text"}):
+        raise UserError(f"{where}: a part of type {', '.join(others)}, expected texts only; remove those rows")
+    return "\n".join(require_text(part.get("text"), where) for part in content)
+
+
+def check_media(found, where):
+    """Raise UserError where pictures, films or sounds belong to a row or a message."""
+    if media := [key for key in MEDIA if found.get(key) not in (None, "", [], {})]:
+        raise UserError(
+            f"{where}: {media[0]} beside the text, which cannot be trained on here; remove those rows, or remove"
+            f" {media[0]} where the text makes sense alone"
+        )
+
+
+# ---- Tools -----------------------------------------------------------------------------------------------------------
+def with_tools(conversation, tools):
+    """The conversation with the definitions of its tools in its first message."""
+    return [conversation[0] | {"tools": tools}, *conversation[1:]] if conversation and tools else conversation
+
+
+def read_tools(row, columns, where):
+    """The definitions of a row's tools, or None; a column of this name beside an instruction may be about hammers."""
+    for column in TOOL_COLUMNS:
+        try:
+            if column not in columns.values() and (
+                tools := parse_tools(row.get(column), f"{where}, column {column!r}")
+            ):
+                return tools
+        except UserError:
+            if "messages" in columns:
+                raise
+    return None
+
+
+def parse_tools(value, where):
+    """OpenAI's list of {"type": "function", "function": {"name", ...}}, from it or from JSON, perhaps unwrapped."""
+    tools = parse_text(value)
+    if tools in (None, "", [], {}):
+        return None
+    functions = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in as_list(tools)]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise UserError(f'{where}: tools without a name, expected a list of objects such as {{"name": "search"}}')
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def read_calls(turn, where):
+    """The calls of a turn, from tool_calls or from function_call; [] where there are none."""
+    calls = turn.get("tool_calls") or turn.get(CALLS) or []
+    found = parse_calls(calls, where)
+    if calls and not found:
+        raise UserError(f'{where}: a call of a tool without a name, expected {{"name": "search", "arguments": {{}}}}')
+    return found
+
+
+def parse_calls(value, where):
+    """Calls as templates take them: a list of {"type": "function", "function": {"name", "arguments": {...}}}."""
+    calls = []
+    for call in as_list(parse_text(value)):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return []
+        arguments = parse_text(function.get("arguments") or {})
+        if not isinstance(arguments, dict):
+            raise UserError(f"{where}: the arguments of {function['name']} are no JSON object; mend or remove the row")
+        number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append(number | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def parse_text(value):
+    """What a text says as JSON; another value, or a text that is no JSON, is returned as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+# ---- Which rows are trained on ---------------------------------------------------------------------------------------
+def find_label(row, columns):
+    """(column, whether the answer is a good one) of a row that is labelled, else (None, None)."""
+    for column in LABELS:
+        value = str(row.get(column)).lower() if isinstance(row.get(column), (bool, str)) else None
+        if value in ("true", "false") and column not in columns.values():
+            return column, value == "true"
+    return None, None
 
 
 def reason_to_drop(conversation):
@@ -190,12 +371,23 @@ def reason_to_drop(conversation):
         return "no answer"
     if roles[0] == "assistant":
         return "the answer comes first"
-    if any(not message["content"].strip() for message in conversation):
+    if any(is_empty(message) for message in conversation):
         return "an empty text"
+    if not any(is_trained(message) for message in conversation):
+        return "every answer has weight 0"
     return None
 
 
-def read_conversations(paths, name, mapping, report, number_column=None):
+def is_empty(message):
+    return not message["content"].strip() and "tool_calls" not in message and message["role"] != "tool"
+
+
+def is_trained(message):
+    """Whether a message is an answer to be learned."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False):
     """Yield (row number, conversation) of every row that can be trained on; counts the others in the report.
 
     The first row decides the columns; optional ones may first appear later. With `number_column` the rows of
@@ -203,25 +395,34 @@ def read_conversations(paths, name, mapping, report, number_column=None):
     """
     known = {name for names in COLUMN_NAMES.values() for name in names}
     known |= {str(column).strip().lower() for column in mapping.values()}
-    notes, seen = [], {}
+    notes, seen, used = [], {}, {number_column, "rejected" if chosen_only else None}
     for place, nested in read_rows(paths, name, notes, known):
         number = nested.get(number_column) if number_column else place
         number = number if isinstance(number, int) and abs(number) < 2**63 else place
         for row in expand_instances(nested, f"dataset {name}, row {place}"):
             if not report.columns:
-                report.columns = find_columns(list(row), mapping, name)
+                report.columns = find_columns(list(row), mapping, name, chosen_only)
             elif tuple(row) not in seen and not mapping:
                 report.columns = match_columns(row, optional_parts(report.columns)) | report.columns
             seen[tuple(row)] = True
-            conversation = to_conversation(row, report.columns, f"dataset {name}, row {place}")
+            where = f"dataset {name}, row {place}"
+            check_media({key: value for key, value in row.items() if key not in report.columns.values()}, where)
+            label, good = find_label(row, report.columns)
+            if good is False and not chosen_only:
+                raise UserError(
+                    f"{where}: {label} is false, so its answer would be trained as a good one; add --chosen_only true"
+                    f" to leave such rows out, or remove the column {label}"
+                )
+            conversation = to_conversation(row, report.columns, where, report)
             report.rows += 1
-            if reason := reason_to_drop(conversation):
+            used |= {label} | {column for column in TOOL_COLUMNS if conversation and "tools" in conversation[0]}
+            if reason := f"{label} is false" if good is False else reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:
                 yield number, conversation
     report.format = ", ".join(dict.fromkeys(notes))
     columns = dict.fromkeys(column for row in seen for column in row)
-    report.unused = [column for column in columns if column not in (*report.columns.values(), number_column)]
+    report.unused = [column for column in columns if column not in used.union(report.columns.values())]
 
 
 def expand_instances(row, where):
@@ -287,8 +488,8 @@ def store_conversations(path, rows):
 
 
 def last_answer(messages):
-    """Index of a conversation's last assistant message."""
-    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    """Index of a conversation's last answer that is trained."""
+    return max(index for index, message in enumerate(messages) if is_trained(message))
 
 
 def describe(messages):
@@ -297,14 +498,21 @@ def describe(messages):
     Case and white space do not count: prompts that differ in nothing else are the same question.
     """
     last = last_answer(messages)
-    prompt = [word for message in messages[:last] for word in message["content"].casefold().split()]
-    answer = messages[last]["content"].split()
+    prompt = [word for message in messages[:last] for word in words_of(message).casefold().split()]
+    answer = words_of(messages[last]).split()
     parts = (prompt, answer, answer[:4] if len(answer) >= 8 else (), answer[-4:] if len(answer) >= 8 else ())
     return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
 
 
+def words_of(message):
+    """What a message says: its text, its tool calls and the tools that it defines."""
+    return " ".join(
+        [message["content"], *(json.dumps(message[key]) for key in ("tool_calls", "tools") if key in message)]
+    )
+
+
 # ---- Loading and splitting -------------------------------------------------------------------------------------------
-def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None):
+def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None, chosen_only=False):
     """Read a file or Hub dataset into Conversations without unusable and duplicate rows; returns them and a report.
 
     They are kept in cache_dir under a key of the files' content, or in a temporary folder that goes with them.
@@ -316,12 +524,12 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
     code = Path(__file__).with_name("reader_utils.py")
-    parts = json.dumps([mapping, number_column, [path.suffix for path in paths]])
+    parts = json.dumps([mapping, number_column, chosen_only, [path.suffix for path in paths]])
     key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)
-        rows = read_conversations(paths, name, mapping, report, number_column)
+        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only)
         conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
         report.kept = len(conversations)
         if not report.kept:
@@ -345,9 +553,9 @@ def drop_duplicates(conversations, report):
     return conversations.select(first)
 
 
-def load_announced(label, dataset, mapping, cache_dir):
+def load_announced(label, dataset, mapping, cache_dir, chosen_only=False):
     """Load the conversations that the user named, and say what became of the rows; returns them and the report."""
-    conversations, report = load_conversations(dataset, mapping, cache_dir)
+    conversations, report = load_conversations(dataset, mapping, cache_dir, chosen_only=chosen_only)
     say(f"{label}: {report.line()}")
     return conversations, report
 

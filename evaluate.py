@@ -71,7 +71,7 @@ def load_validation_rows(settings, run_dir, cache_dir):
 
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
-        return data_utils.load_announced("Validation data", path, columns, cache_dir)[0]
+        return data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only)[0]
     path = run_dir / VALIDATION_ROWS
     if not path.exists():
         raise UserError(

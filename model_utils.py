@@ -38,7 +38,7 @@ from file_utils import (
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import hub_errors, locate_model, model_folder, models_cache
 from message_utils import UserError, quiet_libraries, say
-from prompt_utils import ALPACA_TEMPLATE, end_token_ids
+from prompt_utils import ALPACA_TEMPLATE, end_token_ids, has_thinking_default, set_thinking
 from settings_utils import DEFAULTS, make_settings
 
 try:
@@ -126,6 +126,8 @@ def load_tokenizer(path, models_dir=None):
         tokenizer.pad_token = choose_pad_token(tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = ALPACA_TEMPLATE
+    if not has_thinking_default(tokenizer):
+        set_thinking(tokenizer, False)
     return tokenizer
 
 

@@ -1,12 +1,15 @@
 """Prompts: one renderer, the tokenizer's chat template; text to token ids; which of them are trained."""
 
+import json
 import re
+import signal
+import threading
 from bisect import bisect_left
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from message_utils import UserError
 
@@ -25,43 +28,154 @@ ALPACA_TEMPLATE = (
 )
 
 
-# ---- Conversations to texts ------------------------------------------------------------
+# What opens and what closes a thought, in the templates of reasoning models
+THOUGHTS = {
+    "<think>": "</think>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "[THINK]": "[/THINK]",
+    "<|open|>think<|sep|>": "<|close|>think<|sep|>",
+    "<|channel>thought": "<channel|>",
+    "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]",
+}
+OPENED_THOUGHT = re.compile("(" + "|".join(map(re.escape, THOUGHTS)) + r")(\s*)$")
+EMPTY_THOUGHT = re.compile("(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THOUGHTS.items()) + r")\s*")
+INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)  # as rows of data write it
+THINKING = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
+RENDER_SECONDS = 30  # a template that takes longer for one conversation never ends
+
+
+# ---- The chat template -----------------------------------------------------------------------------------------------
 def render(tokenizer, messages, add_generation_prompt):
-    """Render messages as text by the tokenizer's chat template; what the template refuses is a UserError."""
+    """Render messages as text by the tokenizer's chat template, as servers do; what it refuses is a UserError."""
+    tools = messages[0].get("tools") if messages else None
     try:
-        # enable_thinking=False: Qwen3 and its like then write the empty thought into the prompt, not into the answer
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-        )
-    except (TemplateError, ValueError) as error:
+        with time_limit():
+            return render_calls(tokenizer, list(map(public, messages)), tools, add_generation_prompt)
+    except Exception as error:  # noqa: BLE001 - a template is a program and can fail in any way
         roles = ", ".join(message["role"] for message in messages)
+        hint = " (many templates take no system message)" if "system" in roles else ""
         raise UserError(
-            f"the model's chat template refuses a conversation of {roles}: {error}; change those rows (many templates"
-            " take no system message) or choose another base model"
+            f"the model's chat template refuses a conversation of {roles}: {describe_error(error)}; change those rows"
+            f"{hint} or choose another base model"
         ) from None
 
 
-def find_end_token(tokenizer):
-    """Return the token that the template writes after an answer: the one a reply stops at.
+def render_calls(tokenizer, messages, tools, add_generation_prompt):
+    """The rendered text; a template that cannot take the arguments of calls as objects gets them as JSON."""
+    options = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+    arguments = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+        if not any(found and str(found) in text for found in arguments):  # str() writes Python, which is no JSON
+            return text
+    except TypeError:
+        if not arguments:
+            raise
+    return tokenizer.apply_chat_template([with_json_arguments(message) for message in messages], **options)
 
-    It is found by rendering a conversation, since for chat models it often differs from tokenizer.eos_token.
+
+def with_json_arguments(message):
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | {"tool_calls": calls} if calls else message
+
+
+def public(message):
+    """A message without the keys that are ours and not the template's."""
+    return {key: value for key, value in message.items() if key not in ("tools", "weight")}
+
+
+def describe_error(error):
+    """The words of an error out of a template, with its type where they say little without it."""
+    kind = type(error).__name__
+    return str(error) if kind in ("TemplateError", "ValueError") and str(error) else f"{kind}: {str(error)[:200]}"
+
+
+@contextmanager
+def time_limit():
+    """Raise a TimeoutError in the block after RENDER_SECONDS, where the system can do that."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"it did not end within {RENDER_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def set_thinking(tokenizer, enabled):
+    """Make `enabled` the template's default of enable_thinking, if it has such an option and no default of ours yet.
+
+    The default is a part of the template, so that every server that loads the saved tokenizer writes the same prompt.
     """
+
+    def choose(template):
+        for value in ("true", "false"):
+            template = template.removeprefix(THINKING.format(value))
+        return THINKING.format(str(enabled).lower()) + template if "enable_thinking" in template else template
+
+    template = tokenizer.chat_template
+    is_dict = isinstance(template, dict)
+    tokenizer.chat_template = {name: choose(text) for name, text in template.items()} if is_dict else choose(template)
+
+
+def has_thinking_default(tokenizer):
+    return THINKING.format("true") in str(tokenizer.chat_template) or THINKING.format("false") in str(
+        tokenizer.chat_template
+    )
+
+
+def find_end_token(tokenizer):
+    """Return the token that a reply stops at: the one that the template writes after an answer, else EOS.
+
+    It is found by rendering conversations, since for chat models it often differs from tokenizer.eos_token. What the
+    template writes after an answer whether or not a question follows comes first: some templates close a conversation
+    with a token of its own.
+    """
+    last = render_tail(tokenizer)
+    pattern = control_tokens(tokenizer)[0]
+    try:
+        followed = render_tail(tokenizer, {"role": "user", "content": "Hi"})
+    except UserError:
+        followed = last
+    shared = pattern.findall(last[: count_shared(last, followed)])
+    if shared:
+        return tokenizer.eos_token if tokenizer.eos_token in shared else shared[-1]
+    found = pattern.search(last)
+    return found[0] if found else tokenizer.eos_token
+
+
+def render_tail(tokenizer, *following):
+    """What the template writes behind an answer."""
     probe = "The quick brown fox"
-    rendered = render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}], False)
-    _, answer, tail = rendered.rpartition(probe)
-    found = control_tokens(tokenizer)[0].search(tail)
-    if not answer or found is None:
-        raise UserError(
-            "the model's chat template writes no end token after an answer, or changes it, so the model could not learn"
-            " to stop; choose a base model without a chat template, or one whose template ends each answer"
-        )
-    return found[0]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}, *following]
+    _, answer, tail = render(tokenizer, turns, False).rpartition(probe)
+    if not answer:
+        raise UserError("the model's chat template changes answers or leaves them out; choose another base model")
+    return tail
+
+
+def writes_end_token(tokenizer):
+    """Whether the template itself ends the last answer; if not, EOS is written there for training."""
+    return find_end_token(tokenizer) in render_tail(tokenizer)
 
 
 def describe_template(tokenizer):
     """One line on how prompts are made: whose template, its BOS and its end token."""
     source = "ours, in Alpaca's style" if tokenizer.chat_template == ALPACA_TEMPLATE else "the model's own"
-    return f"{source}; {describe_bos(tokenizer)}; answers end with {find_end_token(tokenizer)}"
+    end = f"answers end with {find_end_token(tokenizer)}"
+    if not writes_end_token(tokenizer):
+        end = f"it ends answers with nothing, so {find_end_token(tokenizer)} is written and trained there"
+    return f"{source}; {describe_bos(tokenizer)}; {end}"
 
 
 def describe_bos(tokenizer):
@@ -109,51 +223,201 @@ def hide_control_tokens(tokenizer, messages):
     """Put stand-ins for the control tokens in users' texts, so that after rendering only the template's are left."""
     pattern, stand_ins = control_tokens(tokenizer)
 
-    def hide(text):
-        return pattern.sub(lambda found: stand_ins[found[0]], text)
+    def hide(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda found: stand_ins[found[0]], value)
+        if isinstance(value, dict):
+            return {key: hide(item) for key, item in value.items()}
+        return [hide(item) for item in value] if isinstance(value, list) else value
 
-    return [message | {"content": hide(message["content"])} for message in messages]
+    def hide_answer(content):
+        """The marks of a thought at the start of an answer stay what they are."""
+        thought, text = split_thought(content)
+        return f"<think>{hide(thought)}</think>{hide(text)}" if thought else hide(content)
+
+    hidden = []
+    for message in messages:
+        hider = hide_answer if message["role"] == "assistant" else hide
+        others = {key: hide(value) for key, value in message.items() if key not in ("role", "content")}
+        hidden.append({"role": message["role"], "content": hider(message["content"])} | others)
+    return hidden
+
+
+# ---- Conversations to marked texts -----------------------------------------------------------------------------------
+# What the model is given before an answer, and what it is to write: the answer with its end token
+Turn = namedtuple("Turn", "prompt answer")
 
 
 def mark_answers(tokenizer, messages, end_token):
-    """Render a conversation as the MarkedText that is trained on; it ends with the last answer's end token.
+    """Render a conversation as the MarkedTexts that are trained on.
 
-    What follows that token is never trained or read. Raises UserError where the template refuses the conversation or
-    an answer cannot be found in what it wrote.
+    Each answer stands behind the prompt that the model is given at inference. Where a later answer's prompt begins with
+    an earlier answer's text, they share one MarkedText; elsewhere, since many templates write earlier answers otherwise
+    than the last one, each answer has its own. Raises UserError for what the template cannot write.
     """
     hidden = hide_control_tokens(tokenizer, messages)
-    text = render(tokenizer, hidden, add_generation_prompt=False)
-    answers = find_answers(tokenizer, hidden, text, end_token)
-    return MarkedText(text[: answers[-1][1]], answers)
+    texts = []
+    for index, message in enumerate(hidden):
+        if message["role"] == "assistant" and message.get("weight") != 0:
+            prompt, answer = write_turn(tokenizer, hidden[: index + 1], end_token)
+            earlier = texts.pop() if texts and prompt.startswith(texts[-1].text) else MarkedText("", [])
+            text = prompt + answer
+            texts.append(MarkedText(text, [*earlier.answers, (len(prompt), len(text))]))
+    return texts
 
 
-def find_answers(tokenizer, messages, text, end_token):
-    """The (start, end) characters of every answer in the rendered `text`, its end token included.
+def write_turn(tokenizer, messages, end_token):
+    """The Turn of the last message, an answer."""
+    *earlier, message = messages
+    prompt = render(tokenizer, earlier, add_generation_prompt=True)
+    check_prompt(prompt, earlier)
+    inline, text = split_thought(message["content"])
+    thought = (inline or message.get("reasoning_content", "")).strip()
+    turns = (
+        follow(prompt, render(tokenizer, [*earlier, form], False), text, earlier)
+        for form in forms(message, thought, text)
+    )
+    for turn in turns:
+        end = find_answer_end(turn, thought, text, message) if turn else None
+        if end is not None and turn.find(end_token) in (-1, turn.find(end_token, end)):
+            return Turn(prompt, end_answer(tokenizer, turn, end, end_token, message))
+    plain = {key: value for key, value in message.items() if key != "reasoning_content"}
+    turn = follow(prompt, render(tokenizer, [*earlier, plain | {"content": text}], False), text, earlier)
+    end = find_answer_end(turn, "", text, message) if turn else None
+    if end is None or (turn.find(end_token) not in (-1, turn.find(end_token, end))):
+        raise UserError(explain_missing(turn, text, message, len(messages)))
+    turn = end_answer(tokenizer, turn, end, end_token, message)
+    return Turn(prompt, write_thought(prompt, thought, turn) if inline or OPENED_THOUGHT.search(prompt) else turn)
 
-    An answer starts where the template's generation prompt ends: what the model will be given is never trained.
+
+def forms(message, thought, text):
+    """The ways to hand an answer to a template: as it is, and with its thought where other templates look for it."""
+    yield message
+    if thought:
+        plain = {key: value for key, value in message.items() if key != "reasoning_content"}
+        yield plain | {"content": text.strip(), "reasoning_content": thought}
+        yield plain | {"content": f"<think>\n{thought}\n</think>\n\n{text.strip()}"}
+
+
+def split_thought(content):
+    """(thought, text) of an answer that begins with <think>...</think>, else ("", the answer)."""
+    found = INLINE_THOUGHT.fullmatch(content)
+    return found.groups() if found else ("", content)
+
+
+def follow(prompt, rendered, text, earlier):
+    """What the template writes behind a prompt, taken from the conversation rendered with its answer.
+
+    A thought that the prompt has opened is closed first. Where the template writes the earlier turns otherwise than in
+    the prompt, only the answer is taken, with what stands between the prompt's last words and it, unless that is of
+    another turn. None where the answer's text is not found.
     """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
-        answer = message["content"].strip()
-        start = text.find(answer, len(prompt))
-        end = text.find(end_token, start + len(answer))
-        # with an end token before them these words belong to a later turn, and this answer was left out
-        if not text.startswith(prompt) or start < 0 or end < 0 or end_token in text[len(prompt) : start]:
-            shown_alone = answer in render(tokenizer, messages[: index + 1], add_generation_prompt=False)
-            if index + 1 < len(messages) and shown_alone:
-                raise UserError(
-                    f"the model's chat template rewrites message {index + 1} once other turns follow (it may drop"
-                    " earlier thinking), so that answer cannot be trained; split the row so that each answer ends one"
-                )
+    if rendered.startswith(prompt):
+        return rendered[len(prompt) :]
+    opened, empty = OPENED_THOUGHT.search(prompt), list(EMPTY_THOUGHT.finditer(prompt))
+    begin = opened.start() if opened else empty[-1].start() if empty and empty[-1].end() == len(prompt) else len(prompt)
+    base = prompt[:begin]
+    if rendered.startswith(base):
+        rest = rendered[begin:]
+    else:
+        place = rendered.rfind(text.strip())
+        if place < 0 or not text.strip():
+            return None
+        starts = range(max(place - 200, 0), place + 1)
+        start = max(starts, key=lambda start: (shared_end(rendered[:start], base), start))
+        said = [message["content"].strip() for message in earlier]
+        foreign = any(words and words in rendered[start:place] for words in said)
+        rest = rendered[place if foreign or not shared_end(rendered[:start], base) else start :]
+    if begin < len(prompt):
+        rest = EMPTY_THOUGHT.sub("", rest.lstrip(), count=1) if EMPTY_THOUGHT.match(rest.lstrip()) else rest
+    return close_thought(opened) + rest.lstrip() if opened else rest
+
+
+def count_shared(one, other):
+    """How many characters two texts have in common at their starts."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def shared_end(one, other):
+    """How many of their last 500 characters two texts have in common."""
+    return count_shared(one[:-501:-1], other[:-501:-1])
+
+
+def close_thought(opened):
+    """What closes the thought that a prompt has opened, a match of OPENED_THOUGHT."""
+    return f"{opened[2]}{THOUGHTS[opened[1]]}\n\n"
+
+
+def write_thought(prompt, thought, turn):
+    """A turn with its thought before it, for templates that leave thoughts out of answers."""
+    opened = OPENED_THOUGHT.search(prompt)
+    if not opened or not thought:
+        return f"<think>\n{thought}\n</think>\n\n{turn.lstrip()}" if thought else turn
+    return f"{thought}{opened[2]}{THOUGHTS[opened[1]]}\n\n{turn.removeprefix(close_thought(opened)).lstrip()}"
+
+
+def find_answer_end(turn, thought, text, message):
+    """Where an answer's thought, text and calls, in this order, end in a turn; None where one of them is missing."""
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    end = 0
+    for part in filter(None, [thought, text.strip(), *names]):
+        start = turn.find(part, end)
+        if start < 0:
+            return None
+        end = start + len(part)
+    return end
+
+
+def end_answer(tokenizer, turn, end, end_token, message):
+    """The turn up to its end token, which is written where the template writes none.
+
+    A call may end with a token of its own.
+    """
+    found = turn.find(end_token, end)
+    if found >= 0:
+        return turn[: found + len(end_token)]
+    turn = turn.rstrip()
+    if "tool_calls" in message and (closed := list(control_tokens(tokenizer)[0].finditer(turn, end))):
+        return turn[: closed[-1].end()] if closed[-1].end() == len(turn) else turn + end_token
+    return turn + end_token
+
+
+def check_prompt(prompt, messages):
+    """Raise UserError if a template leaves out tools, or what somebody else than the model has said."""
+    for tool in messages[0].get("tools", ()) if messages else ():
+        if tool["function"]["name"] not in prompt:
             raise UserError(
-                f"the model's chat template changes message {index + 1} or leaves it out, so the answer cannot be"
-                " located; try rows with plain text answers, or choose another base model"
+                f"the model's chat template has no place for tools, such as {tool['function']['name']}; choose a base"
+                " model whose template knows them, or remove the tools from the rows"
             )
-        spans.append((len(prompt), end + len(end_token)))
-    return spans
+    for number, message in enumerate(messages, start=1):
+        text = message["content"].strip()
+        if message["role"] == "assistant" or text in prompt:
+            continue
+        if not all(word in prompt for word in re.findall(r"\w+", text)):  # its blanks, or the form of JSON, may change
+            raise UserError(
+                f"the model's chat template leaves out message {number}, of role {message['role']}, or changes its"
+                " text; remove such messages or choose another base model"
+            )
+
+
+def explain_missing(turn, text, message, number):
+    """The message of an answer that a template does not write, or writes with an end token in the middle."""
+    if turn and find_answer_end(turn, "", text, message) is not None:
+        return (
+            f"the model's chat template ends message {number} before all of it is written, as several turns; write its"
+            " text and its tool call as messages of their own, or choose another base model"
+        )
+    if "tool_calls" in message and find_answer_end(turn or "", "", text, {}) is not None:
+        return (
+            f"the model's chat template has no place for the tool call in message {number}; choose a base model whose"
+            " template knows calls, or write the call as text in content"
+        )
+    return (
+        f"the model's chat template changes message {number} or leaves it out, so the answer cannot be located; try"
+        " rows with plain text answers, or choose another base model"
+    )
 
 
 # ---- Texts to token ids and the mask ---------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def describe_tokens(rows):
         "length_quantiles": {name: int(np.quantile(full, share)) for name, share in QUANTILES.items()},
         "histogram": {"counts": counts.tolist(), "up_to": int(edges[-1]), "longer": int((full > edges[-1]).sum())},
         "length_that_cuts_none": int(full.max()),
+        "further_sequences": tally(numbers[found["further"] == 1]),
         "answers_with_control_tokens": tally(numbers[found["control"] == 1]),
     }
 
@@ -126,6 +127,12 @@ def notices(report):
         yield (
             f"{leaked['count']:,} validation prompts stand in the training rows too"
             f" ({list_rows(**leaked)}); the validation loss flatters"
+        )
+    further = report["training"]["further_sequences"]
+    if further["count"]:
+        yield (
+            f"the model's template writes earlier answers otherwise than the last one, so {further['count']:,} answers"
+            f" of conversations with several are rows of their own ({list_rows(**further)})"
         )
     control = report["training"]["answers_with_control_tokens"]
     if control["count"]:

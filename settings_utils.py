@@ -87,7 +87,7 @@ OPTIONAL_TEXTS = ("custom_dataset_path", "validation_dataset_path", "run_name") 
 AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "auto"
 
 
-SWITCHES = ("use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
+SWITCHES = ("chosen_only", "use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
 CHOICES = {
     "device": ("cuda", "cpu"),
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
@@ -128,7 +128,7 @@ USED_SETTINGS = {
     "evaluate.py": (
         *TO_USE_AN_ADAPTER,
         *TO_ANSWER,
-        *("validation_dataset_path", "dataset_columns", "max_seq_length", "batch_size", "eval_samples"),
+        *("validation_dataset_path", "dataset_columns", "chosen_only", "max_seq_length", "batch_size", "eval_samples"),
     ),
     "inference.py": (*TO_USE_AN_ADAPTER, *TO_ANSWER, "do_sample", "temperature", "top_p", "seed"),
 }

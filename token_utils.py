@@ -12,7 +12,15 @@ import transformers
 
 from file_utils import cached_folder, sha256
 from message_utils import UserError, printable
-from prompt_utils import IGNORED, control_tokens, encode_texts, find_end_token, mark_answers, writes_one_bos
+from prompt_utils import (
+    IGNORED,
+    control_tokens,
+    encode_texts,
+    end_token_ids,
+    find_end_token,
+    mark_answers,
+    writes_one_bos,
+)
 from worker_utils import count_processes, run_in_processes
 
 # what became of a row, and the numbers that stand for it in an index
@@ -31,7 +39,7 @@ class TokenizedRows(Sequence):
     """
 
     # start in the file, tokens, trained tokens, tokens before cutting, row number, status, whether the answers hold
-    # control tokens
+    # control tokens, whether it is a further sequence of the conversation before it
     INDEX: ClassVar = {
         "start": "q",
         "length": "q",
@@ -40,6 +48,7 @@ class TokenizedRows(Sequence):
         "row": "q",
         "status": "b",
         "control": "b",
+        "further": "b",
     }
 
     def __init__(self, folder):
@@ -126,26 +135,32 @@ def tokenize_parts(tokenizer, conversations, parts, max_seq_length, source):
     The kept rows' ids and trained mask are laid end to end.
     """
     end_token = find_end_token(tokenizer)
-    special = (tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(end_token))
+    ends = end_token_ids(tokenizer)
     one_bos = writes_one_bos(tokenizer)
     for part in parts:
         # select() opens the file anew: processes that share an open file move each other's place in it
-        rows = list(conversations.select(part))
+        rows = [
+            (number, messages, text, place > 0)
+            for number, messages in conversations.select(part)
+            for place, text in enumerate(mark_row(tokenizer, number, messages, end_token, source))
+        ]
         kept_ids, kept_trained, values = [np.zeros(0, np.int32)], [np.zeros(0, bool)], []
-        encoded = encode_texts(tokenizer, [mark_row(tokenizer, *row, end_token, source) for row in rows])
-        for (number, messages), row in zip(rows, encoded, strict=True):
-            ids, trained, status = cut_row(row, max_seq_length, special[0])
+        encoded = encode_texts(tokenizer, [text for _, _, text, _ in rows])
+        for (number, messages, text, further), row in zip(rows, encoded, strict=True):
+            check_answers(text, end_token, f"{source}, row {number}")
+            ids, trained, status = cut_row(row, max_seq_length, tokenizer.bos_token_id)
             if status != DROPPED:
-                check_row(ids, trained, status, *special, f"{source}, row {number}", one_bos)
+                may_end = ends if not any("tool_calls" in message for message in messages) else None
+                check_row(ids, trained, status, tokenizer.bos_token_id, may_end, f"{source}, row {number}", one_bos)
                 kept_ids.append(ids)
                 kept_trained.append(trained)
             control = holds_control(tokenizer, messages)
-            values.append((len(ids), int(trained[1:].sum()), len(row.ids), number, status, control))
+            values.append((len(ids), int(trained[1:].sum()), len(row.ids), number, status, control, further))
         yield np.concatenate(kept_ids), np.concatenate(kept_trained), list(zip(*values, strict=True))
 
 
 def mark_row(tokenizer, number, messages, end_token, source):
-    """The MarkedText of a row, whose number is named where that fails."""
+    """The MarkedTexts of a row, whose number is named where that fails."""
     try:
         return mark_answers(tokenizer, messages, end_token)
     except UserError as error:
@@ -189,19 +204,34 @@ def cut_row(row, max_seq_length, bos_id):
     return ids, trained, status if trained[1:].any() else DROPPED
 
 
-def check_row(ids, trained, status, bos_id, end_id, where, one_bos=False):
+def check_answers(text, end_token, where):
+    """The promise made of the spans of every MarkedText: one after the other, each with one end token, at its end.
+
+    So none of them holds a character of another turn.
+    """
+    before = 0
+    for start, end in text.answers:
+        answer = text.text[start:end]
+        assert before < start < end <= len(text.text), f"{where}: an answer at {start} to {end}, after {before}"
+        assert answer.find(end_token) in (-1, len(answer) - len(end_token)), f"{where}: an answer beyond its end token"
+        before = end
+
+
+def check_row(ids, trained, status, bos_id, end_ids, where, one_bos=False):
     """The promises made of every row: one BOS, trained and untrained tokens, a trained end token.
 
-    Where a template writes a BOS for each question (`one_bos` is False), only two in a row are wrong.
+    `end_ids` is None where a call may end with a token of its own. Where a template writes a BOS for each question
+    (`one_bos` is False), only two in a row are wrong.
     """
     assert not one_bos or (ids == bos_id).sum() == 1, f"{where}: {(ids == bos_id).sum()} BOS tokens"
-    if bos_id not in (None, end_id):
+    if bos_id not in (None, *(end_ids or ())):
         begins = ids == bos_id
         assert not (begins[1:] & begins[:-1]).any(), f"{where}: two BOS tokens in a row"
     assert trained.any(), f"{where}: no trained token"
     assert not trained.all(), f"{where}: no untrained token"
     last = ids[np.flatnonzero(trained)[-1]]
-    assert status == ANSWER_CUT or last == end_id, f"{where}: the end token is not trained"
+    ended = status == ANSWER_CUT or end_ids is None or last in end_ids
+    assert ended, f"{where}: the end token is not trained"
 
 
 def mark_trained_tokens(tokenizer, example, start="[", end="]"):

@@ -106,14 +106,16 @@ def train(settings, dry_run=False, fresh=False):
 def load_data(settings):
     """Read the rows as Conversations and split them, after saying what was read; returns Data."""
     path, cache_dir = settings.custom_dataset_path or "data/demo.json", resolve_path(settings.output_dir) / CACHE
-    conversations, report = data_utils.load_announced("Data", path, settings.dataset_columns, cache_dir)
+    conversations, report = data_utils.load_announced(
+        "Data", path, settings.dataset_columns, cache_dir, settings.chosen_only
+    )
     if settings.max_train_rows:
         chosen = data_utils.split_conversations(conversations, 0, settings.seed)[0]
         conversations = chosen.select(range(min(len(chosen), settings.max_train_rows)))
     if settings.validation_dataset_path is None:
         return Data(*data_utils.split_conversations(conversations, settings.validation_split, settings.seed), [report])
     validation, validation_report = data_utils.load_announced(
-        "Validation data", settings.validation_dataset_path, settings.dataset_columns, cache_dir
+        "Validation data", settings.validation_dataset_path, settings.dataset_columns, cache_dir, settings.chosen_only
     )
     return Data(data_utils.remove_overlap(conversations, validation), validation, [report, validation_report])
 
@@ -124,6 +126,8 @@ def prepare_rows(settings, base, data):
 
     Raises UserError where too much of the data would be lost.
     """
+    if any(report.thoughts for report in data.reports):
+        prompt_utils.set_thinking(base.tokenizer, True)
     with process_utils.first_process_first():
         training = tokenize(settings, base, data.training, "training data")
         validation = tokenize(settings, base, data.validation, "validation data")

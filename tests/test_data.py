@@ -620,7 +620,7 @@ def test_an_unknown_speaker_is_refused_with_row_and_message(write, turn):
     assert "assistant" in message
 
 
-@pytest.mark.parametrize("content", [None, 5, ["x"], [{"type": "text", "text": "x"}], "\udfff"])
+@pytest.mark.parametrize("content", [None, 5, ["x"], [{"type": "image"}], "\udfff"])
 def test_a_message_that_is_no_text_is_refused_with_row_and_message(write, content):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
     assert "row 1, message 2" in refusal(write("rows.json", json.dumps([{"messages": turns}])))
@@ -646,6 +646,115 @@ def test_conversations_without_an_answer_are_dropped_and_counted(write):
     conversations, report = load_conversations(write("rows.json", json.dumps(rows)))
     assert [number for number, _ in conversations] == [1]
     assert report.count_dropped() == 4
+
+
+# ---- What the keys of a row mean -------------------------------------------------------------------------------------
+QUESTION, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+STOCK = {"name": "stock", "parameters": {}}
+CALL = {"type": "function", "function": {"name": "stock", "arguments": {"item": "lamp"}}}
+
+
+def load_rows(write, *rows, **options):
+    return load_conversations(write("rows.jsonl", "\n".join(map(json.dumps, rows))), **options)
+
+
+def test_an_answer_of_weight_0_is_kept_as_context_and_counted(write):
+    turns = [QUESTION, REPLY | {"weight": 0}, QUESTION, REPLY | {"weight": 1}]
+    conversations, report = load_rows(write, {"messages": turns}, {"messages": turns[:2]})
+    assert list(conversations) == [(1, [QUESTION, REPLY | {"weight": 0}, QUESTION, REPLY])]
+    assert "1 dropped: every answer has weight 0 (row 2)" in report.line()
+    assert "2 answers of weight 0 read but not trained" in report.line()
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, "0", "none"])
+def test_another_weight_is_refused(write, weight):
+    path = write("rows.json", json.dumps([{"messages": [QUESTION, REPLY | {"weight": weight}]}]))
+    assert "row 1, message 2: weight" in refusal(path)
+
+
+def test_calls_and_tools_of_openai_its_first_format_and_sharegpt_are_one_conversation(write):
+    arguments, result = json.dumps(CALL["function"]["arguments"]), '{"left": 3}'
+    newest = [
+        QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "stock", "arguments": arguments}}]},
+        {"role": "tool", "content": result},
+        REPLY,
+    ]
+    legacy = [
+        QUESTION,
+        {"role": "assistant", "content": "", "function_call": {"name": "stock", "arguments": arguments}},
+        {"role": "function", "content": result},
+        REPLY,
+    ]
+    sharegpt = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": json.dumps({"name": "stock", "arguments": {"item": "lamp"}})},
+        {"from": "observation", "value": result},
+        {"from": "gpt", "value": "a"},
+    ]
+    rows = [
+        {"messages": newest, "tools": [{"type": "function", "function": STOCK}]},
+        {"messages": legacy, "functions": [STOCK]},
+        {"messages": sharegpt, "tools": json.dumps([STOCK])},
+    ]
+    conversations, report = load_rows(write, *rows)
+    tools = [{"type": "function", "function": STOCK}]
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert list(conversations) == [(1, [QUESTION | {"tools": tools}, call, {"role": "tool", "content": result}, REPLY])]
+    assert report.dropped == {"duplicate": {"count": 2, "rows": [2, 3]}}
+
+
+def test_the_same_conversation_with_other_tools_is_no_duplicate(write):
+    rows = [{"messages": [QUESTION, REPLY], "tools": [STOCK | {"name": name}]} for name in ("stock", "price")]
+    assert len(load_rows(write, *rows)[0]) == 2
+
+
+def test_conversations_with_tools_are_read_again_as_they_were_stored(write, tmp_path):
+    turns = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}, REPLY | {"reasoning_content": "so"}]
+    conversations, _ = load_rows(write, {"messages": turns, "tools": [STOCK]})
+    path = tmp_path / "stored.jsonl"
+    data_utils.store_conversations(path, conversations)
+    assert list(load_conversations(path, number_column="row")[0]) == list(conversations)
+
+
+def test_answers_labelled_false_are_refused_or_left_out(write):
+    rows = [
+        {"messages": [QUESTION, REPLY | {"content": text}], "label": good} for text, good in (("a", True), ("b", False))
+    ]
+    path = write("rows.json", json.dumps(rows))
+    assert "row 2: label is false" in refusal(path)
+    conversations, report = load_conversations(path, chosen_only=True)
+    assert [number for number, _ in conversations] == [1]
+    assert "1 dropped: label is false (row 2)" in report.line()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"conversations": [QUESTION], "chosen": REPLY, "rejected": {"role": "assistant", "content": "b"}},
+        {"prompt": "q", "chosen": [QUESTION, REPLY], "rejected": [QUESTION, {"role": "assistant", "content": "b"}]},
+    ],
+)
+def test_preferences_are_refused_or_only_the_chosen_answer_is_read(write, row):
+    path = write("rows.json", json.dumps([row]))
+    assert "--chosen_only true" in refusal(path)
+    assert list(load_conversations(path, chosen_only=True)[0]) == [(1, [QUESTION, REPLY])]
+
+
+@pytest.mark.parametrize("key", ["images", "videos", "audio"])
+def test_pictures_films_and_sounds_are_refused_by_name(write, key):
+    rows = [{"messages": [QUESTION, REPLY], key: []}, {"messages": [QUESTION, REPLY], key: ["file"]}]
+    assert f"row 2: {key} beside the text" in refusal(write("rows.json", json.dumps(rows)))
+    part = {"role": "user", "content": [{"type": "image_url"}]}
+    assert "part of type image_url" in refusal(write("parts.json", json.dumps([{"messages": [part, REPLY]}])))
+
+
+def test_the_texts_of_parts_are_joined_and_unknown_keys_of_messages_named(write):
+    parts = {"role": "user", "content": [{"type": "text", "text": "q1"}, {"type": "text", "text": "q2"}], "mood": "x"}
+    conversations, report = load_rows(write, {"messages": [parts, REPLY]})
+    assert conversations[0][1][0] == {"role": "user", "content": "q1\nq2"}
+    assert "not used in messages: mood" in report.line()
 
 
 # ---- Counts ----------------------------------------------------------------------------------------------------------

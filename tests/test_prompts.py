@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import model_utils
 import prompt_utils
 from conftest import refusal
 from data_utils import store_conversations
 from message_utils import UserError
-from prompt_utils import ALPACA_TEMPLATE, IGNORED, encode_prompt, encode_texts, find_end_token, mark_answers
+from prompt_utils import (
+    ALPACA_TEMPLATE,
+    IGNORED,
+    encode_prompt,
+    encode_texts,
+    find_end_token,
+    mark_answers,
+    set_thinking,
+)
 from token_utils import mark_trained_tokens, tokenize_conversations
 
 BOS, EOS = 1, 2  # ids of <s> and </s> in models/tiny-base
@@ -93,7 +102,7 @@ def system(text):
 
 def encoded(tokenizer, *messages):
     """(input_ids, labels) of a conversation."""
-    marked = mark_answers(tokenizer, list(messages), find_end_token(tokenizer))
+    (marked,) = mark_answers(tokenizer, list(messages), find_end_token(tokenizer))
     (found,) = encode_texts(tokenizer, [marked])
     return found.ids.tolist(), np.where(found.trained, found.ids, IGNORED).tolist()
 
@@ -272,6 +281,185 @@ def test_a_conversation_that_the_assistant_opens_ends_in_examples_or_in_one_line
     assert message or trained(example["labels"])[-2:] == [*plain_ids(tokenizer, "a"), EOS]
 
 
+# ---- The rule --------------------------------------------------------------------------------------------------------
+def check_rule(tokenizer, messages):
+    """Each answer stands behind the prompt at inference, is trained with its stop token, and nothing else is.
+
+    Returns (prompt, what is trained behind it) of every answer.
+    """
+    found = []
+    end_token = find_end_token(tokenizer)
+    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for text, answers in mark_answers(tokenizer, messages, end_token):
+        (row,) = encode_texts(tokenizer, [prompt_utils.MarkedText(text, answers)])
+        spans = np.zeros(len(row.ids), dtype=bool)
+        for start, end in answers:
+            messages_before = messages[: indices[len(found)]]
+            plain = tokenizer.apply_chat_template(messages_before, tokenize=False, add_generation_prompt=True)
+            prompt = encode_prompt(tokenizer, messages_before)
+            assert text[:start] == plain
+            assert row.ids[: len(prompt)].tolist() == prompt
+            assert text[start:end].endswith(end_token)
+            stop = next(i for i in range(len(prompt), len(row.ids)) if row.ids[i] == row.ids[len(row.ids) - 1])
+            spans[len(prompt) : stop + 1] = True
+            found.append((plain, text[start:end]))
+        assert row.trained.tolist() == spans.tolist()
+    assert len(found) == len(indices)
+    return found
+
+
+THOUGHT = "<think>\nI count.\n</think>\n\n4"
+# the generation prompt opens a thought, which is left out of answers that are written
+OPEN_THOUGHT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '[A]' + m.content.split('</think>')[-1] }}"
+    "{{ eos_token }}{% else %}{{ '[' + m.role + ']' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[A]<think>\n' }}{% endif %}"
+)
+# the last answer has its thought, or an empty one; an option writes the empty one into the prompt
+HYBRID = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role != 'assistant' %}{{ '[' + m.role + ']' + m.content + '\n' }}"
+    "{% else %}{% set thought = '' %}{% set text = m.content %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '[assistant]' }}"
+    "{% if loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ text + eos_token + '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+# the system text stands before the last message, if that is the user's
+SYSTEM_LAST = (
+    "{% set text = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (text + '\n\n' if loop.last and text else '') + m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+# an earlier answer ends with another token than the last one
+TWO_ENDS = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' and loop.last %}{{ eos_token }}"
+    "{% else %}<|reserved_1|>{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|reserved_0|>' + m.role + '\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|reserved_0|>assistant\n' }}{% endif %}"
+)
+SINGLE = [user("q1"), assistant("a1")]
+SEVERAL = [user("q1"), assistant("a1"), user("SECRET"), assistant("a2")]
+CONVERSATIONS = {
+    "single": SINGLE,
+    "several": SEVERAL,
+    "system": [system("Be brief."), *SEVERAL],
+    "blanks": [user(" q1 \n"), assistant(" a1 \n"), user("\n q2"), assistant("\n a2")],
+    "thought": [user("q1"), assistant(THOUGHT), user("q2"), assistant("a2"), user("q3"), assistant(THOUGHT)],
+}
+KINDS = {
+    "open thought": OPEN_THOUGHT,
+    "hybrid": HYBRID,
+    "system last": SYSTEM_LAST,
+    "two ends": TWO_ENDS,
+    "headers": HEADERS,
+    "chatml": CHATML,
+    "alpaca": ALPACA_TEMPLATE,
+}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_is_trained_behind_the_prompt_of_inference_up_to_its_stop_token(
+    tokenizer, kind, messages, thinking
+):
+    tokenizer.chat_template = KINDS[kind]
+    set_thinking(tokenizer, thinking)
+    turns = CONVERSATIONS[messages]
+    found = check_rule(tokenizer, turns)
+    answers = [message["content"] for message in turns if message["role"] == "assistant"]
+    for (_, answer), content in zip(found, answers, strict=True):
+        assert content.split("</think>")[-1].strip() in answer
+        assert "SECRET" not in answer
+        assert ("I count." in answer) == ("I count." in content)
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_before_an_answer_without_one(tokenizer):
+    tokenizer.chat_template = OPEN_THOUGHT
+    assert check_rule(tokenizer, SINGLE) == [("<s>[user]q1[A]<think>\n", "\n</think>\n\na1</s>")]
+    turns = [user("q1"), assistant(THOUGHT)]
+    assert check_rule(tokenizer, turns)[0][1] == "I count.\n</think>\n\n4</s>"
+
+
+def test_whether_the_model_thinks_is_a_default_of_the_saved_template(tokenizer, tmp_path):
+    tokenizer.chat_template = HYBRID
+    for enabled in (True, False):
+        set_thinking(tokenizer, enabled)
+        tokenizer.save_pretrained(tmp_path)
+        saved = model_utils.load_tokenizer(tmp_path)
+        prompt = saved.apply_chat_template([user("q")], tokenize=False, add_generation_prompt=True)
+        assert prompt.endswith("[assistant]") == enabled
+        assert saved.chat_template == tokenizer.chat_template
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained(chatml):
+    turns = [user("q1"), assistant("DRAFT") | {"weight": 0}, user("again"), assistant("a2")]
+    ((text, answers),) = mark_answers(chatml, turns, find_end_token(chatml))
+    assert [text[start:end] for start, end in answers] == ["a2<|reserved_1|>"]
+    assert "DRAFT" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ raise_exception('only poems') }}", "only poems"),
+        ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "did not end"),
+    ],
+)
+def test_what_fails_in_a_template_is_one_line_with_the_reason(tokenizer, template, reason, monkeypatch):
+    monkeypatch.setattr(prompt_utils, "RENDER_SECONDS", 0.3)
+    tokenizer.chat_template = template
+    assert reason in refusal(tokenize, tokenizer, (user("q"), assistant("a")))
+
+
+# ---- Tools -----------------------------------------------------------------------------------------------------------
+STOCK = [{"type": "function", "function": {"name": "stock", "parameters": {}}}]
+CALL = [{"type": "function", "function": {"name": "stock", "arguments": {"item": "lamp"}}}]
+CALLING = [
+    user("Is the lamp there?") | {"tools": STOCK},
+    assistant("") | {"tool_calls": CALL},
+    {"role": "tool", "content": '{"left": 3}'},
+    assistant("Three are left."),
+]
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ '<|reserved_0|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + ' ' }}"
+    "{{ call.function.arguments | tojson }}{{ '</call>' }}{% endfor %}<|reserved_1|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|reserved_0|>assistant\n' }}{% endif %}"
+)
+
+
+def test_calls_are_trained_and_definitions_read_where_the_template_knows_them(tokenizer):
+    for template in (
+        TOOLS,
+        TOOLS.replace("{{ call.function.arguments | tojson }}", "{{ '' + call.function.arguments }}"),
+    ):
+        tokenizer.chat_template = template
+        ((text, answers),) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+        assert [text[start:end] for start, end in answers] == [
+            '<call>stock {"item": "lamp"}</call><|reserved_1|>',
+            "Three are left.<|reserved_1|>",
+        ]
+        assert '"parameters"' in text[: answers[0][0]]
+
+
+def test_calls_and_definitions_that_a_template_leaves_out_are_refused(chatml):
+    assert "no place for tools, such as stock" in refusal(tokenize, chatml, CALLING)
+    without = [user("Is the lamp there?"), *CALLING[1:]]
+    assert "no place for the tool call in message 2" in refusal(tokenize, chatml, without)
+    spoken = [user("q"), assistant("I look into the stock.") | {"tool_calls": CALL}]
+    assert "no place for the tool call in message 2" in refusal(tokenize, chatml, spoken)
+
+
 # ---- Templates -------------------------------------------------------------------------------------------------------
 def test_the_end_token_is_found_where_the_template_writes_it(chatml):
     assert find_end_token(chatml) == "<|reserved_1|>"
@@ -305,16 +493,20 @@ def test_a_template_that_refuses_system_turns_is_a_line_that_names_the_row(token
 
 
 @pytest.mark.parametrize("followup", ["and then?", "said first, and then?", "said first"])
-def test_a_template_that_rewrites_earlier_answers_is_a_line_that_names_the_row(tokenizer, followup):
+def test_where_a_template_rewrites_earlier_answers_each_answer_is_a_row_behind_its_own_prompt(tokenizer, followup):
     tokenizer.chat_template = FORGETFUL
-    tokenize(tokenizer, (user("q"), assistant("said first")))
-    message = refusal(tokenize, tokenizer, (user("q"), assistant("said first"), user(followup), assistant("b")))
-    assert "data, row 1:" in message
+    turns = [user("q"), assistant("said first"), user(followup), assistant("b")]
+    check_rule(tokenizer, turns)
+    rows = tokenize(tokenizer, turns)
+    assert [row["row"] for row in rows] == [1, 1]
+    assert rows.index["further"].tolist() == [0, 1]
 
 
-def test_a_template_without_an_end_token_is_refused(tokenizer):
+def test_a_template_without_an_end_token_gets_eos_which_is_trained_and_announced(tokenizer):
     tokenizer.chat_template = NO_END
-    assert "end token" in refusal(tokenize, tokenizer, (user("q"), assistant("a")))
+    (row,) = tokenize(tokenizer, (user("q"), assistant("a")))
+    assert trained(row["labels"])[-1] == EOS
+    assert "</s> is written and trained there" in prompt_utils.describe_template(tokenizer)
 
 
 def test_a_template_that_changes_the_answers_is_a_line_and_no_traceback(tokenizer):
@@ -398,6 +590,7 @@ def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(tokenizer):
         "{% if enable_thinking is defined and enable_thinking is false %}"
         "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
     )
+    set_thinking(tokenizer, False)
     (example,) = tokenize(tokenizer, [user("Is it?"), assistant("Yes")])
     assert mark_trained_tokens(tokenizer, example).endswith("</think>\n\n[Yes<|reserved_1|>]")
 

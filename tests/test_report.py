@@ -49,6 +49,7 @@ def test_the_figures_of_tokenized_rows_are_exact():
         "full_length": full_length,
         "row": np.array([31, 4, 5, 6, 9, 8, 12, 11, 10, 40, 2]),
         "control": np.array([0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1]),
+        "further": np.array([0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
     }
     index = {"length": np.minimum(full_length, LIMIT)[kept], "trained": np.array([1, 2, 3, 4, 5, 6, 7, 8, 9])}
     found = report_utils.describe_tokens(SimpleNamespace(all_rows=all_rows, index=index))
@@ -64,6 +65,7 @@ def test_the_figures_of_tokenized_rows_are_exact():
         # of 5 7 8 10 10 20 50 60 100 200 300
         "length_quantiles": {"min": 5, "median": 20, "90 %": 200, "99 %": 290, "max": 300},
         "length_that_cuts_none": 300,
+        "further_sequences": {"count": 1, "rows": [6]},
         "answers_with_control_tokens": {"count": 3, "rows": [2, 4, 9]},
     }
     # 290 / 16 = 18.1 tokens to a bar

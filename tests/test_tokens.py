@@ -93,7 +93,8 @@ FORKED = pytest.param(2, marks=pytest.mark.skipif(sys.platform != "linux", reaso
 # ---- Batches give what single rows give ------------------------------------------------------------------------------
 def encode_rows(tokenizer, conversations, size=1):
     """(ids, trained mask, last start) of every conversation, `size` of them encoded in one call."""
-    marked = [mark_answers(tokenizer, messages, find_end_token(tokenizer)) for messages in conversations]
+    end_token = find_end_token(tokenizer)
+    marked = [text for messages in conversations for text in mark_answers(tokenizer, messages, end_token)]
     batches = [encode_texts(tokenizer, marked[start : start + size]) for start in range(0, len(marked), size)]
     return [(row.ids.tolist(), row.trained.tolist(), row.last_start) for batch in batches for row in batch]
 
@@ -517,7 +518,7 @@ GOOD_ROW = ([BOS, 11, 12, 13, EOS], [0, 0, 0, 1, 1], KEPT)
 
 
 def check(ids, mask, status, bos_id=BOS):
-    check_row(np.array(ids, np.int32), np.array(mask, bool), status, bos_id, EOS, "data, row 7")
+    check_row(np.array(ids, np.int32), np.array(mask, bool), status, bos_id, (EOS,), "data, row 7")
 
 
 def test_a_row_that_keeps_its_promises_passes():
@@ -708,6 +709,6 @@ def test_what_killed_processes_left_in_a_cache_is_swept_and_what_is_being_built_
 
 def test_a_second_bos_anywhere_in_a_row_is_noticed_where_the_template_writes_one():
     ids, trained = np.array([1, 5, 1, 6, 2]), np.array([False, False, False, True, True])
-    token_utils.check_row(ids, trained, token_utils.KEPT, 1, 2, "row", one_bos=False)
+    token_utils.check_row(ids, trained, token_utils.KEPT, 1, (2,), "row", one_bos=False)
     with pytest.raises(AssertionError, match="2 BOS tokens"):
-        token_utils.check_row(ids, trained, token_utils.KEPT, 1, 2, "row", one_bos=True)
+        token_utils.check_row(ids, trained, token_utils.KEPT, 1, (2,), "row", one_bos=True)
