@@ -121,7 +121,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake_too(call, folders):
     done = call("train.py", "--lora_r", "0", "--debug", *folders)
     assert done.returncode == 2
     assert "Traceback (most recent call last)" in done.stderr
-    assert "check_settings" in done.stderr
+    assert "check_value" in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: --lora_r is 0, expected 1 ")
 
 
