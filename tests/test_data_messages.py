@@ -62,10 +62,10 @@ FAULTS = {
     "a text where a row belongs": ("rows.json", '["q"]', "row 1: str, expected an object with named columns"),
     "an unknown speaker": ("rows.jsonl", jsonl({"messages": [{"role": "bard", "content": "q"}]}), "speaker 'bard'"),
     "messages that are no list": ("rows.jsonl", jsonl({"messages": "q"}), "column 'messages': expected a list of mess"),
-    "a tool call without a text": (
+    "a tool call without a name": (
         "rows.jsonl",
         jsonl({"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]}),
-        "message 2: tool_calls without a text; write the call as text in content",
+        'message 2: a call of a tool without a name, expected {"name": "search", "arguments": {}}',
     ),
     "a question without an answer": ("rows.jsonl", jsonl({"messages": TURNS[:1]}), "no answer (row 1); no row is left"),
     "no Parquet file": ("rows.parquet", "PAR1 but not really", "damaged or no Parquet file"),
