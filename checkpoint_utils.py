@@ -58,7 +58,6 @@ FREE_SETTINGS = {
     *("output_dir", "logs_dir", "models_dir", "run_name"),
 }
 
-
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 BLOCK = 2**20  # token ids that are hashed at once: 4 MiB
 

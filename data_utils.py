@@ -47,7 +47,6 @@ ROLES = {
     "function_response": "tool",
 }
 
-
 # What a row may hold beside its texts, and what it means
 CALLS = "function_call"  # the speaker of a call in ShareGPT, and the key of a call in OpenAI's first format
 TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from message_utils import STORAGE_ERROR_NUMBERS, UserError
 
+READ_BYTES = 2**18  # of a file that is hashed, at once
+
+
 # ---- Paths -----------------------------------------------------------------------------------------------------------
 PROJECT_DIR = Path(__file__).resolve().parent
 
@@ -231,7 +234,7 @@ def checksum(path):
     """The crc32 of a file: it tells damage, not intent."""
     found = 0
     with open(path, "rb") as file:
-        while block := file.read(2**20):
+        while block := file.read(READ_BYTES):
             found = zlib.crc32(block, found)
     return found
 
@@ -250,7 +253,7 @@ def sha256(pieces):
     for piece in pieces:
         if isinstance(piece, Path):
             with open(piece, "rb") as file:
-                while block := file.read(2**20):
+                while block := file.read(READ_BYTES):
                     found.update(block)
         else:
             found.update(piece.encode() if isinstance(piece, str) else piece)

@@ -18,7 +18,6 @@ from reader_utils import FILE_TYPES, SUFFIXES
 # ImportError: httpx raises it for a SOCKS proxy
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, HTTPError)
 
-
 SHIPPED_MODELS_DIR = "models"  # MODELS_DIR as config.py ships it
 
 

@@ -42,7 +42,6 @@ class Stopped(BaseException):
 
 CTRL_C = "\nStopped by Ctrl-C."
 
-
 # C0 and C1 control characters except tab and newline: no foreign text may steer the terminal
 CONTROL_CHARACTERS = dict.fromkeys(c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n")
 

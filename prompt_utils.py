@@ -27,7 +27,6 @@ ALPACA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
 
-
 # What opens and what closes a thought, in the templates of reasoning models
 THOUGHTS = {
     "<think>": "</think>",

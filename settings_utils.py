@@ -81,11 +81,9 @@ RANGES = {
     "eval_samples": (0, 1_000_000),
 }
 
-
 REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
 OPTIONAL_TEXTS = ("custom_dataset_path", "validation_dataset_path", "run_name")  # None stands for none
 AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "auto"
-
 
 SWITCHES = ("chosen_only", "use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
 CHOICES = {
@@ -93,7 +91,6 @@ CHOICES = {
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
     "optimizer": ("adamw_torch", "paged_adamw_8bit"),
 }
-
 
 # What config.py ships with of the settings that CPU_DEMO replaces: another value was set by the user, and wins over it
 SHIPPED = {
@@ -108,7 +105,6 @@ SHIPPED = {
     "max_new_tokens": 256,
 }
 
-
 # What an adapter was trained with and needs again wherever it is loaded
 # Nothing that chooses where files are read or written: who made an adapter may not choose that on your machine
 BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length")
@@ -117,7 +113,6 @@ BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max
 # ---- Which script uses which settings --------------------------------------------------------------------------------
 # train.py uses every setting of config.py but these; a new setting is one of train.py unless it is named here
 NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples")
-
 
 # The other scripts use these. A script offers a flag for each setting that it uses and for no other; a test fails if it
 # reads a setting that it does not offer.

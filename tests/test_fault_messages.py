@@ -599,7 +599,7 @@ def an_unknown_setting(place):
     return {"lora_rr": 8}
 
 
-@fault("--lora_target_modules q_prj: the model has no linear layer q_prj; it has", "q_proj")
+@fault("--lora_target_modules q_prj: the model has no linear layer q_prj that takes an adapter; it has", "q_proj")
 def a_layer_that_the_model_has_not(place):
     return {"lora_target_modules": "q_prj"}
 
