@@ -40,7 +40,7 @@ OPENED_THOUGHT = re.compile("(" + "|".join(map(re.escape, THOUGHTS)) + r")(\s*)$
 EMPTY_THOUGHT = re.compile("(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THOUGHTS.items()) + r")\s*")
 INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)  # as rows of data write it
 THINKING = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
-RENDER_SECONDS = 30  # a template that takes longer for one conversation never ends
+RENDER_SECONDS = 30  # a template that takes longer for one conversation is taken for one that never ends
 
 
 # ---- The chat template -----------------------------------------------------------------------------------------------
@@ -48,8 +48,7 @@ def render(tokenizer, messages, add_generation_prompt):
     """Render messages as text by the tokenizer's chat template, as servers do; what it refuses is a UserError."""
     tools = messages[0].get("tools") if messages else None
     try:
-        with time_limit():
-            return render_calls(tokenizer, list(map(public, messages)), tools, add_generation_prompt)
+        return render_calls(tokenizer, list(map(public, messages)), tools, add_generation_prompt)
     except Exception as error:  # noqa: BLE001 - a template is a program and can fail in any way
         roles = ", ".join(message["role"] for message in messages)
         hint = " (many templates take no system message)" if "system" in roles else ""
@@ -157,7 +156,8 @@ def render_tail(tokenizer, *following):
     """What the template writes behind an answer."""
     probe = "The quick brown fox"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}, *following]
-    _, answer, tail = render(tokenizer, turns, False).rpartition(probe)
+    with time_limit():
+        _, answer, tail = render(tokenizer, turns, False).rpartition(probe)
     if not answer:
         raise UserError("the model's chat template changes answers or leaves them out; choose another base model")
     return tail
@@ -256,12 +256,13 @@ def mark_answers(tokenizer, messages, end_token):
     """
     hidden = hide_control_tokens(tokenizer, messages)
     texts = []
-    for index, message in enumerate(hidden):
-        if message["role"] == "assistant" and message.get("weight") != 0:
-            prompt, answer = write_turn(tokenizer, hidden[: index + 1], end_token)
-            earlier = texts.pop() if texts and prompt.startswith(texts[-1].text) else MarkedText("", [])
-            text = prompt + answer
-            texts.append(MarkedText(text, [*earlier.answers, (len(prompt), len(text))]))
+    with time_limit():
+        for index, message in enumerate(hidden):
+            if message["role"] == "assistant" and message.get("weight") != 0:
+                prompt, answer = write_turn(tokenizer, hidden[: index + 1], end_token)
+                earlier = texts.pop() if texts and prompt.startswith(texts[-1].text) else MarkedText("", [])
+                text = prompt + answer
+                texts.append(MarkedText(text, [*earlier.answers, (len(prompt), len(text))]))
     return texts
 
 
@@ -430,7 +431,8 @@ Piece = namedtuple("Piece", "text continues literal")
 
 def encode_prompt(tokenizer, messages):
     """Token ids of a conversation up to where the model's answer starts; the same ids as in training."""
-    text = render(tokenizer, hide_control_tokens(tokenizer, messages), add_generation_prompt=True)
+    with time_limit():
+        text = render(tokenizer, hide_control_tokens(tokenizer, messages), add_generation_prompt=True)
     return next(encode_texts(tokenizer, [MarkedText(text, [])])).ids.tolist()
 
 
@@ -450,18 +452,23 @@ def mark_tokens(ids, offsets, answers):
 
     It may end behind the answer: some end tokens take the line break after them along.
     """
-    begins = [begin for begin, _ in offsets]
     trained, last_start = np.zeros(len(ids), dtype=bool), len(ids)
     for start, end in answers:
-        last_start = bisect_left(begins, start)
-        trained[last_start : bisect_left(begins, end)] = True
+        last_start = first_token(offsets, start)
+        trained[last_start : first_token(offsets, end)] = True
     return EncodedText(np.array(ids, dtype=np.int32), trained, last_start)
+
+
+def first_token(offsets, position):
+    """The index of the first token that starts at a position in the text or behind it; offsets are in order."""
+    return bisect_left(offsets, (position,))
 
 
 def separate(tokenizer, text, ids, offsets, cuts):
     """Encode anew the two sides of each cut, a position in the text, that lies inside a token."""
     for cut in cuts:
-        if any(start < cut < end for start, end in offsets):
+        before = first_token(offsets, cut) - 1
+        if before >= 0 and offsets[before][1] > cut:
             left, right = encode(tokenizer, [text[:cut], text[cut:]])
             left_ids, left_offsets = separate(tokenizer, text[:cut], *left, [c for c in cuts if c < cut])
             right_ids, right_offsets = separate(tokenizer, text[cut:], *right, [c - cut for c in cuts if c > cut])
