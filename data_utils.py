@@ -61,7 +61,7 @@ TURN_KEYS = {
 
 @dataclass
 class DataReport:
-    """What became of every row of a file at reading: kept, or dropped with its reason."""
+    """What became of each row of a file when it was read: it was kept, or dropped for a reason."""
 
     name: str
     format: str = ""
@@ -75,7 +75,7 @@ class DataReport:
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
 
     def drop(self, reason, numbers):
-        """Count the rows of these numbers as dropped."""
+        """Count the rows with these numbers as dropped for a reason."""
         found = self.dropped.setdefault(reason, {"count": 0, "rows": []})
         found["count"] += len(numbers)
         found["rows"] = [*found["rows"], *numbers][:5]
@@ -136,7 +136,7 @@ def find_columns(found, mapping, name, chosen_only=False):
 
 
 def optional_parts(columns):
-    """The parts that rows of this shape may have or lack."""
+    """The parts of a conversation that a row of this shape may have, or may lack."""
     return ("system",) if "messages" in columns or "chosen" in columns else OPTIONAL
 
 
@@ -544,7 +544,7 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
 
 
 def drop_duplicates(conversations, report):
-    """The first of each conversation; the others are counted in the report."""
+    """Keep the first of each conversation, and count the others as duplicates in the report."""
     first = np.zeros(len(conversations), dtype=bool)
     first[np.unique(conversations.index["text"], return_index=True)[1]] = True
     if not first.all():

@@ -160,7 +160,7 @@ def read_csv_rows(path, name, notes, columns):
 
 
 def split_returns(text):
-    """Lines of a text that also end at a lone carriage return, as old spreadsheets write them."""
+    """Split a text into lines, also at a lone carriage return, which old spreadsheets write."""
     return re.findall(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+", text)
 
 

@@ -74,7 +74,7 @@ def describe_answers(conversations):
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
 def print_report(report):
-    """Say the report, a dense line for each thing; notices only where there is something to notice."""
+    """Say the report: a dense line for each set of rows, and a notice where something looks wrong."""
     for name in ("training", "validation"):
         if report[name]:
             for line in token_lines(name, report[name], report["max_seq_length"]):
@@ -110,7 +110,7 @@ def token_lines(name, found, max_seq_length):
 
 
 def draw_bars(counts):
-    """A histogram in one line; rows that are there at all show."""
+    """A histogram in one line. A bucket that holds any row shows a bar."""
     try:
         bars = BARS
         bars.encode(sys.stderr.encoding or "ascii")
@@ -121,7 +121,7 @@ def draw_bars(counts):
 
 
 def notices(report):
-    """What a user should look at, though it may well be meant."""
+    """Lines on what a user should look at. It may well be meant that way."""
     leaked, answers = report["validation_prompts_also_trained"], report["answers"]
     if leaked["count"]:
         yield (
