@@ -229,7 +229,7 @@ def describe(result, expected):
     text += f", loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     if expected:
         apart = distance(result["losses"], expected)
-        text += f", within {apart:.2%} of the reference" + " (WRONG)" * (apart > LOSS_TOLERANCE)
+        text += f", within {apart:.2%} of the reference{' (WRONG)' if apart > LOSS_TOLERANCE else ''}"
     return text
 
 

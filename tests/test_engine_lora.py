@@ -2,7 +2,6 @@
 
 import contextlib
 import weakref
-from functools import partial
 
 import bitsandbytes as bnb
 import pytest
@@ -13,34 +12,26 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Starcoder2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import engine_lora
-import engine_passes
-from engine_lora import FastLora, dequantize, frozen_tensors
+from engine_lora import dequantize, frozen_tensors
 from engine_passes import (
     Kernels,
-    Patches,
     pass_losses,
-    probe_losses,
-    probe_rows,
     transformers_model,
 )
 from engine_runner import StepRunner
 from plan_utils import StepPlan
-from tiny import CPU, assert_same, bundled_model, gradients, make_rows, reference_gradients, with_adapter
-
-
-def fast_lora(model):
-    return FastLora(model, partial(probe_losses, model, probe_rows(model)), Patches())
-
-
-def some_rows():
-    return make_rows((5, 17, 9), vocabulary=8000)
-
-
-def plain_gradients(model, rows, kernels=engine_passes.PLAIN):
-    pass_losses(model, rows, kernels)[0].sum().backward()
-    found = gradients(model)
-    model.zero_grad()
-    return found
+from tiny import (
+    CPU,
+    assert_same,
+    bundled_model,
+    fast_lora,
+    gradients,
+    make_rows,
+    plain_gradients,
+    reference_gradients,
+    some_rows,
+    with_adapter,
+)
 
 
 def four_bit_layer(inputs=192, outputs=256, **options):

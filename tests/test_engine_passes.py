@@ -2,42 +2,31 @@
 
 import copy
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import engine_passes
-from engine_lora import FastLora
 from engine_passes import (
     Kernels,
     LinearCrossEntropy,
-    Patches,
     chosen_attention,
     decoder_layers,
     pass_losses,
     probe_backward,
-    probe_losses,
-    probe_rows,
     transformers_model,
 )
-from tiny import SETTINGS, assert_same, bundled_model, gradients, make_model, make_rows
-
-
-def fast_lora(model):
-    return FastLora(model, partial(probe_losses, model, probe_rows(model)), Patches())
-
-
-def some_rows():
-    return make_rows((5, 17, 9), vocabulary=8000)
-
-
-def plain_gradients(model, rows, kernels=engine_passes.PLAIN):
-    pass_losses(model, rows, kernels)[0].sum().backward()
-    found = gradients(model)
-    model.zero_grad()
-    return found
+from tiny import (
+    SETTINGS,
+    assert_same,
+    bundled_model,
+    fast_lora,
+    make_model,
+    make_rows,
+    plain_gradients,
+    some_rows,
+)
 
 
 def test_a_kernel_is_tried_backwards_too_without_a_trace():

@@ -1,12 +1,15 @@
 """Tiny models with an adapter, rows of random tokens, and the plain way to their gradients, to compare with."""
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from conftest import TINY_BASE
+from engine_lora import FastLora
+from engine_passes import PLAIN, Patches, pass_losses, probe_losses, probe_rows
 from model_utils import attach_lora, build_quantization_config, load_base_model
 from settings_utils import DEFAULTS, Settings
 
@@ -76,6 +79,24 @@ def reference_gradients(model, rows):
         logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
         targets = torch.tensor(row["labels"][1:])
         (F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / count).backward()
+    found = gradients(model)
+    model.zero_grad()
+    return found
+
+
+def fast_lora(model):
+    """The model's LoRA layers, computing with the fused operation from now on."""
+    return FastLora(model, partial(probe_losses, model, probe_rows(model)), Patches())
+
+
+def some_rows():
+    """Three rows for the bundled model."""
+    return make_rows((5, 17, 9), vocabulary=8000)
+
+
+def plain_gradients(model, rows, kernels=PLAIN):
+    """The gradients of the sum of the rows' losses, computed in one pass."""
+    pass_losses(model, rows, kernels)[0].sum().backward()
     found = gradients(model)
     model.zero_grad()
     return found
