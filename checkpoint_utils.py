@@ -52,7 +52,7 @@ Resumption = namedtuple("Resumption", "folder step finished best_step progress r
 # one is refused at worst, and never overlooked.
 FREE_SETTINGS = {
     *("base_model_name", "device", "use_fp16", "custom_dataset_path", "validation_dataset_path", "answers_cut_limit"),
-    "chosen_only",
+    *("chosen_only", "system_prompt"),
     *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_samples"),
     *("max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty"),
     *("output_dir", "logs_dir", "models_dir", "run_name"),

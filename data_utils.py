@@ -20,6 +20,7 @@ import numpy as np
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
+from prompt_utils import begin_with
 from reader_utils import read_rows
 
 COLUMN_NAMES = {
@@ -444,7 +445,15 @@ class Conversations(Sequence):
     """
 
     # row number, place in the file, and digests of the parts that describe() names
-    INDEX: ClassVar = {"number": "q", "offset": "q", "prompt": "Q", "answer": "Q", "opening": "Q", "closing": "Q"}
+    INDEX: ClassVar = {
+        "number": "q",
+        "offset": "q",
+        "prompt": "Q",
+        "answer": "Q",
+        "opening": "Q",
+        "closing": "Q",
+        "system": "Q",
+    }
 
     def __init__(self, path, index, folder=None):
         self.path = Path(path)
@@ -492,15 +501,25 @@ def last_answer(messages):
 
 
 def describe(messages):
-    """64-bit digests of the prompt, the last answer, its first four and its last four words (0 for short answers).
+    """64-bit digests of the prompt, the last answer, its first four and its last four words, and the system text.
 
-    Case and white space do not count: prompts that differ in nothing else are the same question.
+    They are 0 for what is not there, such as the first four words of a short answer. But for the system text, case and
+    white space do not count: prompts that differ in nothing else are the same question.
     """
     last = last_answer(messages)
     prompt = [word for message in messages[:last] for word in words_of(message).casefold().split()]
     answer = words_of(messages[last]).split()
     parts = (prompt, answer, answer[:4] if len(answer) >= 8 else (), answer[-4:] if len(answer) >= 8 else ())
-    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
+    system = [messages[0]["content"]] if messages[0]["role"] == "system" else ()
+    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in (*parts, system)]
+
+
+def shared_system_text(conversations):
+    """The system text that all Conversations begin with, or None."""
+    digests = conversations.index["system"]
+    if not len(digests) or not digests[0] or (digests != digests[0]).any():
+        return None
+    return conversations[0][1][0]["content"]
 
 
 def words_of(message):
@@ -511,9 +530,12 @@ def words_of(message):
 
 
 # ---- Loading and splitting -------------------------------------------------------------------------------------------
-def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None, chosen_only=False):
+def load_conversations(
+    dataset, mapping=None, cache_dir=None, number_column=None, chosen_only=False, system_prompt=None
+):
     """Read a file or Hub dataset into Conversations without unusable and duplicate rows; returns them and a report.
 
+    Rows without a system text begin with `system_prompt`, if it is one.
     They are kept in cache_dir under a key of the files' content, or in a temporary folder that goes with them.
     """
     mapping = mapping or {}
@@ -523,12 +545,13 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
     code = Path(__file__).with_name("reader_utils.py")
-    parts = json.dumps([mapping, number_column, chosen_only, [path.suffix for path in paths]])
+    parts = json.dumps([mapping, number_column, chosen_only, system_prompt, [path.suffix for path in paths]])
     key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)
         rows = read_conversations(paths, name, mapping, report, number_column, chosen_only)
+        rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
         conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
         report.kept = len(conversations)
         if not report.kept:
@@ -552,9 +575,11 @@ def drop_duplicates(conversations, report):
     return conversations.select(first)
 
 
-def load_announced(label, dataset, mapping, cache_dir, chosen_only=False):
+def load_announced(label, dataset, mapping, cache_dir, chosen_only=False, system_prompt=None):
     """Load the conversations that the user named, and say what became of the rows; returns them and the report."""
-    conversations, report = load_conversations(dataset, mapping, cache_dir, chosen_only=chosen_only)
+    conversations, report = load_conversations(
+        dataset, mapping, cache_dir, chosen_only=chosen_only, system_prompt=system_prompt
+    )
     say(f"{label}: {report.line()}")
     return conversations, report
 

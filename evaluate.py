@@ -71,14 +71,18 @@ def load_validation_rows(settings, run_dir, cache_dir):
 
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
-        return data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only)[0]
+        return data_utils.load_announced(
+            "Validation data", path, columns, cache_dir, settings.chosen_only, settings.system_prompt
+        )[0]
     path = run_dir / VALIDATION_ROWS
     if not path.exists():
         raise UserError(
             f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"
             " give rows of your own by --validation_dataset_path"
         )
-    return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row")[0]
+    return data_utils.load_conversations(
+        path, cache_dir=cache_dir, number_column="row", system_prompt=settings.system_prompt
+    )[0]
 
 
 def tokenize_rows(tokenizer, conversations, settings, cache_dir):

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from message_utils import UserError
+from message_utils import UserError, printable, say
 
 IGNORED = -100  # label of a token that is not trained, as in torch's cross_entropy
 # Alpaca's headings, for base models whose tokenizer has no chat template. `bos_token` is undefined where there is none.
@@ -41,6 +41,41 @@ EMPTY_THOUGHT = re.compile("(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" 
 INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)  # as rows of data write it
 THINKING = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
 RENDER_SECONDS = 30  # a template that takes longer for one conversation is taken for one that never ends
+
+
+# ---- The system text -------------------------------------------------------------------------------------------------
+def begin_with(system_text, messages):
+    """The messages behind a system text, unless they begin with one of their own, or it is blank or None."""
+    first = messages[0]
+    if not (system_text or "").strip() or first["role"] == "system":
+        return messages
+    tools = {"tools": first["tools"]} if "tools" in first else {}  # they stand in the first message
+    rest = {key: value for key, value in first.items() if key != "tools"}
+    return [{"role": "system", "content": system_text} | tools, rest, *messages[1:]]
+
+
+def announce_system_text(tokenizer, system_text):
+    """Say which system text conversations begin with, if any; UserError if the chat template cannot write it."""
+    if (system_text or "").strip():
+        check_system_text(tokenizer, system_text)
+        say(f"Conversations begin with the system text {shown_text(system_text)}; --system_prompt gives another")
+
+
+def check_system_text(tokenizer, system_text):
+    messages = begin_with(system_text, [{"role": "user", "content": "Hi"}])
+    try:
+        check_prompt(render(tokenizer, messages, add_generation_prompt=True), messages)
+    except UserError:
+        raise UserError(
+            'the model\'s chat template takes no system text; leave it out by --system_prompt "", and put what it says'
+            " into the instruction"
+        ) from None
+
+
+def shown_text(text):
+    """A text in quotes, in one line of at most 80 characters."""
+    line = " ".join(printable(text).split())
+    return f'"{line}"' if len(line) <= 80 else f'"{line[:77]}..."'
 
 
 # ---- The chat template -----------------------------------------------------------------------------------------------

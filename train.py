@@ -80,6 +80,7 @@ def train(settings, dry_run=False, fresh=False):
     """The phases of a run: data, base model, rows, plan, and the run itself."""
     started = time.time()
     data = load_data(settings)
+    settings = settle_system_text(settings, data)
     lock = OutputLock(resolve_path(settings.output_dir))
     if not dry_run:
         lock.check()
@@ -120,6 +121,17 @@ def load_data(settings):
     return Data(data_utils.remove_overlap(conversations, validation), validation, [report, validation_report])
 
 
+def settle_system_text(settings, data):
+    """The settings with the system text that chat begins with: SYSTEM_PROMPT, else what all training rows share."""
+    if settings.system_prompt is not None:
+        return settings
+    shared = data_utils.shared_system_text(data.training)
+    if shared is not None:
+        shown = prompt_utils.shown_text(shared)
+        say(f"System text: all training rows begin with {shown}, so chat with the adapter does too")
+    return settings._replace(system_prompt=shared)
+
+
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 def prepare_rows(settings, base, data):
     """Tokenize the data, and print the data report and a row as the model sees it; returns Rows.
@@ -131,6 +143,7 @@ def prepare_rows(settings, base, data):
     with process_utils.first_process_first():
         training = tokenize(settings, base, data.training, "training data")
         validation = tokenize(settings, base, data.validation, "validation data")
+    prompt_utils.check_system_text(base.tokenizer, settings.system_prompt)
     report = report_utils.build_report(
         data.reports, data.training, data.validation, training, validation, settings.max_seq_length
     )
@@ -214,7 +227,8 @@ def build_callbacks(settings, tokenizer, validation_set, checkpoints):
     log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
     board = progress_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    prompts = [conversation for _, conversation in validation_set[: settings.sample_prompts]]
+    chosen = validation_set[: settings.sample_prompts]
+    prompts = [prompt_utils.begin_with(settings.system_prompt, conversation) for _, conversation in chosen]
     return [
         progress_utils.ProgressLine(),
         board,
