@@ -56,13 +56,15 @@ def begin_with(system_text, messages):
 
 def announce_system_text(tokenizer, system_text):
     """Say which system text conversations begin with, if any; UserError if the chat template cannot write it."""
-    if (system_text or "").strip():
-        check_system_text(tokenizer, system_text)
+    if check_system_text(tokenizer, system_text):
         say(f"Conversations begin with the system text {shown_text(system_text)}; --system_prompt gives another")
 
 
 def check_system_text(tokenizer, system_text):
+    """Whether there is a system text; UserError if the chat template cannot write it."""
     messages = begin_with(system_text, [{"role": "user", "content": "Hi"}])
+    if len(messages) == 1:
+        return False
     try:
         check_prompt(render(tokenizer, messages, add_generation_prompt=True), messages)
     except UserError:
@@ -70,6 +72,7 @@ def check_system_text(tokenizer, system_text):
             'the model\'s chat template takes no system text; leave it out by --system_prompt "", and put what it says'
             " into the instruction"
         ) from None
+    return True
 
 
 def shown_text(text):
