@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_left
 from collections import namedtuple
 from contextlib import contextmanager
+from datetime import datetime
 from functools import lru_cache
 
 import numpy as np
@@ -99,6 +100,8 @@ def render(tokenizer, messages, add_generation_prompt):
 def render_calls(tokenizer, messages, tools, add_generation_prompt):
     """The rendered text; a template that cannot take the arguments of calls as objects gets them as JSON."""
     options = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+    if getattr(tokenizer, "template_date", None):
+        options["chat_template"] = with_date(tokenizer.get_chat_template(tools=tools), tokenizer.template_date)
     arguments = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
     try:
         text = tokenizer.apply_chat_template(messages, **options)
@@ -146,6 +149,32 @@ def time_limit():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def set_date(tokenizer, date):
+    """Make `date`, a datetime, the one that the chat template writes, if it writes any; it is not saved."""
+    tokenizer.template_date = date if "strftime_now" in str(tokenizer.chat_template) else None
+
+
+def with_date(template, date):
+    """A template whose strftime_now formats this date, in place of transformers' own, which takes the present moment.
+
+    It is a macro, since functions that are handed to a template do not reach it.
+    """
+    codes = dict.fromkeys(re.findall(r"(?<!\{)%-?[aAwdbBmyYHIMSpfzZjUWcxX]", template))
+    replaced = "".join(f".replace({json.dumps(code)}, {json.dumps(date.strftime(code))})" for code in codes)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{template}"
+
+
+def written_date(tokenizer):
+    """What the chat template writes of the date: "28 Nov 2026", or all of it where that is not known; "" for none."""
+    template = str(tokenizer.chat_template)
+    calls = template.count("strftime_now(")
+    if not calls:
+        return ""
+    date = getattr(tokenizer, "template_date", None) or datetime.now()
+    formats = re.findall(r"""strftime_now\(\s*["']([^"']+)["']\s*\)""", template)
+    return ", ".join(map(date.strftime, dict.fromkeys(formats))) if len(formats) == calls else date.isoformat()
 
 
 def set_thinking(tokenizer, enabled):
@@ -212,7 +241,9 @@ def describe_template(tokenizer):
     end = f"answers end with {find_end_token(tokenizer)}"
     if not writes_end_token(tokenizer):
         end = f"it ends answers with nothing, so {find_end_token(tokenizer)} is written and trained there"
-    return f"{source}; {describe_bos(tokenizer)}; {end}"
+    date = written_date(tokenizer)
+    dated = f"; it writes the date, in training that of the run's start: {date}" if date else ""
+    return f"{source}; {describe_bos(tokenizer)}; {end}{dated}"
 
 
 def describe_bos(tokenizer):

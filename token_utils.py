@@ -20,6 +20,7 @@ from prompt_utils import (
     find_end_token,
     mark_answers,
     writes_one_bos,
+    written_date,
 )
 from worker_utils import count_processes, run_in_processes
 
@@ -95,6 +96,7 @@ def tokenize_conversations(
             conversations.fingerprint(),
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.chat_template,
+            written_date(tokenizer),
             tokens,
             max_seq_length,
             transformers.__version__,

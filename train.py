@@ -91,6 +91,8 @@ def train(settings, dry_run=False, fresh=False):
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
     start_garbage_collection()
+    date = process_utils.from_first_process(checkpoint_utils.run_date, resolve_path(settings.output_dir), fresh)
+    prompt_utils.set_date(base.tokenizer, date)
     rows = prepare_rows(settings, base, data)
     plan = make_plan(settings, base, rows, arguments)
     if dry_run:

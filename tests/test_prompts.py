@@ -1,6 +1,7 @@
 """Token ids and labels, exactly: each test here fails on a known trap (TRAPS.md)."""
 
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import model_utils
 import prompt_utils
+from checkpoint_utils import run_date
 from conftest import refusal
 from data_utils import store_conversations
 from message_utils import UserError
@@ -23,6 +25,7 @@ from prompt_utils import (
     encode_texts,
     find_end_token,
     mark_answers,
+    set_date,
     set_thinking,
 )
 from token_utils import mark_trained_tokens, tokenize_conversations
@@ -631,3 +634,48 @@ def metaspace_tokenizer(scheme):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = ALPACA_TEMPLATE
     return tokenizer
+
+
+# ---- The date --------------------------------------------------------------------------------------------------------
+HELLO = [{"role": "user", "content": "Hi"}]
+DATED = (
+    "{% macro head(form) %}{{ 'Today: ' + strftime_now(form) + '\\n' }}{% endmacro %}"
+    "{{ head('%d %b %Y, %A') if strftime_now is defined else '' }}"
+) + CHATML
+
+
+def test_the_date_of_a_template_is_the_one_that_was_set_and_is_not_saved(tokenizer, tmp_path):
+    tokenizer.chat_template = DATED
+    now = prompt_utils.render(tokenizer, HELLO, True)
+    set_date(tokenizer, datetime(2024, 2, 29, 23, 59))
+    assert prompt_utils.render(tokenizer, HELLO, True) == "Today: 29 Feb 2024, Thursday\n" + now.split("\n", 1)[1]
+    assert tokenizer.decode(encode_prompt(tokenizer, HELLO)).startswith("Today: 29 Feb 2024, Thursday\n")
+    tokenizer.save_pretrained(tmp_path)
+    assert prompt_utils.render(model_utils.load_tokenizer(tmp_path), HELLO, True) == now
+
+
+def test_rows_are_tokenized_anew_on_another_day_and_only_then(tokenizer, tmp_path):
+    tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + CHATML
+    rows = store_conversations(tmp_path / "rows.jsonl", [(1, [*HELLO, {"role": "assistant", "content": "Hello!"}])])
+
+    def ids(date):
+        set_date(tokenizer, date)
+        return tokenize_conversations(tokenizer, rows, 512, "data", tmp_path / "cache")[0]["input_ids"]
+
+    first = ids(datetime(2024, 2, 29, 8))
+    assert first == ids(datetime(2024, 2, 29, 20)) != ids(datetime(2024, 3, 1))
+    assert len(list((tmp_path / "cache").glob("tokens*"))) == 2
+    assert "29 Feb 2024" in tokenizer.decode(first)
+
+
+def test_a_run_that_goes_on_keeps_the_date_of_its_start(tmp_path):
+    manifest = tmp_path / "checkpoints" / "checkpoint-7" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"identity": {"template_date": "2024-02-29T08:00:00"}}')
+    assert run_date(tmp_path, fresh=False) == datetime(2024, 2, 29, 8)
+    assert run_date(tmp_path, fresh=True).year > 2024
+    manifest.write_text('{"identity": {}}')
+    assert run_date(tmp_path, fresh=False).year > 2024
+    (tmp_path / "lora-adapter").mkdir()
+    manifest.write_text('{"identity": {"template_date": "2024-02-29T08:00:00"}}')
+    assert run_date(tmp_path, fresh=False).year > 2024
