@@ -71,6 +71,7 @@ class DataReport:
     unused_keys: list = field(default_factory=list)  # keys of messages that are not used
     context_only: int = 0  # answers of weight 0
     thoughts: int = 0  # answers with a thought before them
+    reasoning: int = 0  # those of them that have it as reasoning_content
     rows: int = 0
     kept: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
@@ -238,6 +239,7 @@ def read_turns(turns, column, where, report):
             unused.remove("name")
         report.unused_keys += [key for key in unused if key not in report.unused_keys]
         report.context_only += "weight" in message
+        report.reasoning += "reasoning_content" in message
         report.thoughts += "reasoning_content" in message or "</think>" in message["content"]
         if message["role"] != "system" or message["content"].strip():
             messages.append(message)

@@ -1,6 +1,7 @@
 """Conversations to tokenized rows: encoded in batches, cut, checked and kept on disk."""
 
 import json
+import re
 from array import array
 from collections.abc import Sequence
 from contextlib import closing
@@ -28,6 +29,12 @@ from worker_utils import count_processes, run_in_processes
 STATUSES = ("kept", "shortened", "answer_cut", "no trainable token")
 KEPT, SHORTENED, ANSWER_CUT, DROPPED = range(4)
 
+# How templates of well-known models mark turns: texts that hold these were templated already
+TEMPLATE_MARKS = re.compile(
+    r"\[/?INST\]|<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<(?:start|end)_of_turn>"
+    r"|<\|(?:system|user|assistant|end)\|>|### (?:Instruction|Response):"
+)
+
 ROWS_A_CALL = 1000  # conversations that the tokenizer is given in one call
 SHARED_ROWS = 10_000  # from so many rows on, several processes share them
 
@@ -39,8 +46,8 @@ class TokenizedRows(Sequence):
     `index` holds an array of each of INDEX for every row; `all_rows` is the same index with the dropped rows in it.
     """
 
-    # start in the file, tokens, trained tokens, tokens before cutting, row number, status, whether the answers hold
-    # control tokens, whether it is a further sequence of the conversation before it
+    # start in the file, tokens, trained tokens, tokens before cutting, row number, status, whether the answers and
+    # whether other texts hold control tokens, whether it is a further sequence of the conversation before it
     INDEX: ClassVar = {
         "start": "q",
         "length": "q",
@@ -49,6 +56,7 @@ class TokenizedRows(Sequence):
         "row": "q",
         "status": "b",
         "control": "b",
+        "other_control": "b",
         "further": "b",
     }
 
@@ -147,8 +155,10 @@ def tokenize_parts(tokenizer, conversations, parts, max_seq_length, source):
             for place, text in enumerate(mark_row(tokenizer, number, messages, end_token, source))
         ]
         kept_ids, kept_trained, values = [np.zeros(0, np.int32)], [np.zeros(0, bool)], []
-        encoded = encode_texts(tokenizer, [text for _, _, text, _ in rows])
-        for (number, messages, text, further), row in zip(rows, encoded, strict=True):
+        before = -1
+        for row in encode_texts(tokenizer, [text for _, _, text, _ in rows]):
+            number, messages, text, further = rows[row.position]
+            further, before = further or row.position == before, row.position
             check_answers(text, end_token, f"{source}, row {number}")
             ids, trained, status = cut_row(row, max_seq_length, tokenizer.bos_token_id)
             if status != DROPPED:
@@ -157,7 +167,7 @@ def tokenize_parts(tokenizer, conversations, parts, max_seq_length, source):
                 kept_ids.append(ids)
                 kept_trained.append(trained)
             control = holds_control(tokenizer, messages)
-            values.append((len(ids), int(trained[1:].sum()), len(row.ids), number, status, control, further))
+            values.append((len(ids), int(trained[1:].sum()), len(row.ids), number, status, *control, further))
         yield np.concatenate(kept_ids), np.concatenate(kept_trained), list(zip(*values, strict=True))
 
 
@@ -170,9 +180,14 @@ def mark_row(tokenizer, number, messages, end_token, source):
 
 
 def holds_control(tokenizer, messages):
-    """Whether an answer holds control tokens, which are trained as plain text."""
-    pattern = control_tokens(tokenizer)[0]
-    return any(message["role"] == "assistant" and pattern.search(message["content"]) for message in messages)
+    """(whether an answer, whether another text holds control tokens or marks of a template, which are plain text)."""
+    control, found = control_tokens(tokenizer), [False, False]
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        pattern = control.in_answers if is_answer else control.pattern
+        if pattern.search(message["content"]) or TEMPLATE_MARKS.search(message["content"]):
+            found[0 if is_answer else 1] = True
+    return found
 
 
 # ---- Cutting and checking --------------------------------------------------------------------------------------------

@@ -148,7 +148,13 @@ def prepare_rows(settings, base, data):
         validation = tokenize(settings, base, data.validation, "validation data")
     prompt_utils.check_system_text(base.tokenizer, settings.system_prompt)
     report = report_utils.build_report(
-        data.reports, data.training, data.validation, training, validation, settings.max_seq_length
+        data.reports,
+        data.training,
+        data.validation,
+        training,
+        validation,
+        settings.max_seq_length,
+        prompt_utils.uses_reasoning(base.tokenizer),
     )
     report_utils.print_report(report)
     say(f"Template: {prompt_utils.describe_template(base.tokenizer)}")

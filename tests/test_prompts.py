@@ -293,7 +293,7 @@ def check_rule(tokenizer, messages):
     found = []
     end_token = find_end_token(tokenizer)
     indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    for text, answers in mark_answers(tokenizer, messages, end_token):
+    for text, answers, *_ in mark_answers(tokenizer, messages, end_token):
         (row,) = encode_texts(tokenizer, [prompt_utils.MarkedText(text, answers)])
         spans = np.zeros(len(row.ids), dtype=bool)
         for start, end in answers:
@@ -402,7 +402,7 @@ def test_whether_the_model_thinks_is_a_default_of_the_saved_template(tokenizer, 
 
 def test_an_answer_of_weight_0_is_read_and_not_trained(chatml):
     turns = [user("q1"), assistant("DRAFT") | {"weight": 0}, user("again"), assistant("a2")]
-    ((text, answers),) = mark_answers(chatml, turns, find_end_token(chatml))
+    ((text, answers, _),) = mark_answers(chatml, turns, find_end_token(chatml))
     assert [text[start:end] for start, end in answers] == ["a2<|reserved_1|>"]
     assert "DRAFT" in text
 
@@ -447,7 +447,7 @@ def test_calls_are_trained_and_definitions_read_where_the_template_knows_them(to
         TOOLS.replace("{{ call.function.arguments | tojson }}", "{{ '' + call.function.arguments }}"),
     ):
         tokenizer.chat_template = template
-        ((text, answers),) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+        ((text, answers, _),) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
         assert [text[start:end] for start, end in answers] == [
             '<call>stock {"item": "lamp"}</call><|reserved_1|>',
             "Three are left.<|reserved_1|>",
