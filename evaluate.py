@@ -60,7 +60,9 @@ def evaluate(adapter_path, given, run_dir, target):
     say(f"Measuring base and tuned model on {len(rows)} rows")
     with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
         metrics = measure(model, runner, rows)
-    samples = answer_side_by_side(model, tokenizer, conversations[: settings.eval_samples], settings)
+    samples = answer_side_by_side(
+        model, tokenizer, data_utils.with_questions(conversations, settings.eval_samples), settings
+    )
     metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name}
     write_report(target, metrics, samples)
     print_report(target, metrics, samples)
@@ -72,7 +74,13 @@ def load_validation_rows(settings, run_dir, cache_dir):
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
         return data_utils.load_announced(
-            "Validation data", path, columns, cache_dir, settings.chosen_only, settings.system_prompt
+            "Validation data",
+            path,
+            columns,
+            cache_dir,
+            settings.chosen_only,
+            system_prompt=settings.system_prompt,
+            or_usual_names=True,
         )[0]
     path = run_dir / VALIDATION_ROWS
     if not path.exists():

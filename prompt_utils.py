@@ -55,9 +55,12 @@ RENDER_SECONDS = 30  # a template that takes longer for one conversation is take
 
 # ---- The system text -------------------------------------------------------------------------------------------------
 def begin_with(system_text, messages):
-    """The messages behind a system text, unless they begin with one of their own, or it is blank or None."""
+    """The messages behind a system text, unless they begin with one of their own or are a whole text.
+
+    A system text that is blank or None is none.
+    """
     first = messages[0]
-    if not (system_text or "").strip() or first["role"] == "system":
+    if not (system_text or "").strip() or first["role"] in ("system", "text"):
         return messages
     tools = {"tools": first["tools"]} if "tools" in first else {}  # they stand in the first message
     rest = {key: value for key, value in first.items() if key != "tools"}
@@ -269,10 +272,14 @@ def describe_bos(tokenizer):
         return "no BOS"
     if writes_bos(tokenizer):
         return f"begins with {tokenizer.bos_token}"
-    by_itself = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    if by_itself:
+    if begins_plain_texts(tokenizer):
         return f"writes no BOS, though plain texts of this tokenizer begin with {tokenizer.bos_token}"
     return "writes no BOS"
+
+
+def begins_plain_texts(tokenizer):
+    """Whether the tokenizer itself puts BOS before a text."""
+    return tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def writes_bos(tokenizer):
@@ -395,6 +402,8 @@ def mark_answers(tokenizer, messages, end_token):
     """
     first = choose_stand_ins(tokenizer, messages)
     hidden = hide_control_tokens(tokenizer, messages, first)
+    if hidden[0]["role"] == "text":
+        return [mark_whole_text(tokenizer, hidden[0]["content"], first)]
     texts = []
     with time_limit():
         for index, message in enumerate(hidden):
@@ -404,6 +413,14 @@ def mark_answers(tokenizer, messages, end_token):
                 text = prompt + answer
                 texts.append(MarkedText(text, [*earlier.answers, (len(prompt), len(text))], first))
     return texts
+
+
+def mark_whole_text(tokenizer, text, first_stand_in):
+    """The MarkedText of a text without turns: BOS, where plain texts or the template begin with it; text and EOS."""
+    begins = tokenizer.bos_token is not None and (writes_bos(tokenizer) or begins_plain_texts(tokenizer))
+    bos = tokenizer.bos_token if begins else ""
+    end = len(bos) + len(text) + len(tokenizer.eos_token)
+    return MarkedText(f"{bos}{text}{tokenizer.eos_token}", [(len(bos), end)], first_stand_in)
 
 
 def write_turn(tokenizer, messages, end_token):
@@ -613,7 +630,7 @@ def encode_texts(tokenizer, texts):
             if len(groups) > 1:
                 part = text._replace(text=text.text[: group[-1][1]])
                 ((ids, offsets),) = encode(tokenizer, [part])
-            if group and is_inside_token(offsets, group[-1][0]):
+            if group and (is_inside_token(offsets, group[-1][0]) or is_whole_text(tokenizer, text)):
                 ids, offsets = encode_apart(tokenizer, part, group[-1][0])
             yield mark_tokens(ids, offsets, group, position)
 
@@ -626,6 +643,11 @@ def split_behind(answers, is_merged):
         if index < len(answers) - 1 and is_merged(answer[0]):
             groups.append([])
     return groups
+
+
+def is_whole_text(tokenizer, text):
+    """Whether nothing but BOS stands before what is trained in a MarkedText: it is encoded as if it stood alone."""
+    return bool(text.answers) and text.text[: text.answers[0][0]] in ("", tokenizer.bos_token)
 
 
 def is_inside_token(offsets, place):

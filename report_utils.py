@@ -21,7 +21,8 @@ def build_report(read, train, validation, train_rows, validation_rows, max_seq_l
     `read` is a list of DataReport, `train` and `validation` are Conversations, the rows TokenizedRows of them;
     `uses_reasoning` tells whether the template has a place for reasoning_content.
     """
-    leaked = np.isin(validation.index["prompt"], train.index["prompt"])
+    prompts = validation.index["prompt"]
+    leaked = np.isin(prompts, train.index["prompt"]) & (prompts != 0)  # whole texts have none
     return {
         "files": [vars(report) for report in read],
         "max_seq_length": max_seq_length,

@@ -19,6 +19,7 @@ from prompt_utils import (
     encode_texts,
     end_token_ids,
     find_end_token,
+    is_whole_text,
     mark_answers,
     writes_one_bos,
     written_date,
@@ -160,10 +161,12 @@ def tokenize_parts(tokenizer, conversations, parts, max_seq_length, source):
             number, messages, text, further = rows[row.position]
             further, before = further or row.position == before, row.position
             check_answers(text, end_token, f"{source}, row {number}")
+            whole = is_whole_text(tokenizer, text)
             ids, trained, status = cut_row(row, max_seq_length, tokenizer.bos_token_id)
             if status != DROPPED:
                 may_end = ends if not any("tool_calls" in message for message in messages) else None
-                check_row(ids, trained, status, tokenizer.bos_token_id, may_end, f"{source}, row {number}", one_bos)
+                where = f"{source}, row {number}"
+                check_row(ids, trained, status, tokenizer.bos_token_id, may_end, where, one_bos and not whole, whole)
                 kept_ids.append(ids)
                 kept_trained.append(trained)
             control = holds_control(tokenizer, messages)
@@ -226,7 +229,7 @@ def check_answers(text, end_token, where):
 
     So none of them holds a character of another turn.
     """
-    before = 0
+    before = -1
     for start, end in text.answers:
         answer = text.text[start:end]
         assert before < start < end <= len(text.text), f"{where}: an answer at {start} to {end}, after {before}"
@@ -234,18 +237,18 @@ def check_answers(text, end_token, where):
         before = end
 
 
-def check_row(ids, trained, status, bos_id, end_ids, where, one_bos=False):
+def check_row(ids, trained, status, bos_id, end_ids, where, one_bos=False, whole=False):
     """The promises made of every row: one BOS, trained and untrained tokens, a trained end token.
 
     `end_ids` is None where a call may end with a token of its own. Where a template writes a BOS for each question
-    (`one_bos` is False), only two in a row are wrong.
+    (`one_bos` is False), only two in a row are wrong. In a whole text all tokens may be trained.
     """
     assert not one_bos or (ids == bos_id).sum() == 1, f"{where}: {(ids == bos_id).sum()} BOS tokens"
     if bos_id not in (None, *(end_ids or ())):
         begins = ids == bos_id
         assert not (begins[1:] & begins[:-1]).any(), f"{where}: two BOS tokens in a row"
     assert trained.any(), f"{where}: no trained token"
-    assert not trained.all(), f"{where}: no untrained token"
+    assert whole or not trained.all(), f"{where}: no untrained token"
     last = ids[np.flatnonzero(trained)[-1]]
     ended = status == ANSWER_CUT or end_ids is None or last in end_ids
     assert ended, f"{where}: the end token is not trained"

@@ -119,7 +119,12 @@ def load_data(settings):
     if settings.validation_dataset_path is None:
         return Data(*data_utils.split_conversations(conversations, settings.validation_split, settings.seed), [report])
     validation, validation_report = data_utils.load_announced(
-        "Validation data", settings.validation_dataset_path, settings.dataset_columns, cache_dir, settings.chosen_only
+        "Validation data",
+        settings.validation_dataset_path,
+        settings.dataset_columns,
+        cache_dir,
+        settings.chosen_only,
+        or_usual_names=True,
     )
     return Data(data_utils.remove_overlap(conversations, validation), validation, [report, validation_report])
 
@@ -236,7 +241,7 @@ def build_callbacks(settings, tokenizer, validation_set, checkpoints):
     log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
     board = board_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    chosen = validation_set[: settings.sample_prompts]
+    chosen = data_utils.with_questions(validation_set, settings.sample_prompts)
     prompts = [prompt_utils.begin_with(settings.system_prompt, conversation) for _, conversation in chosen]
     return [
         board_utils.ProgressLine(),
