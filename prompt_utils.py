@@ -301,8 +301,9 @@ def end_token_ids(tokenizer):
 
 
 # ---- Control tokens --------------------------------------------------------------------------------------------------
-# all control tokens, longest first; patterns of them, and of those that an answer may not write either
-ControlTokens = namedtuple("ControlTokens", "tokens pattern in_answers")
+# all control tokens, longest first; the set of the special ones; patterns of all, and of those that an answer may not
+# write either
+ControlTokens = namedtuple("ControlTokens", "tokens special pattern in_answers")
 MARK = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)  # added tokens such as <|user|>, unlike "\n\n" or a word
 PRIVATE_USE = re.compile("[\U000f0000-\U0010ffff]")
 FIRST_STAND_IN = 0xF0000
@@ -329,7 +330,7 @@ def find_control_tokens(tokenizer, template):
     marks = {token.content for token in added if MARK.fullmatch(token.content)}
     of_turns = {mark for mark in marks if mark in written and mark not in THOUGHT_MARKS}
     tokens = longest_first(special | of_turns | {mark for mark in marks if mark in template})
-    return ControlTokens(tokens, any_of(tokens), any_of(longest_first(special | of_turns)))
+    return ControlTokens(tokens, special, any_of(tokens), any_of(longest_first(special | of_turns)))
 
 
 def longest_first(tokens):
@@ -700,8 +701,13 @@ def split_at_stand_ins(tokenizer, marked):
         tokens = {stand_in: token for token, stand_in in replacements.items() if stand_in in text}
     if not tokens:
         return [Piece(text, continues=False, literal=False)]
-    parts = [part for part in re.split("(" + "|".join(tokens) + ")", text) if part]
-    return [Piece(tokens.get(part, part), index > 0, part in tokens) for index, part in enumerate(parts)]
+    special, pieces = control_tokens(tokenizer).special, []
+    for part in filter(None, re.split("(" + "|".join(tokens) + ")", text)):
+        token = tokens.get(part)
+        # the tokenizer can leave special tokens unread (split_special_tokens); another one is halved for that
+        halves = [token or part] if token is None or token in special else [token[0], token[1:]]
+        pieces += [Piece(half, bool(pieces) or index > 0, token is not None) for index, half in enumerate(halves)]
+    return pieces
 
 
 def join_pieces(tokenizer, pieces, encodings):

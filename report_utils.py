@@ -150,8 +150,8 @@ def notices(report):
         )
     if report["reasoning_not_used"]:
         yield (
-            f"{report['reasoning_not_used']:,} answers have reasoning_content, which is not used: the model's template"
-            " has no place for it"
+            f"{report['reasoning_not_used']:,} answers have reasoning_content, which is not used: the model's template,"
+            " at its defaults, has no place for it"
         )
     if answers["answer"]["share"] >= COMMON_ANSWER:
         yield f"{answers['answer']['share']:.0%} of the training rows have one answer: {answers['answer']['text']!r}"
