@@ -6,7 +6,7 @@ rounding. A model that it does not fit is found by trying, and transformers gene
 
 import sys
 from collections import deque, namedtuple
-from functools import partial
+from functools import lru_cache, partial
 from types import MethodType
 
 import torch
@@ -534,7 +534,7 @@ class Decoder:
         self.replay = self.step
         if not self.on_gpu:
             return
-        wanted, stream, graph = self.logits[: len(tokens)], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        wanted, stream, graph = self.logits[: len(tokens)], recording_stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with self._computing(SLOTS), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -699,6 +699,12 @@ class Decoder:
             launched.event.synchronize()
         columns = launched.tokens.T.tolist()
         return [(slot, columns[slot]) for slot in launched.rows]
+
+
+@lru_cache
+def recording_stream():
+    """The stream on which all steps are recorded: for each stream cuBLAS takes memory that it never gives back."""
+    return torch.cuda.Stream()
 
 
 def has_slots(base):
