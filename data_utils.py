@@ -20,7 +20,8 @@ import numpy as np
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
-from reader_utils import read_rows
+from progress_utils import progress
+from reader_utils import expected_rows, read_rows
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
@@ -386,7 +387,7 @@ def is_trained(message):
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False):
+def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False, on_row=lambda: None):
     """Yield (row number, conversation) of every row that can be trained on; counts the others in the report.
 
     The first row decides the columns; optional ones may first appear later. With `number_column` the rows of
@@ -396,6 +397,7 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
     known |= {str(column).strip().lower() for column in mapping.values()}
     notes, seen, used = [], {}, {number_column, "rejected" if chosen_only else None}
     for place, nested in read_rows(paths, name, notes, known):
+        on_row()
         number = nested.get(number_column) if number_column else place
         number = number if isinstance(number, int) and abs(number) < 2**63 else place
         for row in expand_instances(nested, f"dataset {name}, row {place}"):
@@ -528,8 +530,10 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
 
     def build(folder):
         report = DataReport(name)
-        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only)
-        conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
+        with progress("Reading", expected_rows(paths), "rows") as bar:
+            rows = read_conversations(paths, name, mapping, report, number_column, chosen_only, bar.update)
+            stored = store_conversations(folder / "conversations.jsonl", rows)
+        conversations = drop_duplicates(stored, report)
         report.kept = len(conversations)
         if not report.kept:
             raise UserError(f"{report.line()}; no row is left to train on")

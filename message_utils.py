@@ -58,11 +58,13 @@ def is_first_process():
 
 
 class Voice:
-    """What say() does beside printing; `aside` is set by progress_utils, and moves bars out of the way."""
+    """What say() does beside printing. The rooms whose matter it is set the context managers and `note`."""
 
     def __init__(self):
         self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
-        self.aside = contextlib.nullcontext
+        self.aside = contextlib.nullcontext  # moves progress bars out of the way
+        self.waiting = contextlib.nullcontext  # waiting(what): tells what a long job is
+        self.note = None  # note(line): keeps it in a run's log
 
 
 VOICE = Voice()
@@ -79,6 +81,13 @@ def say(message, each_process=False):
         VOICE.spoken_at = time.monotonic()
         with VOICE.aside():
             print(shown, file=sys.stderr, flush=True)
+        note(shown)
+
+
+def note(message):
+    """Keep a message in the run's log, where there is one. What say() prints is kept."""
+    if VOICE.note:
+        VOICE.note(message)
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
@@ -95,7 +104,7 @@ class LateImport:
 
     def __getattr__(self, attribute):
         if self._name not in sys.modules:
-            with ctrl_c_leaves_at_once():
+            with VOICE.waiting("Loading the libraries"), ctrl_c_leaves_at_once():
                 importlib.import_module(self._name)
         return getattr(importlib.import_module(self._name), attribute)
 

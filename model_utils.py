@@ -36,8 +36,9 @@ from file_utils import (
     write_json,
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
-from hub_utils import hub_errors, locate_model, model_folder, models_cache
+from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
 from message_utils import UserError, quiet_libraries, say
+from progress_utils import progress
 from prompt_utils import ALPACA_TEMPLATE, end_token_ids, has_thinking_default, set_thinking
 from settings_utils import DEFAULTS, make_settings
 
@@ -212,7 +213,9 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
         say("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here")
     if quantization_config is not None and device.type == "mps":
         raise UserError("4-bit quantization needs CUDA or the CPU; add --use_4bit_quantization false or --device cpu")
-    with hub_errors(path):
+    if not Path(path).is_dir():
+        download_weights(path, models_dir)
+    with hub_errors(path), progress(f"Loading {path}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
@@ -340,6 +343,12 @@ def weight_files(folder):
     if index.is_file():
         return [folder / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())]
     return [path for path in [folder / "model.safetensors"] if path.is_file()]
+
+
+def weights_at_hand(folder):
+    """Whether all safetensors files that transformers would load from a folder lie there."""
+    paths = weight_files(folder)
+    return bool(paths) and all(path.is_file() for path in paths)
 
 
 def tensor_beginnings(path):
@@ -572,14 +581,16 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
     set_peft_model_state_dict(with_adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
-    expected = probe_loss(with_adapter, tokenizer)
-    merged = with_adapter.merge_and_unload(safe_merge=True)
-    found = probe_loss(merged, tokenizer)
+    with progress("Merging"):
+        expected = probe_loss(with_adapter, tokenizer)
+        merged = with_adapter.merge_and_unload(safe_merge=True)
+        found = probe_loss(merged, tokenizer)
     if not abs(found - expected) < 0.05:
         raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
     merged.config.use_cache = True
     prepare_generation_config(merged.generation_config, tokenizer)
-    with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
+    refused = storage_errors("the merged model", "free some space and merge again")
+    with progress("Saving the merged model"), refused, staged_folder(target) as staged:
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
     say(f"Merged model saved to {display_path(target)}")

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
+from file_utils import READ_BYTES
 from message_utils import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -38,6 +39,28 @@ def read_rows(paths, name, notes, columns=()):
         last += number
     if not last:
         raise UserError(f"dataset {name} holds no rows, {ROWS_EXPECTED}")
+
+
+def expected_rows(paths):
+    """About how many rows files hold, without reading any; None where only reading them tells.
+
+    A line is a row: of a CSV file that is too many where texts have several lines.
+    """
+    total = 0
+    for path in paths:
+        if path.suffix.lower() == ".json":
+            return None
+        if path.suffix.lower() == ".parquet":
+            try:
+                with ParquetFile(path) as file:
+                    total += file.metadata.num_rows
+            except (ArrowException, OSError, ValueError):  # reading it will say what is wrong
+                return None
+        else:
+            with open(path, "rb") as file:
+                while block := file.read(READ_BYTES):
+                    total += block.count(b"\n")
+    return total
 
 
 def read_lines(path, name):
