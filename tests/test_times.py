@@ -65,24 +65,24 @@ def test_every_part_of_the_time_is_announced(bounded):
     )
 
 
+def evaluated(state):
+    """{step: validation loss} of a trainer_state.json."""
+    return {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+
+
 def test_the_kept_checkpoint_is_measured_on_all_validation_rows(bounded, undisturbed):
     record = json.loads((bounded / "lora-adapter/run.json").read_text())
     assert (record["evaluated_rows"], record["validation_rows"]) == (1, 2)
     states = [json.loads(path.read_text()) for path in undisturbed().glob("checkpoints/*/trainer_state.json")]
-    on_all = {
-        entry["step"]: entry["eval_loss"] for state in states for entry in state["log_history"] if "eval_loss" in entry
-    }
+    on_all = {step: loss for state in states for step, loss in evaluated(state).items()}
     assert record["validation_loss"] == pytest.approx(on_all[record["best_step"]], rel=1e-5)
     state = json.loads(next(bounded.glob("checkpoints/*/trainer_state.json")).read_text())
-    on_one = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
-    assert on_one[2] != pytest.approx(on_all[2], rel=1e-3)  # the check can tell
+    assert evaluated(state)[2] != pytest.approx(on_all[2], rel=1e-3)  # the check can tell
 
 
 def test_which_rows_are_evaluated_belongs_to_a_run_only_where_they_are_not_all(bounded, undisturbed):
-    identities = [
-        json.loads(next(out.glob("checkpoints/*/manifest.json")).read_text())["identity"]
-        for out in (bounded, undisturbed())
-    ]
+    manifests = [next(out.glob("checkpoints/*/manifest.json")) for out in (bounded, undisturbed())]
+    identities = [json.loads(path.read_text())["identity"] for path in manifests]
     assert identities[0].pop("evaluated_rows").startswith("1 rows ")
     assert identities[0] == identities[1]
 
