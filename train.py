@@ -17,9 +17,11 @@ import platform
 import random
 import shlex
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from importlib.metadata import version
+from pathlib import Path
 
 from file_utils import (
     check_writable,
@@ -210,10 +212,12 @@ def rehearse(settings, base, data, rows, plan, started):
         return
     model, base = model_utils.load_for_training(settings, base)
     answers, times = build_sample_answers(settings, base.tokenizer, data.validation), plan_utils.RunTimes(began=started)
-    trainer = training_utils.build_trainer(settings, base, rows, plan, model, callbacks=[answers], times=times)
-    trainer.state.max_steps = plan_utils.count_steps(len(rows.training), settings, plan.arguments.world_size)
-    with trainer.runner:
-        trainer.rehearse(scratch=resolve_path(settings.output_dir) / CACHE / "rehearsal")
+    with tempfile.TemporaryDirectory(dir=resolve_path(settings.output_dir), prefix="rehearsal-") as scratch:
+        plan.arguments.output_dir = scratch  # the Trainer makes this folder, and a dry run leaves none
+        trainer = training_utils.build_trainer(settings, base, rows, plan, model, callbacks=[answers], times=times)
+        trainer.state.max_steps = plan_utils.count_steps(len(rows.training), settings, plan.arguments.world_size)
+        with trainer.runner:
+            trainer.rehearse(Path(scratch) / "save")
 
 
 def why_not_to_load(settings, base):
