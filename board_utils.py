@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 
 from data_utils import last_answer
 from file_utils import display_path
-from generation_utils import BATCH, generate_replies
+from generation_utils import generate_replies
 from message_utils import say
 from progress_utils import format_duration, progress
 
-TIMED_TOKENS = 8  # of an answer, by which its speed is rehearsed
+TIMED_PROMPTS, TIMED_TOKENS = 8, 8  # by which the speed of answers is rehearsed
 
 
 class ProgressLine(TrainerCallback):
@@ -82,7 +82,8 @@ class RunBoard(TrainerCallback):
                 self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
                 self.writer.flush()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self):
+        """Write what waits, and end the writer's thread; however the training ended."""
         if self.writer is not None:
             with self.kept_going():
                 self.writer.close()
@@ -128,7 +129,7 @@ class SampleAnswers(TrainerCallback):
 
     def rehearse(self, model):
         """Seconds that the answers of an evaluation will take: as long as those in the data, a few tokens are timed."""
-        prompts = self.prompts[:BATCH]
+        prompts = self.prompts[:TIMED_PROMPTS]
         seconds = []
         for tokens in (1, 1 + TIMED_TOKENS):  # the first reads the prompts
             config = copy.deepcopy(self.generation_config)

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from board_utils import SampleAnswers
+from board_utils import RunBoard, SampleAnswers
 from checkpoint_utils import AGAIN, best_whole_step, validation_losses
 from engine_passes import count_tokens, pack_rows, perplexity
 from engine_runner import StepCheck, StepRunner
@@ -96,8 +96,12 @@ class LoraTrainer(Trainer):
         self.speed = SpeedMeter()
 
     def train(self, *args, **kwargs):
-        with progress("Training", left=self.seconds_left) as self.bar:
-            return super().train(*args, **kwargs)
+        try:
+            with progress("Training", left=self.seconds_left) as self.bar:
+                return super().train(*args, **kwargs)
+        finally:
+            for board in self._callbacks(RunBoard):
+                board.close()
 
     def seconds_left(self):
         """Seconds to the end of the run; None until they were rehearsed."""
@@ -176,9 +180,12 @@ class LoraTrainer(Trainer):
             len(self.all_validation_rows or ()),
         )
 
+    def _callbacks(self, kind):
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
+
     def _sample_answers(self):
         """The callback that answers prompts at each evaluation, or None."""
-        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, SampleAnswers)]
+        found = self._callbacks(SampleAnswers)
         return found[0] if found and found[0].prompts and self.eval_dataset else None
 
     def _rehearse_rounds(self, scratch):

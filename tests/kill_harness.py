@@ -10,6 +10,7 @@ other bytes. Of events: for each command how many there are, at how many it was 
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -278,6 +279,7 @@ def is_finished(folder, expected):
 if __name__ == "__main__":
     for module in ("checkpoint_utils", "data_utils", "generation_utils", "board_utils", "torch.utils.tensorboard"):
         importlib.import_module(module)  # the scripts load them late; the forks are to find them loaded
+    gc.freeze()  # a look through the libraries would take each fork a second
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--events", help="all, or how many of them")
