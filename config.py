@@ -1,4 +1,4 @@
-"""Every setting of the project. Edit the values here, or give any of them as a flag for one run:
+"""Every setting of the project. Edit the values here, or give one as a flag of a script that uses it, for one run:
 
     python train.py --lora_r 8 --num_epochs 1
     python train.py --config experiment.py          # a file with some of these values, which win over those here

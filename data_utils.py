@@ -21,7 +21,7 @@ from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
 from progress_utils import progress
-from reader_utils import expected_rows, read_rows
+from reader_utils import check_beginning, expected_rows, read_rows
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
@@ -524,9 +524,12 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
         temporary = tempfile.TemporaryDirectory()
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
+    for path in paths:
+        check_beginning(path, name)
     code = Path(__file__).with_name("reader_utils.py")
     parts = json.dumps([mapping, number_column, chosen_only, [path.suffix for path in paths]])
-    key = sha256([parts, *paths, Path(__file__), code])
+    with progress(f"Hashing {name}"):
+        key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)

@@ -118,11 +118,16 @@ def locate_model(name, models_dir):
     return name
 
 
-def models_cache(models_dir):
-    """The folder of models of the Hub: MODELS_DIR; left as it ships, it gives way to HF_HUB_CACHE and HF_HOME."""
-    if models_dir == SHIPPED_MODELS_DIR and os.environ.keys() & {"HF_HUB_CACHE", "HF_HOME"}:
+def models_cache(models_dir, name):
+    """The folder for a model of the Hub: MODELS_DIR; left as it ships, it gives way to HF_HUB_CACHE and HF_HOME.
+
+    A model that was downloaded to MODELS_DIR before is used from there all the same.
+    """
+    folder = resolve_path(models_dir)
+    elsewhere = models_dir == SHIPPED_MODELS_DIR and os.environ.keys() & {"HF_HUB_CACHE", "HF_HOME"}
+    if elsewhere and not any(folder.glob(f"models--{'--'.join(Path(name).parts)}/snapshots/*/config.json")):
         return Path(HF_HUB_CACHE)
-    return resolve_path(models_dir)
+    return folder
 
 
 def model_folder(name, models_dir):

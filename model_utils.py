@@ -176,7 +176,8 @@ class Base(NamedTuple):
 
 def find_base(settings):
     """Find the base model and prepare the device for it; returns a Base."""
-    models_dir, device = models_cache(settings.models_dir), resolve_device(settings.device)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
+    device = resolve_device(settings.device)
     grow_gpu_memory(device)
     dtype = choose_dtype(device, settings.use_fp16)
     path = locate_model(settings.base_model_name, models_dir)
@@ -251,7 +252,7 @@ def keep_four_bits_trainable(model):
 
 def load_settings_base(settings):
     """Load the base model that the settings name, as they say: device, number format and quantization."""
-    models_dir = models_cache(settings.models_dir)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
     path = locate_model(settings.base_model_name, models_dir)
     device = resolve_device(settings.device)
     dtype = choose_dtype(device, settings.use_fp16)
@@ -515,7 +516,7 @@ def load_trained_model(adapter_path, settings=None):
     base = load_settings_base(settings)
     fit_pad_token(tokenizer, base, choose_pad_token)
     check_prompt(base, tokenizer)
-    content = base_content(base.name_or_path, models_cache(settings.models_dir))
+    content = base_content(base.name_or_path, models_cache(settings.models_dir, settings.base_model_name))
     check_adapter_identity(folder, settings.base_model_name, content)
     return load_adapter(base, folder).eval(), tokenizer
 
@@ -527,7 +528,7 @@ def load_adapters_tokenizer(folder, settings):
     """
     if has_tokenizer(folder) or (folder / SETTINGS_FILE).is_file():
         return load_tokenizer(str(folder))
-    models_dir = models_cache(settings.models_dir)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
     tokenizer = load_tokenizer(locate_model(settings.base_model_name, models_dir), models_dir)
     say(f"Adapter {display_path(folder)} holds no tokenizer; its base model's is used, with that one's chat template")
     return tokenizer
@@ -576,7 +577,7 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
     check_mergeable(model)
     size = model.dtype.itemsize * sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
     check_space(target, size, "the merged model", "free some, or merge into a folder on another disk")
-    base = reload_base(model, models_cache(models_dir or DEFAULTS["models_dir"]))
+    base = reload_base(model, models_dir or DEFAULTS["models_dir"])
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
@@ -604,6 +605,7 @@ def shape_of(parameter):
 def reload_base(model, models_dir):
     """Load the adapter's base model without quantization, on the model's GPU if it has room, else on the CPU."""
     name = model.peft_config["default"].base_model_name_or_path
+    models_dir = models_cache(models_dir, name)
     path = locate_model(name, models_dir)
     device = model.device
     if device.type == "cuda":

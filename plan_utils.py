@@ -264,15 +264,17 @@ class RunTimes:
     def describe(self, step, evaluated, answered, final):
         """The line that tells what a run will take: steps, evaluations of so many rows, answers, saves, and all."""
         steps, rounds = self.steps - step, count_rounds(self.steps, self.eval_steps, step)
-        each = {part: format_seconds(self.each(part)) for part in ("step", "evaluation", "answers", "save", "end")}
-        parts = [f"{steps:,} x {each['step']} a step"]
-        if evaluated:
-            parts.append(f"{rounds} x {each['evaluation']} an evaluation of {evaluated:,} rows")
-        if answered:
-            parts.append(f"{rounds} x {each['answers']} for {answered} answers")
-        parts.append(f"{rounds} x {each['save']} a save")
-        if final:
-            parts.append(f"{each['end']} for all {final:,} rows at the end")
+        parts = [
+            (steps, "step", "a step"),
+            (rounds, "evaluation", f"an evaluation of {evaluated:,} rows"),
+            (rounds, "answers", f"for {answered} answers"),
+            (rounds, "save", "a save"),
+            (1, "end", f"for all {final:,} rows at the end"),
+        ]
+        # of a run of seconds nothing but the steps was rehearsed
+        parts = [
+            f"{times:,} x {format_seconds(self.each(part))} {what}" for times, part, what in parts if part in self.sums
+        ]
         return f"Time: {', '.join(parts)}; about {format_duration(self.elapsed() + self.left(step))} in all"
 
 

@@ -8,6 +8,7 @@ import json
 import re
 from itertools import chain, islice
 
+import psutil
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
@@ -17,6 +18,8 @@ from message_utils import UserError
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 FILE_TYPES = ".json, .jsonl, .csv or .parquet"
 ROWS_EXPECTED = "expected rows with an instruction and a response"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how files begin that say so
+NO_TEXT = "a NUL byte, which no text holds; save the file as UTF-8 text and try again"
 
 # Excel and other programs may name the delimiter in a first line of its own
 DELIMITERS, DELIMITER_LINE = ",;\t|", re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
@@ -39,6 +42,16 @@ def read_rows(paths, name, notes, columns=()):
         last += number
     if not last:
         raise UserError(f"dataset {name} holds no rows, {ROWS_EXPECTED}")
+
+
+def check_beginning(path, name):
+    """Raise UserError where a file of text begins with what is none, before a large one is read whole."""
+    if path.suffix.lower() != ".parquet":
+        with open(path, "rb") as file:
+            block = file.read(READ_BYTES)
+        if b"\0" in block and not block.startswith(UTF_16):
+            line = block[: block.index(b"\0")].count(b"\n") + 1
+            raise UserError(f"dataset {name}, line {line}: {NO_TEXT}")
 
 
 def expected_rows(paths):
@@ -70,10 +83,12 @@ def read_lines(path, name):
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
+            if b"\0" in raw and not raw.startswith(UTF_16):
+                raise UserError(f"dataset {name}, line {number}: {NO_TEXT}")
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                utf16 = number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+                utf16 = number == 1 and raw.startswith(UTF_16)
                 found = "UTF-16, expected UTF-8 text" if utf16 else "not UTF-8 text"
                 remedy = "save the file as UTF-8 and try again"
                 raise UserError(f"dataset {name}, line {number}: {found}; {remedy}") from None
@@ -89,6 +104,12 @@ def read_json_rows(path, name, notes, columns):
         notes.append("JSON Lines")
         return read_json_lines(path, name)
     notes.append("JSON")
+    size, memory = path.stat().st_size, psutil.virtual_memory().total
+    if size > memory:
+        raise UserError(
+            f"dataset {name}: {size / 2**30:,.0f} GiB of JSON, which is read whole, and this machine has"
+            f" {memory / 2**30:,.0f} GiB of memory; write it as JSON Lines, a row a line, in a .jsonl file"
+        )
     text = "".join(line for _, line in read_lines(path, name))
     rows = parse_json(text, lambda line: f"dataset {name}, line {line}")
     if isinstance(rows, dict):

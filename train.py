@@ -5,7 +5,7 @@
     python train.py                                            # the same again goes on with a run that was interrupted
     python train.py --custom_dataset_path data/mine.json --num_epochs 2
 
-The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
+The adapter ends in output/lora-adapter. Every setting of config.py that a training uses is a flag.
 """
 
 import signal
@@ -82,7 +82,19 @@ def main(argv):
     settings = make_settings(given)
     check_writable(resolve_path(settings.output_dir), "--output_dir")
     check_writable(resolve_path(settings.logs_dir), "--logs_dir")
+    check_places(settings)
     train(settings, options.dry_run, options.fresh)
+
+
+def check_places(settings):
+    """Raise UserError where the base model or the data lie in a folder that the run is to write anew."""
+    for path in paths_read(settings):
+        for name in (ADAPTER, CHECKPOINTS):
+            if path.is_relative_to(resolve_path(settings.output_dir) / name):
+                raise UserError(
+                    f"{display_path(path)} lies in a folder that this run writes anew; move it elsewhere, or give"
+                    " another folder with --output_dir"
+                )
 
 
 def train(settings, dry_run=False, fresh=False):

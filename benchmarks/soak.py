@@ -27,7 +27,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 import train  # noqa: E402
 import training_utils  # noqa: E402
-from kill_harness import settings_of, write_data  # noqa: E402
+from kill_harness import settings_of, write_base, write_data  # noqa: E402
 from message_utils import Stopped, quiet_libraries  # noqa: E402
 
 SETTLED = 5  # stops after which what is loaded once is loaded
@@ -46,7 +46,7 @@ def soak(folder, steps, eval_every, stops, seed):
     """Train with so many stops; returns what the process held after each."""
     write_data(folder)
     changes = {"max_steps": steps, "num_epochs": 10_000, "eval_steps": eval_every, "early_stopping_patience": 0}
-    changes |= {"lora_target_modules": "q_proj,v_proj", "logging_steps": 50}
+    changes |= {"base_model_name": write_base(folder / "base"), "logging_steps": 50}
     settings = settings_of(folder, folder / "out")._replace(**changes)
     due = set(random.Random(seed).sample(range(1, steps), stops))
     step = training_utils.LoraTrainer.training_step

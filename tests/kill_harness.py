@@ -26,6 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import transformers
+
 import evaluate
 import model_utils
 import train
@@ -45,6 +47,17 @@ def write_data(folder):
             for n in counts
         ]
         (folder / f"{name}.json").write_text(json.dumps(rows))
+
+
+def write_base(folder):
+    """A base model of one small layer, whose runs take no time but that of what surrounds the computing."""
+    config = transformers.AutoConfig.from_pretrained(TINY_BASE)
+    config.update({"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32})
+    config.update({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16})
+    transformers.set_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained(folder)
+    return str(folder)
 
 
 def settings_of(data, output_dir):
@@ -196,7 +209,7 @@ def fork_command(command, folder, kill_before=None):
 
 def train_command(folder, **changes):
     quiet_libraries()
-    settings = settings_of(folder.parent, folder)._replace(lora_target_modules="q_proj,v_proj", max_steps=3)
+    settings = settings_of(folder.parent, folder)._replace(base_model_name=str(folder.parent / "base"), max_steps=3)
     train.train(settings._replace(**changes))
 
 
@@ -233,6 +246,7 @@ COMMANDS = {
 def sweep(scratch, chosen, draw, only=None):
     """Kill each command before each of its changes, or before `chosen` of all; yields a dict of figures for each."""
     write_data(scratch)
+    write_base(scratch / "base")
     finished = scratch / "finished"
     earlier = partial(train_command, seed=7)
     assert fork_command(earlier, finished)[0] == 0, Path(f"{finished}.log").read_text()

@@ -70,10 +70,10 @@ def test_an_adapters_settings_of_a_wrong_type_are_one_line(run, undisturbed, tmp
 def test_the_libraries_cache_is_used_where_the_user_has_set_it_and_models_dir_was_left(variable, monkeypatch, tmp_path):
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    assert models_cache("models") == PROJECT / "models"
+    assert models_cache("models", "team/tiny") == PROJECT / "models"
     monkeypatch.setenv(variable, str(tmp_path))
-    assert models_cache("models") == Path(huggingface_hub.constants.HF_HUB_CACHE)
-    assert models_cache(str(tmp_path / "mine")) == tmp_path / "mine"
+    assert models_cache("models", "team/tiny") == Path(huggingface_hub.constants.HF_HUB_CACHE)
+    assert models_cache(str(tmp_path / "mine"), "team/tiny") == tmp_path / "mine"
 
 
 PROXIES = {"socks5://127.0.0.1:9": "SOCKS", "foo://127.0.0.1:9": "proxy"}

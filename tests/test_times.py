@@ -29,7 +29,7 @@ def test_the_time_of_a_run_is_that_of_steps_evaluations_answers_saves_and_the_en
     assert times.left(50) == 50 * 2 + 2 * 16 + 40
     assert times.describe(0, 500, 3, 2000) == (
         "Time: 100 x 2.00 s a step, 4 x 10 s an evaluation of 500 rows, 4 x 5.00 s for 3 answers, 4 x 1.00 s a save,"
-        " 40 s for all 2,000 rows at the end; about 5 min 4 s in all"
+        " 1 x 40 s for all 2,000 rows at the end; about 5 min 4 s in all"
     )
 
 
@@ -60,7 +60,7 @@ def test_every_part_of_the_time_is_announced(bounded):
     number = r"\d+\.\d\d s"
     assert re.fullmatch(
         rf"Time: 6 x {number} a step, 3 x {number} an evaluation of 1 rows, 3 x {number} for 1 answers,"
-        rf" 3 x {number} a save, {number} for all 2 rows at the end; about \d+ s in all",
+        rf" 3 x {number} a save, 1 x {number} for all 2 rows at the end; about \d+ s in all",
         line,
     )
 
