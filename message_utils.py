@@ -228,12 +228,23 @@ def leave_process_group():
         distributed.destroy_process_group()
 
 
+# How the bars of a library are switched off
+LIBRARY_BARS = {
+    "huggingface_hub.utils": "disable_progress_bars",
+    "transformers.utils.logging": "disable_progress_bar",
+    "datasets.utils": "disable_progress_bars",
+}
+
+
 def quiet_libraries():
     """Silence notices of the libraries that need no action of the user; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is not set, tokenizers warns at every fork
     # the project has bars of its own, and none where nobody looks
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for module, switch in LIBRARY_BARS.items():  # of a library that is imported already
+        if module in sys.modules:
+            getattr(sys.modules[module], switch)()
     # bitsandbytes prints it where its optional CPU kernels are not installed; its built-in ones are correct
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # huggingface_hub prints it for datasets whose README has no header

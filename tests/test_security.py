@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
+import hub_utils
 import model_utils
 from conftest import PROJECT, TINY_BASE, small_run
 from hub_utils import models_cache
@@ -74,6 +75,16 @@ def test_the_libraries_cache_is_used_where_the_user_has_set_it_and_models_dir_wa
     monkeypatch.setenv(variable, str(tmp_path))
     assert models_cache("models", "team/tiny") == Path(huggingface_hub.constants.HF_HUB_CACHE)
     assert models_cache(str(tmp_path / "mine"), "team/tiny") == tmp_path / "mine"
+
+
+def test_a_model_that_was_downloaded_to_models_before_is_used_from_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(hub_utils, "resolve_path", lambda path: tmp_path / path)
+    snapshot = tmp_path / "models/models--team--tiny/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert models_cache("models", "team/tiny") == tmp_path / "models"
+    assert models_cache("models", "team/other") == Path(huggingface_hub.constants.HF_HUB_CACHE)
 
 
 PROXIES = {"socks5://127.0.0.1:9": "SOCKS", "foo://127.0.0.1:9": "proxy"}
