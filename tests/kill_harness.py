@@ -263,7 +263,7 @@ def sweep(scratch, chosen, draw, only=None):
         if counts:
             first, second = map(result, whole)
             stable = {key for key in first if first[key] == second.get(key)}  # a report may tell the time
-            plans[name] = (command, begun, result, {key: first[key] for key in stable}, max(counts))
+            plans[name] = (command, begun, result, {key: first[key] for key in stable}, min(counts))
     points = [(name, number) for name, plan in plans.items() for number in range(1, plan[-1] + 1)]
     points = points if chosen == "all" else sorted(draw.sample(points, int(chosen)))
     for name, (command, begun, result, expected, count) in plans.items():
@@ -293,6 +293,7 @@ def is_finished(folder, expected):
 if __name__ == "__main__":
     for module in ("checkpoint_utils", "data_utils", "generation_utils", "board_utils", "torch.utils.tensorboard"):
         importlib.import_module(module)  # the scripts load them late; the forks are to find them loaded
+    importlib.import_module("training_utils").SHORT_RUN = 0  # however fast the machine is, a run does the same
     gc.freeze()  # a look through the libraries would take each fork a second
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=0)

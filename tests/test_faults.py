@@ -47,9 +47,7 @@ def harass(kills, events, seed):
     assert figures["kills"] == kills
     assert figures["other_bytes"] == 0
     assert sum(found["kills"] for found in of_events) == events
-    assert {found["command"]: found["otherwise"] for found in of_events} == {
-        found["command"]: [] for found in of_events
-    }
+    assert not any(found["otherwise"] for found in of_events)
     assert all(found["changes"] > 10 and found["compared"] > 1 for found in of_events)  # the check can tell
     return figures
 
