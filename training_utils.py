@@ -17,7 +17,7 @@ from board_utils import RunBoard, SampleAnswers
 from checkpoint_utils import AGAIN, best_whole_step, validation_losses
 from engine_passes import count_tokens, pack_rows, perplexity
 from engine_runner import StepCheck, StepRunner
-from file_utils import display_path, files_in, sha256, sync_file
+from file_utils import display_path, files_in, sha256, storage_errors, sync_file
 from message_utils import Stopped, UserError, say
 from model_utils import ADAPTER_WEIGHTS, measured_peak, save_adapter
 from plan_utils import (
@@ -215,14 +215,15 @@ class LoraTrainer(Trainer):
         """
         started = time.perf_counter()
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._save(folder)
-            files = files_in(folder)
-            for path in files:
-                sync_file(path)
-            sha256(files)
+            with storage_errors("a checkpoint", "free some space"):
+                shutil.rmtree(folder, ignore_errors=True)
+                self._save(folder)
+                files = files_in(folder)
+                for path in files:
+                    sync_file(path)
+                sha256(files)
             weights, size = (folder / ADAPTER_WEIGHTS).stat().st_size, sum(path.stat().st_size for path in files)
-        except (OSError, RuntimeError):
+        except UserError:
             return 0.0
         finally:
             shutil.rmtree(folder, ignore_errors=True)

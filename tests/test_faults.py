@@ -444,7 +444,7 @@ def test_a_run_of_one_step_says_that_it_trains_nothing(changes, said, capsys):
     settings = Settings(**DEFAULTS)._replace(**({"max_steps": 1} | changes))
     rows = PlannedRows(range(40))
     base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, shapes=torch.nn.Linear(9, 10))
-    plan_utils.print_plan(settings, base, rows, [])
+    plan_utils.print_plan(settings, base, rows, [], [])
     assert ("trains nothing" in capsys.readouterr().err) == said
 
 
