@@ -58,12 +58,11 @@ def is_first_process():
 
 
 class Voice:
-    """What say() does beside printing. The rooms whose matter it is set the context managers and `note`."""
+    """What say() does beside printing; the rooms whose matter it is set `aside` and `note`."""
 
     def __init__(self):
         self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
         self.aside = contextlib.nullcontext  # moves progress bars out of the way
-        self.waiting = contextlib.nullcontext  # waiting(what): tells what a long job is
         self.note = None  # note(line): keeps it in a run's log
 
 
@@ -104,7 +103,8 @@ class LateImport:
 
     def __getattr__(self, attribute):
         if self._name not in sys.modules:
-            with VOICE.waiting("Loading the libraries"), ctrl_c_leaves_at_once():
+            progress = importlib.import_module("progress_utils").progress  # it builds on this room
+            with progress("Loading the libraries"), ctrl_c_leaves_at_once():
                 importlib.import_module(self._name)
         return getattr(importlib.import_module(self._name), attribute)
 

@@ -163,7 +163,6 @@ def is_terminal():
 
 Bar.set_lock(threading.RLock())  # tqdm's own is shared among processes, which on some systems starts one more
 VOICE.aside = lambda: Bar.external_write_mode(file=sys.stderr)
-VOICE.waiting = progress
 
 
 def format_duration(seconds):
