@@ -35,29 +35,30 @@ from settings_utils import DEFAULTS, Settings
 
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------------------
-def harass(kills, seed):
+def harass(kills, events, seed):
+    """The figures of so many kills at random moments, and of each command that was killed at so many events."""
     command = [sys.executable, PROJECT / "tests/kill_harness.py", "--kills", str(kills), "--seed", str(seed)]
+    command += ["--events", str(events)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    print(figures)
+    print(done.stdout)
+    figures, *of_events = map(json.loads, done.stdout.splitlines())
+    assert figures["kills"] == kills
+    assert figures["other_bytes"] == 0
+    assert sum(found["kills"] for found in of_events) == events
+    assert not any(found["otherwise"] for found in of_events)
+    assert all(found["changes"] > 10 and found["compared"] > 1 for found in of_events)  # the check can tell
     return figures
 
 
-def test_runs_killed_at_random_moments_end_in_the_same_bytes():
-    figures = harass(5, seed=1)
-    assert figures["kills"] == 5
-    assert figures["inside_saves"] >= 1
-    assert figures["other_bytes"] == 0
+def test_commands_that_are_killed_at_any_moment_end_in_the_same_bytes_when_they_are_typed_again():
+    assert harass(kills=4, events=6, seed=1)["inside_saves"] >= 1
 
 
 @pytest.mark.faults
-def test_thirty_kills_many_of_them_inside_saves_change_no_byte():
-    figures = harass(30, seed=0)
-    assert figures["kills"] == 30
-    assert figures["inside_saves"] >= 10
-    assert figures["other_bytes"] == 0
+def test_thirty_kills_many_of_them_inside_saves_and_a_hundred_at_events_change_no_byte():
+    assert harass(kills=30, events=100, seed=0)["inside_saves"] >= 10
 
 
 # ---- Signals, as a user sends them -----------------------------------------------------------------------------------
@@ -443,7 +444,7 @@ def test_a_run_of_one_step_says_that_it_trains_nothing(changes, said, capsys):
     settings = Settings(**DEFAULTS)._replace(**({"max_steps": 1} | changes))
     rows = PlannedRows(range(40))
     base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, shapes=torch.nn.Linear(9, 10))
-    plan_utils.print_plan(settings, base, rows, [])
+    plan_utils.print_plan(settings, base, rows, [], [])
     assert ("trains nothing" in capsys.readouterr().err) == said
 
 
