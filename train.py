@@ -162,7 +162,7 @@ def show_example(tokenizer, rows):
     start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
     marks = "green" if color else "[ ]"
     say(f"Example: row {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
-    say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n")
+    say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n", styled=True)
 
 
 def write_report(settings, report, dry_run=False):
