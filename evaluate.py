@@ -154,8 +154,8 @@ def answer_side_by_side(model, tokenizer, conversations, settings):
             "row": number,
             "prompt": messages[end - 1]["content"],
             "expected": messages[end]["content"],
-            "base": base_reply,
-            "tuned": tuned_reply,
+            "base": base_reply.text,
+            "tuned": tuned_reply.text,
         }
         for (number, messages), end, base_reply, tuned_reply in zip(conversations, ends, base, tuned, strict=True)
     ]

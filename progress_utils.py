@@ -125,7 +125,9 @@ class SampleAnswers(TrainerCallback):
         replies = generate_replies(
             model, self.tokenizer, self.prompts, self.generation_config, max_prompt_tokens=self.max_prompt_tokens
         )
-        self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, replies, state.global_step)
+        self.board.add_samples(
+            [p[-1]["content"] for p in self.prompts], self.expected, [r.text for r in replies], state.global_step
+        )
 
 
 def format_duration(seconds):

@@ -33,11 +33,12 @@ def conversation(text):
     return [{"role": "user", "content": text}]
 
 
-def test_replies_in_a_batch_are_those_of_single_prompts(model, tokenizer):
+def test_replies_in_a_batch_are_those_of_single_prompts(model, tokenizer, monkeypatch):
     generation = build_generation_config(tokenizer, SETTINGS)
     alone = [generate_replies(model, tokenizer, [conversation(text)], generation)[0] for text in PROMPTS]
     assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation) == alone
-    assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation, 2) == alone
+    monkeypatch.setattr("generation_utils.BATCH", 2)
+    assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation) == alone
     assert len(set(alone)) == 3
 
 
@@ -50,8 +51,10 @@ def test_a_batch_is_padded_on_the_left_and_the_padding_masked():
 def test_a_streamed_reply_is_the_reply(model, tokenizer):
     generation = build_generation_config(tokenizer, SETTINGS)
     expected = generate_replies(model, tokenizer, [conversation(PROMPTS[0])], generation)[0]
-    chunks = list(stream_reply(model, tokenizer, conversation(PROMPTS[0]), generation))
-    assert "".join(chunks).strip() == expected
+    stream = stream_reply(model, tokenizer, conversation(PROMPTS[0]), generation)
+    chunks = list(stream)
+    assert "".join(chunks).strip() == expected.text
+    assert stream.reply == expected
     assert len(chunks) > 1
 
 
@@ -138,7 +141,7 @@ def test_a_prompt_longer_than_the_context_is_answered(model, tokenizer):
     generation = build_generation_config(tokenizer, SETTINGS)
     text = "word " * 3000
     assert len(encode_prompt(tokenizer, conversation(text))) > 1024
-    assert isinstance(generate_replies(model, tokenizer, [conversation(text)], generation)[0], str)
+    assert isinstance(generate_replies(model, tokenizer, [conversation(text)], generation)[0].text, str)
 
 
 # ---- Chat, with a fake keyboard and a fake model ---------------------------------------------------------------------
