@@ -70,6 +70,7 @@ class DataReport:
     unused_keys: list = field(default_factory=list)  # keys of messages that are not used
     context_only: int = 0  # answers of weight 0
     thoughts: int = 0  # answers with a thought before them
+    several_turns: int = 0  # rows of more than one question
     rows: int = 0
     kept: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
@@ -105,15 +106,16 @@ def list_rows(count, rows):
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
-def find_columns(found, mapping, name, chosen_only=False):
+def find_columns(found, mapping, name, chosen_only=False, answered=True):
     """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
 
-    Of preferences, {"chosen": "chosen"}, where the user asked for the chosen answers.
+    Of preferences, {"chosen": "chosen"}, where the user asked for the chosen answers. With answered=False the response
+    may be missing.
 
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question).
     """
     if mapping:
-        check_mapping(found, mapping, name)
+        check_mapping(found, mapping, name, answered)
         return dict(mapping)
     columns = match_columns(found, COLUMN_NAMES)
     if set(PREFERENCE) <= set(found):
@@ -126,7 +128,7 @@ def find_columns(found, mapping, name, chosen_only=False):
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
     columns.pop("messages", None)
-    if not {"instruction", "response"} <= set(columns):
+    if not {"instruction", *(("response",) if answered else ())} <= set(columns):
         raise UserError(
             f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or"
             " prompt, question and output, answer, completion), messages, or conversations; map others with"
@@ -147,10 +149,11 @@ def match_columns(found, parts):
     return {part: columns[0] for part, columns in present.items() if columns}
 
 
-def check_mapping(found, mapping, name):
+def check_mapping(found, mapping, name, answered=True):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
     required = {"messages"} if "messages" in mapping else {"instruction", "response"}
     allowed = required | set(optional_parts(mapping))
+    required -= set() if answered else {"response"}
     problem = None
     if not required <= set(mapping) <= allowed:
         problem = "expected the keys instruction and response, perhaps input and system; or messages"
@@ -418,6 +421,7 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
             if reason := f"{label} is false" if good is False else reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:
+                report.several_turns += [message["role"] for message in conversation].count("user") > 1
                 yield number, conversation
     report.format = ", ".join(dict.fromkeys(notes))
     columns = dict.fromkeys(column for row in seen for column in row)
@@ -433,6 +437,34 @@ def expand_instances(row, where):
         raise UserError(f"{where}, column {INSTANCES!r}: expected a list of objects with input and output")
     shared = {column: value for column, value in row.items() if column != INSTANCES}
     return [shared | instance for instance in instances]
+
+
+def read_unanswered(dataset, mapping, cache_dir):
+    """Yield (row number, the row as it was given, its messages) of every row, whether it has an answer or not.
+
+    Rows may have any shape that training reads; no row is dropped. Raises UserError for a row without a text to answer.
+    """
+    name, paths = find_files(dataset, Path(cache_dir) / "hub")
+    known = {name for names in COLUMN_NAMES.values() for name in names} | set(map(str, mapping.values()))
+    for place, nested in read_rows(paths, name, [], known):
+        where = f"dataset {name}, row {place}"
+        for row in expand_instances(nested, where):
+            columns = find_columns(list(row), mapping, name, chosen_only=True, answered=False)
+            check_media({key: value for key, value in row.items() if key not in columns.values()}, where)
+            answered = "instruction" not in columns or row.get(columns.get("response")) is not None
+            if not answered:
+                columns.pop("response", None)
+            conversation = to_conversation(row, columns, where, DataReport(name))
+            conversation = conversation if answered else conversation[:-1]
+            if not unanswered(conversation) or any(map(is_empty, unanswered(conversation))):
+                raise UserError(f"{where}: no question, or an empty text, which cannot be answered; write or remove it")
+            yield place, row, conversation
+
+
+def unanswered(conversation):
+    """A conversation without the answers at its end: what a model is asked."""
+    asked = [index for index, message in enumerate(conversation, start=1) if message["role"] in ("user", "tool")]
+    return conversation[: asked[-1]] if asked else []
 
 
 # ---- Conversations on disk -------------------------------------------------------------------------------------------

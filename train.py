@@ -289,9 +289,15 @@ def build_record(trainer, rows, started):
         "peak_memory_gib": round(model_utils.measured_peak(trainer.args.device), 3),
         "training_rows": len(rows.training),
         "validation_rows": len(rows.validation),
+        "several_turns": several_turns(rows.report["files"][0]),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "python": platform.python_version(),
     }
+
+
+def several_turns(read):
+    """The share of the rows of a file that hold more than one question: whether a chat should keep earlier turns."""
+    return round(read["several_turns"] / read["kept"], 4)
 
 
 def print_summary(settings, adapter_dir, record):
