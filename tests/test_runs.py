@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import progress_utils
+import board_utils
 import train
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from settings_utils import DEFAULTS, Settings
@@ -83,7 +83,7 @@ def test_what_to_type_next_can_be_pasted(dataset, tmp_path, capsys):
 def test_tensorboard_holds_the_curves_the_samples_and_the_settings(undisturbed):
     board = EventAccumulator(str(undisturbed().parent / "logs" / "run")).Reload()
     scalars = set(board.Tags()["scalars"])
-    assert scalars == set(progress_utils.RunBoard.NAMES.values())
+    assert scalars == set(board_utils.RunBoard.NAMES.values())
     for name in scalars:
         assert all(math.isfinite(event.value) for event in board.Scalars(name)), name
     texts = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]}
