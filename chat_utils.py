@@ -1,4 +1,4 @@
-"""Chat: a conversation in a terminal, its commands, and how answers are shown as they are written."""
+"""Chat: a conversation with a model, its commands, and what becomes of answers that were cut or stopped."""
 
 import json
 import os
@@ -7,43 +7,40 @@ import shlex
 import sys
 import time
 from bisect import bisect_left
-from collections import namedtuple
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections import deque, namedtuple
+from contextlib import closing, nullcontext, suppress
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import Completer, Completion, PathCompleter
-from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings
-from prompt_toolkit.shortcuts import CompleteStyle
-from prompt_toolkit.utils import is_dumb_terminal
-from rich.console import Console
-from rich.live import Live
-from rich.segment import Segment
-from rich.table import Table
-from rich.text import Text
 
 from data_utils import read_unanswered, require_text, unanswered, with_tools
 from file_utils import display_path, expand_home, whole_file
 from generation_utils import build_generation_config, prompt_limit, stream_reply
-from message_utils import UserError, printable, say
+from message_utils import UserError, say
 from prompt_utils import encode_prompt
 from settings_utils import DEFAULTS, check_value, parse_value
+from terminal_utils import (
+    FILES,
+    YOU,
+    Keyboard,
+    Lines,
+    WordWrap,
+    columns_for,
+    is_plain,
+    note,
+    print_chunk,
+    print_name,
+    unseen_typing,
+)
 
-try:
-    import termios
-except ImportError:  # Windows
-    termios = None
-
-# What /set changes
+# What /set changes, and which of them count only where answers are sampled
 ANSWERING = ("do_sample", "temperature", "top_p", "repetition_penalty", "max_new_tokens", "seed")
-SAMPLING = ("temperature", "top_p", "seed")  # they change nothing where do_sample is False
+SAMPLING = ("temperature", "top_p", "seed")
 COMMANDS = {
     "/help": ("", "this list"),
-    "/system": ("[TEXT]", "show the system text, or begin the conversation with another; /system none: with none"),
+    "/system": ("[TEXT]", "show or change the system text, the conversation's first; none removes it"),
     "/clear": ("", "forget the conversation"),
     "/undo": ("", "forget the last question and its answer"),
     "/retry": ("", "answer the last question again"),
@@ -52,25 +49,22 @@ COMMANDS = {
     "/base": ("", "the base model answers"),
     "/compare": ("", "both answer, side by side"),
     "/history": ("", "keep the earlier turns, or let each question stand alone"),
-    "/set": ("[NAME VALUE]", f"show or change {', '.join(ANSWERING)}"),
+    "/set": ("[NAME VALUE]", "show or change how answers are sampled and how long they may be"),
     "/save": ("FILE", "write the conversation as rows that train.py reads, .jsonl or .json"),
     "/load": ("FILE", "go on with the last conversation of a file"),
     "/stats": ("", "speed, lengths, and how full the context is"),
     "/exit": ("", "leave; Ctrl-D does it too"),
 }
+COMPLETIONS = dict.fromkeys(COMMANDS, ()) | {"/set": ANSWERING, "/save": FILES, "/load": FILES}
 COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)
-FLAG = re.compile(f"--({'|'.join(ANSWERING)})")  # which messages of other rooms name
-KEYS = "Enter sends, Alt-Enter begins a new line. Ctrl-C stops an answer, or clears what you are typing."
-COLUMNS_FROM = 80  # characters of width from which two answers stand side by side
-LABEL = 7  # characters before a question and an answer
-DRAWINGS = 15  # of two columns in a second, at most
+FLAG = re.compile(f"--({'|'.join(ANSWERING)})")  # as messages of other rooms name them
+KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes. Ctrl-C stops an answer, or clears what you type."
 
 # An answer: its text, whether it ended by itself, its tokens, whether Ctrl-C stopped it, and the seconds that its first
 # words (None if there are none) and all of it took
 Answer = namedtuple("Answer", "text ended tokens stopped first seconds")
 
 
-# ---- Answers ---------------------------------------------------------------------------------------------------------
 def stream_answer(model, tokenizer, messages, settings, show):
     """Let the model answer, and hand the text to show() in chunks as it comes. Ctrl-C ends the answer, nothing else."""
     started, first, chunks, stopped = time.monotonic(), None, [], False
@@ -89,193 +83,16 @@ def stream_answer(model, tokenizer, messages, settings, show):
     return Answer(text, ended and not stopped, tokens, stopped, first, time.monotonic() - started)
 
 
-def print_chunk(chunk):
-    print(chunk, end="", flush=True)
-
-
 def print_answer(model, tokenizer, messages, settings):
     """Stream an answer to stdout; where it did not end by itself, stderr says so."""
     answer = stream_answer(model, tokenizer, messages, settings, print_chunk)
     print(flush=True)
     if answer.stopped:
-        say("[stopped]")
+        note("[stopped]")
     elif not answer.ended:
-        say(f"[cut at {answer.tokens} tokens; --max_new_tokens {2 * settings.max_new_tokens} gives it more room]")
-    return answer
+        note(f"[cut at {answer.tokens} tokens; --max_new_tokens {2 * answer.tokens} gives it more room]")
 
 
-def is_styled(stream):
-    """Whether colours and moving lines are welcome on a stream."""
-    return stream.isatty() and not is_dumb() and not os.environ.get("NO_COLOR")
-
-
-def is_dumb():
-    return is_dumb_terminal() or not (os.environ.get("TERM") or os.name == "nt")
-
-
-def note(text):
-    """Say something that is not of the conversation, dimmed where the terminal can."""
-    if is_styled(sys.stderr):
-        say(f"\x1b[2m{printable(text)}\x1b[0m", styled=True)
-    else:
-        say(text)
-
-
-# ---- Two answers side by side ----------------------------------------------------------------------------------------
-class SideBySide:
-    """Texts in columns that grow as they are written. While they do, only as many last lines show as there is room."""
-
-    def __init__(self, console, names):
-        self.console = console
-        self.texts = {name: Text() for name in names}
-        self.live = Live(self, console=console, auto_refresh=False, transient=True)
-        self.drawn_at = 0.0  # seconds of time.monotonic()
-
-    def __enter__(self):
-        self.live.start()
-        return self
-
-    def __exit__(self, kind, *exception):
-        self.live.stop()
-        self.console.print(self.table())
-
-    def add(self, name, chunk):
-        """A chunk more of a text."""
-        self.texts[name].append(chunk)
-        if time.monotonic() - self.drawn_at > 1 / DRAWINGS:
-            self.live.refresh()
-            self.drawn_at = time.monotonic()
-
-    def table(self):
-        table = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold")
-        for name in self.texts:
-            table.add_column(name, ratio=1, overflow="fold")
-        table.add_row(*self.texts.values())
-        return table
-
-    def __rich_console__(self, console, options):
-        lines = console.render_lines(self.table(), options.update(height=None))
-        for line in lines[-max(console.height - 2, 1) :]:
-            yield from line
-            yield Segment.line()
-
-
-# ---- The keyboard ----------------------------------------------------------------------------------------------------
-class CommandCompleter(Completer):
-    """Completes commands, names of settings and of files, by Tab."""
-
-    def __init__(self):
-        self.paths = PathCompleter(expanduser=True)
-
-    def get_completions(self, document, event):
-        command, blank, argument = document.text_before_cursor.partition(" ")
-        if not blank:
-            names, typed = COMMANDS if command.startswith("/") else (), command
-        elif command in ("/save", "/load"):
-            yield from self.paths.get_completions(Document(argument, len(argument)), event)
-            return
-        else:
-            names, typed = ANSWERING if command == "/set" and " " not in argument else (), argument
-        for name in names:
-            if name.startswith(typed):
-                yield Completion(name, start_position=-len(typed))
-
-
-class InputHistory(FileHistory):
-    """What was typed, in a file; a disk that refuses to write costs the history, not the chat."""
-
-    def store_string(self, string):
-        with suppress(OSError):
-            super().store_string(string)
-
-
-def open_history(path):
-    """The InputHistory in a file that only its owner can read, or one in memory where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600))
-    except OSError:
-        return InMemoryHistory()
-    return InputHistory(str(path))
-
-
-def build_keys():
-    """Enter sends, Alt-Enter (or Ctrl-J) begins a new line, Ctrl-C clears what was typed."""
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event):
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
-    def begin_line(event):
-        event.current_buffer.newline(copy_margin=False)
-
-    @keys.add("c-c")
-    def clear(event):
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt)
-
-    return keys
-
-
-class Keyboard:
-    """Input with editing, history and pastes of several lines, in a terminal that can do it."""
-
-    def __init__(self, history_file):
-        self.session = PromptSession(
-            history=open_history(history_file),
-            key_bindings=build_keys(),
-            multiline=True,
-            prompt_continuation=" " * LABEL,
-            completer=CommandCompleter(),
-            complete_while_typing=False,
-            complete_style=CompleteStyle.READLINE_LIKE,
-            reserve_space_for_menu=0,
-            enable_suspend=True,
-        )
-
-    def read(self, default=""):
-        """What is typed next; EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C on an empty line."""
-        print(flush=True)
-        return self.session.prompt([("bold", "You:".ljust(LABEL))], default=printable(default))
-
-
-class Lines:
-    """Input line by line: from a pipe or a file, or from a terminal that can do no more."""
-
-    def __init__(self):
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end the chat
-
-    def read(self, default=""):
-        if sys.stdin.isatty():
-            print(f"\n{'You:'.ljust(LABEL)}", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.rstrip("\n")
-
-
-@contextmanager
-def unseen_typing():
-    """What is typed while an answer is written is kept for the next input, and not shown in the middle of it."""
-    if termios is None or not sys.stdin.isatty():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-# ---- The conversation ------------------------------------------------------------------------------------------------
 class Chat:
     """A conversation, and what the commands do to it.
 
@@ -286,7 +103,7 @@ class Chat:
 
     def __init__(self, model, tokenizer, settings, system="", keeps_turns=True, history_file=None):
         """system: the text that conversations begin with. keeps_turns: whether the model is told the earlier turns.
-        history_file: where what is typed is kept, or None.
+        history_file: where what is typed is kept; None: the input is read line by line.
         """
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.system, self.keeps_turns, self.tools = system, keeps_turns, None
@@ -294,16 +111,15 @@ class Chat:
         self.has_adapter = hasattr(model, "disable_adapter")
         self.speaker = "tuned" if self.has_adapter else "base"  # or "compare"
         self.left_out = 0  # of the oldest turns, for want of room; what was said last
-        self.answers, self.asked_tokens = [], 0
+        self.answers, self.prompt_tokens = [], 0
         self.written = set()  # files of this chat, which /save may replace
-        self.plain = not sys.stdin.isatty() or not sys.stdout.isatty() or is_dumb()
-        self.keyboard = Lines() if self.plain or history_file is None else Keyboard(history_file)
-        self.history_file = history_file
+        self.history_file = None if is_plain() else history_file
+        self.keyboard = Keyboard(history_file, COMPLETIONS) if self.history_file else Lines()
 
     # ---- Reading ----
     def run(self):
         """Read, answer, repeat, until /exit or the end of the input."""
-        with suppress(EOFError):
+        with suppress(EOFError), unseen_typing():
             while True:
                 try:
                     self.take(self.keyboard.read())
@@ -311,11 +127,11 @@ class Chat:
                     if not sys.stdin.isatty():
                         raise
                     note("Ctrl-D or /exit leaves the chat.")
-        if sys.stdin.isatty() and self.plain:
+        if sys.stdin.isatty() and is_plain():
             say("")
 
     def take(self, text):
-        """Do what a line says: a command, or a question."""
+        """Do what an input says: a command, or a question."""
         command = COMMAND.fullmatch(text.rstrip())
         try:
             if command and command[1] in COMMANDS:
@@ -331,18 +147,16 @@ class Chat:
 
     # ---- Asking ----
     def ask(self, question, earlier):
-        """Let the model answer a question, a list of messages, after the earlier turns; a whole answer becomes a turn."""
+        """Let the model answer a question, a list of messages, behind earlier turns; a whole answer makes it a turn."""
         messages = self.fit(question, earlier)
         self.open = question, earlier
-        with unseen_typing():
-            answers = self.answer_both(messages) if self.speaker == "compare" else [self.answer(messages)]
-        print(flush=True)
+        answers = self.answer_both(messages) if self.speaker == "compare" else [self.answer(messages)]
         self.answers += answers
         if answers[-1].ended and answers[-1].text:
             self.turns = [*earlier, [*question, {"role": "assistant", "content": answers[-1].text}]]
             self.open = None
-        for answer in answers:
-            self.mark(answer)
+        for name, answer in zip(("base", "tuned"), answers, strict=False):
+            self.mark(answer, f"{name} answer " if self.speaker == "compare" else "")
 
     def messages(self, question, earlier):
         """What the model is told: the system text, the turns, and the question."""
@@ -358,7 +172,7 @@ class Chat:
             return len(encode_prompt(self.tokenizer, self.messages(question, earlier[left_out:])))
 
         left_out = bisect_left(range(len(earlier)), True, key=lambda left_out: tokens(left_out) <= limit)
-        self.asked_tokens = tokens(left_out)
+        self.prompt_tokens = tokens(left_out)
         if left_out and left_out != self.left_out:
             turns = "turn is" if left_out == 1 else f"{left_out} turns are"
             note(f"[the oldest {turns} left out: the prompt has room for {limit:,} tokens beside the answer]")
@@ -368,43 +182,43 @@ class Chat:
     def answer(self, messages):
         """Stream one answer to stdout, behind the name of who gives it where somebody watches."""
         if sys.stdin.isatty() and sys.stdout.isatty():
-            self.print_label(self.speaker)
-        with self.as_speaker(self.speaker):
-            return stream_answer(self.model, self.tokenizer, messages, self.settings, print_chunk)
+            print_name(self.speaker.capitalize())
+        return self.stream(self.speaker, messages)
 
     def answer_both(self, messages):
         """Stream the answers of base and tuned, one after the other, in columns where the terminal is wide enough."""
-        console = None if self.plain else Console(highlight=False)
-        columns = console and console.width >= COLUMNS_FROM
         answers = []
-        with SideBySide(console, ("Base", "Tuned")) if columns else nullcontext() as table:
+        with columns_for(("Base", "Tuned")) as columns:
             for name in ("base", "tuned"):
-                if not columns:
-                    print("\n" if answers else "", end="")
-                    self.print_label(name)
-                show = print_chunk if not columns else lambda chunk, name=name: table.add(name.capitalize(), chunk)
-                with self.as_speaker(name):
-                    answers.append(stream_answer(self.model, self.tokenizer, messages, self.settings, show))
+                if columns is None:
+                    print_name(name.capitalize())
+                show = columns and partial(columns.add, name.capitalize())
+                answers.append(self.stream(name, messages, show))
                 if answers[-1].stopped:
                     break
         return answers
 
-    def print_label(self, name):
-        label = f"{name.capitalize()}:".ljust(LABEL)
-        print(f"\x1b[1m{label}\x1b[0m" if is_styled(sys.stdout) else label, end="", flush=True)
+    def stream(self, name, messages, show=None):
+        """Let base or tuned model answer; the text goes to show(), or else to stdout."""
+        words = None if show or is_plain() else WordWrap(column=len(YOU))
+        with self.model.disable_adapter() if name == "base" and self.has_adapter else nullcontext():
+            to = show or (words.add if words else print_chunk)
+            answer = stream_answer(self.model, self.tokenizer, messages, self.settings, to)
+        if words:
+            words.end()
+        if not show:
+            print(flush=True)
+        return answer
 
-    def as_speaker(self, name):
-        return self.model.disable_adapter() if name == "base" and self.has_adapter else nullcontext()
-
-    def mark(self, answer):
+    def mark(self, answer, which):
         """Say of an answer that did not end by itself why, and what can be done."""
         kept = ", so it is not kept in the conversation" if self.open else ""
         if answer.stopped:
-            note(f"[stopped{kept}; /retry answers again]")
+            note(f"[{which}stopped{kept}; /retry answers again]")
         elif not answer.ended:
-            note(f"[cut at {answer.tokens} tokens{kept}; /set max_new_tokens {2 * answer.tokens}, then /retry]")
+            note(f"[{which}cut at {answer.tokens} tokens{kept}; /set max_new_tokens {2 * answer.tokens}, then /retry]")
         elif not answer.text:
-            note(f"[an empty answer{kept}; /retry answers again]")
+            note(f"[{which or 'answer '}empty{kept}; /retry answers again]")
 
     def last(self):
         """(the last question, the turns before it); UserError where there is none."""
@@ -419,9 +233,8 @@ class Chat:
         rows = [(f"{name} {arguments}".strip(), text) for name, (arguments, text) in COMMANDS.items()]
         width = max(len(usage) for usage, _ in rows)
         say("\n".join(f"{usage:<{width}}  {text}" for usage, text in rows))
-        if not self.plain:
-            say(KEYS)
-            say(f"What you type is kept in {display_path(self.history_file)}, for the arrow keys and Ctrl-R.")
+        if self.history_file:
+            say(f"{KEYS}\nWhat you type is kept in {display_path(self.history_file)}, for the arrow keys and Ctrl-R.")
 
     def do_system(self, argument):
         if argument:
@@ -471,10 +284,10 @@ class Chat:
         if not argument:
             say("\n".join(f"{name:<19}{getattr(self.settings, name)}" for name in ANSWERING))
             return
-        name, _, value = argument.replace("=", " ").partition(" ")
-        if name not in ANSWERING or not value.strip():
-            raise UserError(f"/set {argument}: expected one of {', '.join(ANSWERING)}, and its value")
-        value = parse_value(name, value.strip(), DEFAULTS[name])
+        name, _, text = argument.replace("=", " ").partition(" ")
+        if name not in ANSWERING or not text.strip():
+            raise UserError(f"/set {argument}: expected one of {', '.join(ANSWERING)}, and a value")
+        value = parse_value(name, text.strip(), DEFAULTS[name])
         check_value(name, value, f"--{name}")
         self.settings = self.settings._replace(**{name: value})
         if name == "seed":
@@ -488,44 +301,43 @@ class Chat:
             raise UserError(f"{argument} exists already; give another name")
         if not self.turns:
             raise UserError("there is no whole answer to save yet; ask a question first")
-        whole = [self.messages([], self.turns)] if self.keeps_turns else [self.messages([], [t]) for t in self.turns]
-        rows = [to_row(messages) for messages in whole]
+        conversations = [self.turns] if self.keeps_turns else [[turn] for turn in self.turns]
+        rows = [to_row(self.messages([], turns)) for turns in conversations]
         with whole_file(path) as file:
             if path.suffix == ".json":
                 file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
             else:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.written.add(path)
-        note(f"{len(self.turns)} turn(s) in {len(rows)} row(s) written to {path}")
+        note(f"{count(self.turns, 'turn')} in {count(rows, 'row')} written to {path}")
 
     def do_load(self, argument):
         path = chosen_file(argument)
         if not path.is_file():
-            raise UserError(f"{argument} does not exist; give a file that /save wrote, or data of yours")
-        rows = list(read_unanswered(str(path), {}, path.parent))
-        messages = [dict(message) for message in rows[-1][2]]
-        self.tools = messages[0].pop("tools", None)
-        self.system = messages.pop(0)["content"] if messages[0]["role"] == "system" else self.system
+            raise UserError(f"{argument} does not exist; give a file that /save wrote, or rows of yours")
+        ((number, _, messages),) = deque(read_unanswered(str(path), {}, path.parent), maxlen=1)
+        first = dict(messages[0])
+        self.tools = first.pop("tools", None)
+        self.system = first["content"] if first["role"] == "system" else self.system
+        messages = messages[1:] if first["role"] == "system" else [first, *messages[1:]]
         starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
         turns = [messages[start:end] for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)]
         self.open = (turns.pop(), turns) if turns[-1][-1]["role"] != "assistant" else None
         self.turns, self.left_out = turns, 0
-        several = f", row {rows[-1][0]}, the last one" if len(rows) > 1 else ""
-        note(f"{len(turns)} turn(s) loaded from {path}{several}. The last question: {shortened(self.last()[0][-1]['content'])}")
+        note(f"Row {number} of {path}: {count(turns, 'turn')}; last: {shortened(self.last()[0][-1]['content'])}")
 
     def do_stats(self, argument):
         if not self.answers:
             raise UserError("there is no answer yet; ask something")
         last = self.answers[-1]
         limit = prompt_limit(self.model, self.settings.max_new_tokens)
-        tokens, seconds = sum(answer.tokens for answer in self.answers), sum(answer.seconds for answer in self.answers)
+        tokens, seconds = (sum(getattr(answer, name) for answer in self.answers) for name in ("tokens", "seconds"))
         first = f"first words after {last.first:.2f} s, " if last.first is not None else ""
         say(
-            f"Last answer: {last.tokens:,} tokens in {last.seconds:.1f} s, {first}"
-            f"{last.tokens / last.seconds:,.0f} tokens/s\n"
-            f"All {len(self.answers)} answers: {tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s\n"
-            f"Last prompt: {self.asked_tokens:,} tokens of {limit:,} that fit beside an answer; {len(self.turns)} turn(s)"
-            " in the conversation"
+            f"Last answer:   {last.tokens:,} tokens in {last.seconds:.1f} s, {first}{rate(last.tokens, last.seconds)}\n"
+            f"Last prompt:   {self.prompt_tokens:,} tokens; {limit:,} fit beside an answer\n"
+            f"Conversation:  {count(self.turns, 'turn')}{'' if self.keeps_turns else ', each question by itself'}\n"
+            f"Since start:   {count(self.answers, 'answer')}, {tokens:,} tokens, {rate(tokens, seconds)}"
         )
 
     def do_exit(self, argument):
@@ -534,17 +346,29 @@ class Chat:
 
 def chosen_file(argument):
     """The path of a file that was named behind /save or /load, relative to where the user stands."""
-    names = shlex.split(argument, posix=os.name != "nt") if argument.startswith(("'", '"')) else [argument]
+    try:
+        names = shlex.split(argument, posix=os.name != "nt") if argument[:1] in ("'", '"') else [argument]
+    except ValueError:  # a quote that is not closed
+        names = []
     if len(names) != 1 or not names[0].endswith((".jsonl", ".json")):
         raise UserError("give a file whose name ends in .jsonl or .json")
     return Path(expand_home(names[0])).absolute()
 
 
 def to_row(messages):
-    """Messages as a row of data: the tools that belong to a conversation stand beside its messages."""
+    """Messages as a row of data: the tools of a conversation stand beside its messages."""
     tools = messages[0].get("tools")
     messages = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
     return {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def rate(tokens, seconds):
+    return f"{tokens / max(seconds, 1e-9):,.0f} tokens/s"
+
+
+def count(things, noun):
+    """'1 turn', '2 turns'."""
+    return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def shortened(text):

@@ -186,11 +186,12 @@ def run_main(main, argv):
 
 
 def prepare_streams():
-    """Let files and pipes be UTF-8 whatever the locale; a terminal keeps its encoding, and shows \\u2014 for the rest."""
+    """Let files and pipes be UTF-8 whatever the locale. A terminal keeps its encoding; what that lacks is escaped."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a test or a notebook may have put another object there
-            errors = "surrogateescape" if stream is sys.stdin else "backslashreplace"
-            stream.reconfigure(errors=errors, **({} if stream.isatty() else {"encoding": "utf-8"}))
+            if not stream.isatty():
+                stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(errors="strict" if stream is sys.stdin else "backslashreplace")
 
 
 class PrintableRecord(logging.LogRecord):
