@@ -134,7 +134,7 @@ class Chat:
         """Do what an input says: a command, or a question."""
         command = COMMAND.fullmatch(text.rstrip())
         try:
-            if command and command[1] in COMMANDS:
+            if command and command[1] in (*COMMANDS, "/quit"):
                 getattr(self, command[1].replace("/", "do_"))((command[2] or "").strip())
             elif command:
                 near = get_close_matches(command[1], COMMANDS, n=1)
@@ -342,6 +342,8 @@ class Chat:
 
     def do_exit(self, argument):
         raise EOFError
+
+    do_quit = do_exit
 
 
 def chosen_file(argument):
