@@ -63,22 +63,29 @@ def read_prompts(model, tokenizer, settings, source, cache_dir):
     """
     limit = prompt_limit(model, settings.max_new_tokens)
     rows, prompts = [], []
-    for number, row, conversation in read_unanswered(source, settings.dataset_columns, cache_dir):
-        where = f"dataset {source}, row {number}"
-        if taken := [key for key in REPLY_KEYS if key in row]:
-            raise UserError(f"{where}: a column {taken[0]!r}, where the answer is to be written; rename it")
-        rows.append(row)
-        prompts.append(unanswered(conversation))
-        try:
-            tokens = len(encode_prompt(tokenizer, prompts[-1]))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if tokens > limit:
-            raise UserError(
-                f"{where}: a prompt of {tokens:,} tokens, and the model's context has room for {limit:,} beside"
-                f" {settings.max_new_tokens:,} of the answer; shorten it, or lower --max_new_tokens"
-            )
+    with progress("Reading prompts", unit="prompts") as bar:
+        for number, row, conversation in read_unanswered(source, settings.dataset_columns, cache_dir):
+            where = f"dataset {source}, row {number}"
+            if taken := [key for key in REPLY_KEYS if key in row]:
+                raise UserError(f"{where}: a column {taken[0]!r}, where the answer is to be written; rename it")
+            rows.append(row)
+            prompts.append(unanswered(conversation))
+            check_prompt(tokenizer, prompts[-1], limit, where)
+            bar.update()
     return rows, prompts
+
+
+def check_prompt(tokenizer, prompt, limit, where):
+    """Raise UserError for a prompt that the template refuses, or of more than `limit` tokens."""
+    try:
+        tokens = len(encode_prompt(tokenizer, prompt))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if tokens > limit:
+        raise UserError(
+            f"{where}: a prompt of {tokens:,} tokens, and the model's context has room for {limit:,} beside the answer;"
+            " shorten it, or lower --max_new_tokens"
+        )
 
 
 def adapter_identity(adapter_path):

@@ -114,6 +114,8 @@ class Chat:
         self.answers, self.prompt_tokens = [], 0
         self.written = set()  # files of this chat, which /save may replace
         self.history_file = None if is_plain() else history_file
+        if self.history_file and not self.history_file.exists():
+            note(self.where_inputs_are_kept())
         self.keyboard = Keyboard(history_file, COMPLETIONS) if self.history_file else Lines()
 
     # ---- Reading ----
@@ -234,7 +236,10 @@ class Chat:
         width = max(len(usage) for usage, _ in rows)
         say("\n".join(f"{usage:<{width}}  {text}" for usage, text in rows))
         if self.history_file:
-            say(f"{KEYS}\nWhat you type is kept in {display_path(self.history_file)}, for the arrow keys and Ctrl-R.")
+            say(f"{KEYS}\n{self.where_inputs_are_kept()}")
+
+    def where_inputs_are_kept(self):
+        return f"What you type is kept in {display_path(self.history_file)}, for the arrow keys and Ctrl-R."
 
     def do_system(self, argument):
         if argument:

@@ -144,7 +144,7 @@ def chat(loaded, adapter_path, output_dir):
         raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
     keeps_turns = knows_turns(loaded.tokenizer, adapter_path)
     kept = "Earlier turns are kept." if keeps_turns else "Each question stands alone; /history keeps earlier turns."
-    say(f"Type a question; /help lists the commands. {kept}")
+    say(f"Type a question; /help lists the commands.\n{kept}")
     chat_utils.Chat(*loaded, keeps_turns=keeps_turns, history_file=output_dir / CHAT_INPUTS).run()
 
 

@@ -146,7 +146,7 @@ def test_another_input_other_settings_or_another_adapter_do_not_go_on(answer, fa
         ({"messages": []}, "row 2: no question, or an empty text"),
         ({"text": "one"}, "columns found: text; expected instruction"),
         ({"instruction": "Hi", "reply": "x"}, "row 2: a column 'reply', where the answer is to be written; rename it"),
-        ({"instruction": "word " * 200}, "the model's context has room for 160 beside 40 of the answer; shorten it"),
+        ({"instruction": "word " * 200}, "the model's context has room for 160 beside the answer; shorten it"),
         ({"instruction": "Hi", "images": ["a.png"]}, "row 2: images beside the text"),
     ],
 )
