@@ -17,7 +17,7 @@ import torch
 
 from data_utils import read_unanswered, require_text, unanswered, with_tools
 from file_utils import display_path, expand_home, whole_file
-from generation_utils import build_generation_config, prompt_limit, stream_reply
+from generation_utils import Decoders, build_generation_config, prompt_limit, stream_reply
 from message_utils import UserError, say
 from prompt_utils import encode_prompt
 from settings_utils import DEFAULTS, check_value, parse_value
@@ -65,10 +65,11 @@ KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes. Ctrl-C stops an
 Answer = namedtuple("Answer", "text ended tokens stopped first seconds")
 
 
-def stream_answer(model, tokenizer, messages, settings, show):
+def stream_answer(model, tokenizer, messages, settings, show, decoders):
     """Let the model answer, and hand the text to show() in chunks as it comes. Ctrl-C ends the answer, nothing else."""
     started, first, chunks, stopped = time.monotonic(), None, [], False
-    with closing(stream_reply(model, tokenizer, messages, build_generation_config(tokenizer, settings))) as stream:
+    generation = build_generation_config(tokenizer, settings)
+    with closing(stream_reply(model, tokenizer, messages, generation, decoders)) as stream:
         try:
             for chunk in stream:
                 chunk = chunk if chunks else chunk.lstrip()
@@ -78,6 +79,7 @@ def stream_answer(model, tokenizer, messages, settings, show):
                     show(chunk)
         except KeyboardInterrupt:
             stopped = True
+            decoders.close()  # a step of it may have been broken off
     ended, tokens = (stream.reply.ended, stream.reply.tokens) if stream.reply else (False, 0)
     text = "".join(chunks).strip()
     return Answer(text, ended and not stopped, tokens, stopped, first, time.monotonic() - started)
@@ -85,7 +87,8 @@ def stream_answer(model, tokenizer, messages, settings, show):
 
 def print_answer(model, tokenizer, messages, settings):
     """Stream an answer to stdout; where it did not end by itself, stderr says so."""
-    answer = stream_answer(model, tokenizer, messages, settings, print_chunk)
+    with closing(Decoders()) as decoders:
+        answer = stream_answer(model, tokenizer, messages, settings, print_chunk, decoders)
     print(flush=True)
     if answer.stopped:
         note("[stopped]")
@@ -112,6 +115,7 @@ class Chat:
         self.speaker = "tuned" if self.has_adapter else "base"  # or "compare"
         self.left_out = 0  # of the oldest turns, for want of room; what was said last
         self.answers, self.prompt_tokens = [], 0
+        self.decoders = Decoders()
         self.written = set()  # files of this chat, which /save may replace
         self.history_file = None if is_plain() else history_file
         if self.history_file and not self.history_file.exists():
@@ -121,7 +125,7 @@ class Chat:
     # ---- Reading ----
     def run(self):
         """Read, answer, repeat, until /exit or the end of the input."""
-        with suppress(EOFError), unseen_typing():
+        with suppress(EOFError), unseen_typing(), closing(self.decoders):
             while True:
                 try:
                     self.take(self.keyboard.read())
@@ -205,7 +209,7 @@ class Chat:
         words = None if show or is_plain() else WordWrap(column=len(YOU))
         with self.model.disable_adapter() if name == "base" and self.has_adapter else nullcontext():
             to = show or (words.add if words else print_chunk)
-            answer = stream_answer(self.model, self.tokenizer, messages, self.settings, to)
+            answer = stream_answer(self.model, self.tokenizer, messages, self.settings, to, self.decoders)
         if words:
             words.end()
         if not show:

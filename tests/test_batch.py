@@ -14,7 +14,8 @@ from generation_utils import Reply
 from settings_utils import DEFAULTS, Settings
 
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
-MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=200))
+CONFIG = SimpleNamespace(max_position_embeddings=200)
+MODEL = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: CONFIG))
 TOOLS = [{"type": "function", "function": {"name": "search"}}]
 TALK = [
     {"role": "user", "content": "Hi"},

@@ -27,11 +27,18 @@ from terminal_utils import WordWrap
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
 
 
+class FakeConfig:
+    max_position_embeddings = 200
+
+    def get_text_config(self):
+        return self
+
+
 class FakeModel:
     """A model with an adapter that can be switched off, and a context of 200 tokens."""
 
     def __init__(self):
-        self.name, self.config = "tuned", SimpleNamespace(max_position_embeddings=200)
+        self.name, self.config = "tuned", FakeConfig()
 
     @contextlib.contextmanager
     def disable_adapter(self):
@@ -45,7 +52,7 @@ class FakeStream:
 
     asked = ()  # the texts of each conversation that was to be answered
 
-    def __init__(self, model, tokenizer, messages, generation):
+    def __init__(self, model, tokenizer, messages, generation, decoders):
         text = messages[-1]["content"]
         self.asked.append([message["content"] for message in messages])
         self.name, self.text, self.reply = model.name, text, None
