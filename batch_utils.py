@@ -7,7 +7,7 @@ from file_utils import display_path, sha256, whole_file
 from generation_utils import build_generation_config, generate_replies, prompt_limit
 from message_utils import UserError, say
 from progress_utils import progress
-from prompt_utils import encode_prompt
+from prompt_utils import begin_with, encode_prompt
 
 REPLY_KEYS = ("reply", "ended", "tokens")  # what is written beside the columns of a row
 # The settings that answers depend on
@@ -69,7 +69,7 @@ def read_prompts(model, tokenizer, settings, source, cache_dir):
             if taken := [key for key in REPLY_KEYS if key in row]:
                 raise UserError(f"{where}: a column {taken[0]!r}, where the answer is to be written; rename it")
             rows.append(row)
-            prompts.append(unanswered(conversation))
+            prompts.append(unanswered(begin_with(settings.system_prompt, conversation)))
             check_prompt(tokenizer, prompts[-1], limit, where)
             bar.update()
     return rows, prompts

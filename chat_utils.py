@@ -19,7 +19,7 @@ from data_utils import read_unanswered, require_text, unanswered, with_tools
 from file_utils import display_path, expand_home, whole_file
 from generation_utils import Decoders, build_generation_config, prompt_limit, stream_reply
 from message_utils import UserError, say
-from prompt_utils import encode_prompt
+from prompt_utils import begin_with, encode_prompt
 from settings_utils import DEFAULTS, check_value, parse_value
 from terminal_utils import (
     FILES,
@@ -104,12 +104,12 @@ class Chat:
     next, and leaves the turns as they were.
     """
 
-    def __init__(self, model, tokenizer, settings, system="", keeps_turns=True, history_file=None):
-        """system: the text that conversations begin with. keeps_turns: whether the model is told the earlier turns.
-        history_file: where what is typed is kept; None: the input is read line by line.
+    def __init__(self, model, tokenizer, settings, keeps_turns=True, history_file=None):
+        """keeps_turns: whether the model is told the earlier turns. history_file: where what is typed is kept, or None
+        for an input that is read line by line.
         """
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.system, self.keeps_turns, self.tools = system, keeps_turns, None
+        self.system, self.keeps_turns, self.tools = settings.system_prompt or "", keeps_turns, None
         self.turns, self.open = [], None
         self.has_adapter = hasattr(model, "disable_adapter")
         self.speaker = "tuned" if self.has_adapter else "base"  # or "compare"
@@ -166,8 +166,8 @@ class Chat:
 
     def messages(self, question, earlier):
         """What the model is told: the system text, the turns, and the question."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return with_tools([*system, *(message for turn in earlier for message in turn), *question], self.tools)
+        messages = [*(message for turn in earlier for message in turn), *question]
+        return begin_with(self.system, with_tools(messages, self.tools))
 
     def fit(self, question, earlier):
         """The messages of a question and of as many turns before it, whole ones, as the context has room for."""
@@ -248,7 +248,7 @@ class Chat:
     def do_system(self, argument):
         if argument:
             self.system = "" if argument == "none" else require_text(argument, "the system text")
-        note(f"The conversation begins with: {self.system}" if self.system else "There is no system text.")
+        note(f"The conversation begins with: {self.system}" if self.system.strip() else "There is no system text.")
 
     def do_clear(self, argument):
         self.turns, self.open, self.left_out, self.tools = [], None, 0, None

@@ -4,14 +4,19 @@ A conversation is a list of messages, {"role": "user", "content": "..."}. Every 
 these two keys a message may hold tool_calls, reasoning_content, name and tool_call_id, as transformers documents them
 for chat templates, and "weight": 0 for an answer that is context only. The definitions of a conversation's tools stand
 in its first message, under "tools".
+
+A whole text, of which every token is trained, is a conversation of one message, {"role": "text", "content": "..."}.
 """
 
 import json
 import random
+import shlex
+import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +25,7 @@ import numpy as np
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
+from prompt_utils import begin_with
 from reader_utils import read_rows
 
 COLUMN_NAMES = {
@@ -28,6 +34,17 @@ COLUMN_NAMES = {
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "messages": ("messages", "conversations"),
+    "text": ("text",),
+}
+# Names of columns beside a text that say what it is, so that the text is all that there is to learn
+ABOUT_TEXTS = {
+    *("id", "_id", "idx", "index", "url", "source", "src", "timestamp", "date", "created", "meta", "metadata"),
+    *("language", "lang", "license", "author", "title"),
+}
+# Parts of the names of columns, for a guess at what others hold
+HINTS = {
+    "instruction": ("instruct", "prompt", "quest", "query", "frage", "user", "human", "input", "problem", "source"),
+    "response": ("respon", "answer", "antwort", "output", "complet", "repl", "assist", "target", "solution", "summary"),
 }
 OPTIONAL = ("input", "system")
 INSTANCES = "instances"  # a column of {"input", "output"} objects that share one instruction, as in self-instruct
@@ -71,6 +88,7 @@ class DataReport:
     context_only: int = 0  # answers of weight 0
     thoughts: int = 0  # answers with a thought before them
     several_turns: int = 0  # rows of more than one question
+    reasoning: int = 0  # those of them that have it as reasoning_content
     rows: int = 0
     kept: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
@@ -93,6 +111,8 @@ class DataReport:
             columns += f"; not used in messages: {', '.join(self.unused_keys)}"
         parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
+        if "text" in self.columns:
+            parts.append("whole texts: every token is trained, and no chat template is used")
         if self.context_only:
             parts.append(f"{self.context_only:,} answers of weight 0 read but not trained")
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
@@ -106,15 +126,16 @@ def list_rows(count, rows):
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
-def find_columns(found, mapping, name, chosen_only=False, answered=True):
+def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, answered=True):
     """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
 
-    Of preferences, {"chosen": "chosen"}, where the user asked for the chosen answers. With answered=False the response
-    may be missing.
+    Of whole texts {"text": column}; of preferences {"chosen": "chosen"}, where the user asked for the chosen answers.
+    With answered=False the response may be missing.
 
-    `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question).
+    `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question). With
+    `or_usual_names` they are looked for too where no column of the mapping is there.
     """
-    if mapping:
+    if mapping and not (or_usual_names and not set(map(str, mapping.values())) & set(found)):
         check_mapping(found, mapping, name, answered)
         return dict(mapping)
     columns = match_columns(found, COLUMN_NAMES)
@@ -127,19 +148,42 @@ def find_columns(found, mapping, name, chosen_only=False, answered=True):
         return {"chosen": "chosen"} | {part: column for part, column in columns.items() if part == "system"}
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
-    columns.pop("messages", None)
-    if not {"instruction", *(("response",) if answered else ())} <= set(columns):
-        raise UserError(
-            f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or"
-            " prompt, question and output, answer, completion), messages, or conversations; map others with"
-            " --dataset_columns"
-        )
-    return columns
+    text = columns.pop("text", None)
+    if {"instruction", *(("response",) if answered else ())} <= set(columns):
+        return columns
+    if text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
+        return {"text": text}
+    whole = f"; --dataset_columns '{json.dumps({'text': text})}' trains on whole texts" if text is not None else ""
+    raise UserError(
+        f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or prompt,"
+        f" question and output, answer, completion), messages, or conversations; {advise_mapping(found)}{whole}"
+    )
+
+
+def advise_mapping(found):
+    """The command that names the columns, with a guess at which are meant, to be pasted into a shell."""
+    left, guess = list(found), {}
+    for part, hints in HINTS.items():
+        alike = [column for column in left if any(hint in column.lower() for hint in hints)]
+        guess[part] = next(iter(alike), None)
+        left = [column for column in left if column != guess[part]]
+    for part in guess:
+        if guess[part] is None and left:
+            guess[part] = left.pop(0)
+    if None in guess.values():
+        return "give a file with both"
+    script, *arguments = sys.argv
+    if "--dataset_columns" in arguments:
+        place = arguments.index("--dataset_columns")
+        del arguments[place : place + 2]
+    command = ["python", script, *arguments] if Path(script).name in ("train.py", "evaluate.py") else []
+    pasted = shlex.join([*command, "--dataset_columns", json.dumps(guess, ensure_ascii=False)])
+    return f"name yours, if these are meant: {pasted}"
 
 
 def optional_parts(columns):
     """The parts of a conversation that a row of this shape may have, or may lack."""
-    return ("system",) if "messages" in columns or "chosen" in columns else OPTIONAL
+    return () if "text" in columns else ("system",) if {"messages", "chosen"} & set(columns) else OPTIONAL
 
 
 def match_columns(found, parts):
@@ -151,14 +195,15 @@ def match_columns(found, parts):
 
 def check_mapping(found, mapping, name, answered=True):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
-    required = {"messages"} if "messages" in mapping else {"instruction", "response"}
+    alone = {"messages", "text"} & set(mapping)
+    required = alone or {"instruction", "response"}
     allowed = required | set(optional_parts(mapping))
     required -= set() if answered else {"response"}
     problem = None
     if not required <= set(mapping) <= allowed:
-        problem = "expected the keys instruction and response, perhaps input and system; or messages"
+        problem = "expected the keys instruction and response, perhaps input and system; or messages; or text"
     elif missing := [str(mapping[part]) for part in sorted(required) if mapping[part] not in found]:
-        problem = f"missing {', '.join(missing)}"
+        problem = f"missing {', '.join(missing)}; {advise_mapping(found)}"
     elif any(not isinstance(column, str) for column in mapping.values()):
         problem = "expected the names of columns"
     if problem:
@@ -188,6 +233,8 @@ def message_text(row, columns, part, where):
 
 def to_conversation(row, columns, where, report):
     """The messages of a row: its system text if it is not blank, then its turns or its instruction and response."""
+    if "text" in columns:
+        return [{"role": "text", "content": message_text(row, columns, "text", where)}]
     system = message_text(row, columns, "system", where)
     conversation = [{"role": "system", "content": system}] if system.strip() else []
     if "chosen" in columns:
@@ -229,6 +276,8 @@ def read_turns(turns, column, where, report):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
     if not isinstance(turns, list):
         raise UserError(f"{where}, column {column!r}: expected a list of messages")
+    if [turn.get("role") for turn in turns if isinstance(turn, dict)] == ["text"]:  # as the held-out rows are kept
+        return [{"role": "text", "content": require_text(turns[0].get("content"), where)}]
     messages, tools = [], None
     for index, turn in enumerate(turns, start=1):
         spoken = f"{where}, message {index}"
@@ -240,6 +289,7 @@ def read_turns(turns, column, where, report):
             unused.remove("name")
         report.unused_keys += [key for key in unused if key not in report.unused_keys]
         report.context_only += "weight" in message
+        report.reasoning += "reasoning_content" in message
         report.thoughts += "reasoning_content" in message or "</think>" in message["content"]
         if message["role"] != "system" or message["content"].strip():
             messages.append(message)
@@ -369,6 +419,8 @@ def find_label(row, columns):
 def reason_to_drop(conversation):
     """Why a conversation cannot be trained on, or None."""
     roles = [message["role"] for message in conversation]
+    if roles == ["text"]:
+        return None if conversation[0]["content"].strip() else "an empty text"
     if "assistant" not in roles:
         return "no answer"
     if roles[0] == "assistant":
@@ -385,11 +437,11 @@ def is_empty(message):
 
 
 def is_trained(message):
-    """Whether a message is an answer to be learned."""
-    return message["role"] == "assistant" and message.get("weight") != 0
+    """Whether a message is an answer to be learned, or a whole text."""
+    return message["role"] in ("assistant", "text") and message.get("weight") != 0
 
 
-def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False):
+def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False, or_usual_names=False):
     """Yield (row number, conversation) of every row that can be trained on; counts the others in the report.
 
     The first row decides the columns; optional ones may first appear later. With `number_column` the rows of
@@ -403,8 +455,8 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
         number = number if isinstance(number, int) and abs(number) < 2**63 else place
         for row in expand_instances(nested, f"dataset {name}, row {place}"):
             if not report.columns:
-                report.columns = find_columns(list(row), mapping, name, chosen_only)
-            elif tuple(row) not in seen and not mapping:
+                report.columns = find_columns(list(row), mapping, name, chosen_only, or_usual_names)
+            elif tuple(row) not in seen and report.columns != mapping:
                 report.columns = match_columns(row, optional_parts(report.columns)) | report.columns
             seen[tuple(row)] = True
             where = f"dataset {name}, row {place}"
@@ -476,7 +528,15 @@ class Conversations(Sequence):
     """
 
     # row number, place in the file, and digests of the parts that describe() names
-    INDEX: ClassVar = {"number": "q", "offset": "q", "prompt": "Q", "answer": "Q", "opening": "Q", "closing": "Q"}
+    INDEX: ClassVar = {
+        "number": "q",
+        "offset": "q",
+        "prompt": "Q",
+        "answer": "Q",
+        "opening": "Q",
+        "closing": "Q",
+        "system": "Q",
+    }
 
     def __init__(self, path, index, folder=None):
         self.path = Path(path)
@@ -524,15 +584,31 @@ def last_answer(messages):
 
 
 def describe(messages):
-    """64-bit digests of the prompt, the last answer, its first four and its last four words (0 for short answers).
+    """64-bit digests of the prompt, the last answer, its first four and its last four words, and the system text.
 
-    Case and white space do not count: prompts that differ in nothing else are the same question.
+    They are 0 for what is not there, such as the first four words of a short answer. But for the system text, case and
+    white space do not count: prompts that differ in nothing else are the same question.
     """
     last = last_answer(messages)
     prompt = [word for message in messages[:last] for word in words_of(message).casefold().split()]
     answer = words_of(messages[last]).split()
     parts = (prompt, answer, answer[:4] if len(answer) >= 8 else (), answer[-4:] if len(answer) >= 8 else ())
-    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
+    system = [messages[0]["content"]] if messages[0]["role"] == "system" else ()
+    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in (*parts, system)]
+
+
+def shared_system_text(conversations):
+    """The system text that all Conversations begin with, or None."""
+    digests = conversations.index["system"]
+    if not len(digests) or not digests[0] or (digests != digests[0]).any():
+        return None
+    return conversations[0][1][0]["content"]
+
+
+def with_questions(conversations, count):
+    """(row number, messages) of the first `count` conversations that can be answered: whole texts cannot."""
+    found = ((number, messages) for number, messages in conversations if messages[0]["role"] != "text")
+    return list(islice(found, count))
 
 
 def words_of(message):
@@ -543,9 +619,19 @@ def words_of(message):
 
 
 # ---- Loading and splitting -------------------------------------------------------------------------------------------
-def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None, chosen_only=False):
+def load_conversations(
+    dataset,
+    mapping=None,
+    cache_dir=None,
+    number_column=None,
+    chosen_only=False,
+    system_prompt=None,
+    or_usual_names=False,
+):
     """Read a file or Hub dataset into Conversations without unusable and duplicate rows; returns them and a report.
 
+    With `or_usual_names` the file may have the usual columns in place of the mapping's. Rows without a system text
+    begin with `system_prompt`, if it is one.
     They are kept in cache_dir under a key of the files' content, or in a temporary folder that goes with them.
     """
     mapping = mapping or {}
@@ -555,12 +641,15 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
     code = Path(__file__).with_name("reader_utils.py")
-    parts = json.dumps([mapping, number_column, chosen_only, [path.suffix for path in paths]])
+    parts = json.dumps(
+        [mapping, number_column, chosen_only, system_prompt, or_usual_names, [path.suffix for path in paths]]
+    )
     key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)
-        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only)
+        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only, or_usual_names)
+        rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
         conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
         report.kept = len(conversations)
         if not report.kept:
@@ -584,9 +673,12 @@ def drop_duplicates(conversations, report):
     return conversations.select(first)
 
 
-def load_announced(label, dataset, mapping, cache_dir, chosen_only=False):
-    """Load the conversations that the user named, and say what became of the rows; returns them and the report."""
-    conversations, report = load_conversations(dataset, mapping, cache_dir, chosen_only=chosen_only)
+def load_announced(label, dataset, mapping, cache_dir, chosen_only=False, **options):
+    """Load the conversations that the user named, and say what became of the rows; returns them and the report.
+
+    `options` are those of load_conversations.
+    """
+    conversations, report = load_conversations(dataset, mapping, cache_dir, chosen_only=chosen_only, **options)
     say(f"{label}: {report.line()}")
     return conversations, report
 

@@ -60,7 +60,9 @@ def evaluate(adapter_path, given, run_dir, target):
     say(f"Measuring base and tuned model on {len(rows)} rows")
     with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
         metrics = measure(model, runner, rows)
-    samples = answer_side_by_side(model, tokenizer, conversations[: settings.eval_samples], settings)
+    samples = answer_side_by_side(
+        model, tokenizer, data_utils.with_questions(conversations, settings.eval_samples), settings
+    )
     metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name}
     write_report(target, metrics, samples)
     print_report(target, metrics, samples)
@@ -71,14 +73,24 @@ def load_validation_rows(settings, run_dir, cache_dir):
 
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
-        return data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only)[0]
+        return data_utils.load_announced(
+            "Validation data",
+            path,
+            columns,
+            cache_dir,
+            settings.chosen_only,
+            system_prompt=settings.system_prompt,
+            or_usual_names=True,
+        )[0]
     path = run_dir / VALIDATION_ROWS
     if not path.exists():
         raise UserError(
             f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"
             " give rows of your own by --validation_dataset_path"
         )
-    return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row")[0]
+    return data_utils.load_conversations(
+        path, cache_dir=cache_dir, number_column="row", system_prompt=settings.system_prompt
+    )[0]
 
 
 def tokenize_rows(tokenizer, conversations, settings, cache_dir):

@@ -122,6 +122,7 @@ def load(adapter_path, given, base_only):
     tokenizer = model_utils.load_tokenizer(model.name_or_path, hub_utils.models_cache(settings.models_dir))
     fit_utils.fit_pad_token(tokenizer, model, model_utils.choose_pad_token)
     fit_utils.check_prompt(model, tokenizer)
+    prompt_utils.announce_system_text(tokenizer, settings.system_prompt)
     return Loaded(model, tokenizer, settings)
 
 
@@ -129,7 +130,8 @@ def load(adapter_path, given, base_only):
 def print_reply(loaded, instruction):
     """Stream the answer to an instruction to stdout."""
     model, tokenizer, settings = loaded
-    chat_utils.print_answer(model, tokenizer, [{"role": "user", "content": instruction}], settings)
+    messages = prompt_utils.begin_with(settings.system_prompt, [{"role": "user", "content": instruction}])
+    chat_utils.print_answer(model, tokenizer, messages, settings)
 
 
 def run_demo(loaded):

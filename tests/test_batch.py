@@ -145,7 +145,8 @@ def test_another_input_other_settings_or_another_adapter_do_not_go_on(answer, fa
         ({"instruction": " "}, "row 2: no question, or an empty text"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "row 2: no question, or an empty text"),
         ({"messages": []}, "row 2: no question, or an empty text"),
-        ({"text": "one"}, "columns found: text; expected instruction"),
+        ({"body": "one"}, "columns found: body; expected instruction"),
+        ({"text": "one"}, "row 2: no question, or an empty text"),
         ({"instruction": "Hi", "reply": "x"}, "row 2: a column 'reply', where the answer is to be written; rename it"),
         ({"instruction": "word " * 200}, "the model's context has room for 160 beside the answer; shorten it"),
         ({"instruction": "Hi", "images": ["a.png"]}, "row 2: images beside the text"),
@@ -160,6 +161,12 @@ def test_a_row_that_cannot_be_answered_is_refused_before_any_is(answer, fake, tm
 def test_columns_with_other_names_are_mapped_and_need_no_response(answer, fake):
     mapped = SETTINGS._replace(dataset_columns={"instruction": "q"})
     assert answer([{"q": "one"}], settings=mapped)[0]["reply"] == "re one"
+
+
+def test_the_adapters_system_text_begins_the_prompts_that_have_none(answer, fake):
+    answer([ROWS[0], ROWS[5], ROWS[7]], settings=SETTINGS._replace(system_prompt="Be brief."))
+    assert [prompt[0]["content"] for prompt in reversed(fake.asked)] == ["Be brief.", "Be kind.", "Be brief."]
+    assert fake.asked[0][0]["tools"] == TOOLS
 
 
 def test_half_a_surrogate_pair_beside_a_prompt_is_written_as_it_was(answer):

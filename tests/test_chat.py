@@ -76,9 +76,9 @@ class FakeStream:
         self.chunks.close()
 
 
-def fake_chat(tokenizer, model=None, **options):
+def fake_chat(tokenizer, model=None, settings=SETTINGS, **options):
     FakeStream.asked = []
-    return Chat(model or FakeModel(), tokenizer, SETTINGS, **options)
+    return Chat(model or FakeModel(), tokenizer, settings, **options)
 
 
 def chat_in_two_terminals(argv):
@@ -179,7 +179,7 @@ def test_a_question_longer_than_the_context_is_refused_and_not_cut(chat, capsys,
 
 
 def test_the_system_text_is_shown_changed_and_removed(tokenizer, capsys):
-    chat = fake_chat(tokenizer, system="You are kind.")
+    chat = fake_chat(tokenizer, settings=SETTINGS._replace(system_prompt="You are kind."))
     asked = type_lines(chat, "/system", "one", "/system Be\x1b[2J brief.", "/retry", "/system none", "/retry")
     assert asked == [["You are kind.", "one"], ["Be\x1b[2J brief.", "one"], ["one"]]
     shown = capsys.readouterr().err

@@ -4,6 +4,8 @@ import datetime
 import io
 import json
 import os
+import shlex
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -989,3 +991,112 @@ def test_parquet_with_random_bytes_in_it_ends_in_one_line_or_in_rows(rows, place
     place %= len(content)
     content[place : place + len(noise)] = noise
     load_or_refuse("rows.parquet", bytes(content))
+
+
+# ---- Whole texts, one conversation, other names ----------------------------------------------------------------------
+def messages_of(path, **options):
+    return [messages for _, messages in load_conversations(path, **options)[0]]
+
+
+def test_a_column_text_is_read_as_whole_texts_and_announced(write):
+    rows = [{"text": "The lamp.", "url": "x", "id": 1}, {"text": " "}]
+    path = write("rows.jsonl", "\n".join(map(json.dumps, rows)))
+    whole = [[{"role": "text", "content": "The lamp."}]]
+    assert messages_of(path) == whole
+    line = load_conversations(path)[1].line()
+    assert "whole texts: every token is trained" in line
+    assert "not used: url, id" in line
+    assert messages_of(write("b.json", '[{"body": "The lamp."}]'), mapping={"text": "body"}) == whole
+    kept = write("validation.jsonl", json.dumps({"row": 7, "messages": whole[0]}))
+    assert load_conversations(kept, number_column="row")[0][0] == (7, whole[0])
+
+
+def test_a_text_beside_a_column_that_may_be_its_answer_is_not_guessed_at(write):
+    message = refusal(write("rows.csv", "text,label\nfine,good\n"))
+    assert """--dataset_columns '{"instruction": "text", "response": "label"}'""" in message
+    assert """--dataset_columns '{"text": "text"}' trains on whole texts""" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"id": "1", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]],
+    ],
+)
+def test_one_conversation_and_bare_lists_of_turns_are_read(write, content):
+    assert pairs(write("rows.json", json.dumps(content, indent=1))) == [("q", "a")]
+
+
+@pytest.mark.parametrize(
+    ("found", "guess"),
+    [
+        (["frage", "antwort"], {"instruction": "frage", "response": "antwort"}),
+        (["id", "reply", "question text"], {"instruction": "question text", "response": "reply"}),
+        (["a", "b"], {"instruction": "a", "response": "b"}),
+    ],
+)
+def test_columns_that_are_not_known_are_answered_with_the_flag_to_paste(write, found, guess):
+    message = refusal(write("rows.json", json.dumps([dict.fromkeys(found, "x")])))
+    pasted = message.split("name yours, if these are meant: ")[1]
+    flag, value = shlex.split(pasted)
+    assert flag == "--dataset_columns"
+    assert json.loads(value) == guess
+
+
+def test_the_pasted_command_is_the_running_one_with_its_columns(write, monkeypatch):
+    given = [
+        "train.py",
+        "--lora_r",
+        "8",
+        "--dataset_columns",
+        '{"instruction": "x"}',
+        "--custom_dataset_path",
+        "it's.json",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    pasted = refusal(write("rows.json", '[{"frage": "q", "antwort": "a"}]')).split("meant: ")[1]
+    columns = '{"instruction": "frage", "response": "antwort"}'
+    assert shlex.split(pasted) == ["python", *given[:3], *given[5:], "--dataset_columns", columns]
+
+
+def test_a_validation_file_may_have_the_usual_names_in_place_of_the_mapped_ones(write):
+    usual, odd = write("usual.json", JSON_ROWS), write("odd.json", '[{"q": "q", "a": "a"}]')
+    mapping = {"instruction": "q", "response": "a"}
+    assert messages_of(usual, mapping=mapping, or_usual_names=True) == messages_of(odd, mapping=mapping)
+    assert messages_of(odd, mapping=mapping, or_usual_names=True) == messages_of(odd, mapping=mapping)
+    half = write("half.json", '[{"q": "q", "response": "a"}]')
+    with pytest.raises(UserError, match="missing a"):
+        load_conversations(half, mapping, or_usual_names=True)
+    with pytest.raises(UserError, match=r"missing [qa], [qa]"):
+        load_conversations(usual, mapping)
+
+
+# ---- Files that are not what their name says -------------------------------------------------------------------------
+def test_an_unclosed_double_quote_is_not_read_as_single_quoted_csv(write):
+    text = "instruction,response\n\"What is this,An answer\nIt's mine,it's yours\nq,'tis\n"
+    assert "line 2: invalid CSV (a quote is opened and never closed)" in refusal(write("rows.csv", text))
+    mixed = 'instruction,response\n"What, is this","An answer"\n\'q\',r\n"s,t\n'
+    assert "a quote is opened and never closed" in refusal(write("mixed.csv", mixed))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_single_quotes_around_cells_are_taken_off(write, delimiter):
+    lines = ["instruction{d}response", "'a{d} b'{d}'it''s'", "'c'{d}'d'"]
+    text = "\n".join(lines).format(d=delimiter) + "\n"
+    assert pairs(write("rows.csv", text)) == [(f"a{delimiter} b", "it's"), ("c", "d")]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"PK\x03\x04\n", "a zip archive or a spreadsheet"),
+        (b"\x1f\x8b\x08", "packed by gzip"),
+        (b"PAR1", "a Parquet file"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(write, name, start, kind):
+    assert kind in refusal(write(name, start + b"\x00\xff\n"))
