@@ -150,6 +150,11 @@ class Chat:
                 self.ask([{"role": "user", "content": require_text(text.strip(), "the question")}], self.turns)
         except UserError as error:
             say(FLAG.sub(r"/set \1", f"error: {error}"))
+        except torch.OutOfMemoryError:
+            self.decoders.close()
+            say(
+                "error: this prompt uses up the GPU's memory; /clear the conversation, or /set a smaller max_new_tokens"
+            )
 
     # ---- Asking ----
     def ask(self, question, earlier):

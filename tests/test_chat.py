@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pexpect
 import pytest
+import torch
 
 import chat_utils
 import inference
+import train
 from chat_utils import Chat
 from conftest import PROJECT, TINY_BASE
 from data_utils import load_conversations
@@ -308,6 +310,24 @@ def test_turns_are_kept_with_our_template_where_the_adapter_learned_some(tokeniz
     assert inference.knows_turns(tokenizer, None) is False
     tokenizer.chat_template = "{{ messages }}"
     assert inference.knows_turns(tokenizer, None) is True
+
+
+def test_a_run_records_how_many_of_its_rows_hold_several_questions(tmp_path):
+    talk = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    rows = [{"messages": [*talk, {"role": "user", "content": f"{n}?"}, talk[1]][2 * (n > 0) :]} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert train.several_turns(vars(load_conversations(tmp_path / "rows.jsonl")[1])) == 0.25
+
+
+def test_out_of_memory_ends_the_answer_and_not_the_chat(chat, capsys, monkeypatch):
+    def no_room(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    type_lines(chat, "one")
+    monkeypatch.setattr(chat_utils, "stream_reply", no_room)
+    type_lines(chat, "two")
+    assert capsys.readouterr().err.startswith("error: this prompt uses up the GPU's memory; /clear")
+    assert len(chat.turns) == 1
 
 
 # ---- A pipe and a pseudo-terminal ------------------------------------------------------------------------------------
