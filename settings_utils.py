@@ -126,7 +126,11 @@ USED_SETTINGS = {
         *TO_ANSWER,
         *("validation_dataset_path", "dataset_columns", "chosen_only", "max_seq_length", "batch_size", "eval_samples"),
     ),
-    "inference.py": (*TO_USE_AN_ADAPTER, *TO_ANSWER, "do_sample", "temperature", "top_p", "seed"),
+    "inference.py": (
+        *TO_USE_AN_ADAPTER,
+        *TO_ANSWER,
+        *("do_sample", "temperature", "top_p", "seed", "dataset_columns"),
+    ),
 }
 
 

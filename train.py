@@ -218,7 +218,7 @@ def show_example(tokenizer, rows):
     start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
     marks = "green" if color else "[ ]"
     say(f"Example: row {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
-    say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n")
+    say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n", styled=True)
 
 
 def write_report(settings, report, dry_run=False):
@@ -377,9 +377,15 @@ def build_record(trainer, rows, started):
         "training_rows": len(rows.training),
         "validation_rows": len(rows.validation),
         "evaluated_rows": len(rows.evaluated),  # of them, during the training
+        "several_turns": several_turns(rows.report["files"][0]),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "python": platform.python_version(),
     }
+
+
+def several_turns(read):
+    """The share of the rows of a file that hold more than one question: whether a chat should keep earlier turns."""
+    return round(read["several_turns"] / read["kept"], 4)
 
 
 def print_summary(settings, adapter_dir, record):

@@ -134,7 +134,7 @@ def kill(pid):
 def finish_run(data, output_dir):
     code = os.waitstatus_to_exitcode(os.waitpid(start(data, output_dir), 0)[1])
     if code != 0:
-        raise RuntimeError(f"the run ended with {code}:\n{Path(f'{output_dir}.log').read_text()}")
+        raise RuntimeError(f"the run ended with {code}:\n{Path(f'{output_dir}.log').read_text(encoding='utf-8')}")
     return (output_dir / WEIGHTS).read_bytes()
 
 

@@ -65,6 +65,7 @@ def test_the_held_out_rows_are_not_among_the_training_rows(trained):
     rows = [json.loads(line)["messages"] for line in (trained[0] / "validation.jsonl").read_text().splitlines()]
     record = json.loads((trained[0] / "lora-adapter/run.json").read_text())
     assert (len(rows), record["training_rows"], record["validation_rows"]) == (20, 180, 20)
+    assert record["several_turns"] == 0
 
 
 def test_the_voice_of_the_data_shows_in_the_tuned_answers_only(metrics, trained):

@@ -71,7 +71,7 @@ def running(folder, *flags, launcher=()):
     """A real run in the background, once it has saved a checkpoint."""
     flags = map(str, (*FLAGS, *flags, "--output_dir", folder / "out", "--logs_dir", folder / "logs"))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with open(folder / "log", "w") as log:
+    with open(folder / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, *launcher, PROJECT / "train.py", *flags],
             stderr=log,

@@ -110,6 +110,8 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "config",
         "demo",
         "base_only",
+        "input_file",
+        "output_file",
         "adapter_path",
         "help",
         "logdir",

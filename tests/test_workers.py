@@ -78,7 +78,7 @@ def test_processes_wait_until_their_results_are_taken(tmp_path):
 
 
 def children():
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
 
 
 def test_closing_the_results_ends_the_processes():
@@ -174,7 +174,7 @@ def tokenizing(folder, path):
     """
     command = [sys.executable, "-W", "always:This process", "-c", TRAIN, "--dry_run"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    with open(folder / "log", "w") as log:
+    with open(folder / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*command, "--custom_dataset_path", path, "--output_dir", folder / "out", "--logs_dir", folder / "logs"],
             cwd=PROJECT,
@@ -188,7 +188,7 @@ def tokenizing(folder, path):
             workers = []
             while len(workers) < 2 and process.poll() is None:
                 time.sleep(0.01)
-                workers = [int(pid) for pid in found.read_text().split()]
+                workers = [int(pid) for pid in found.read_text(encoding="utf-8").split()]
             assert len(workers) == 2, (folder / "log").read_text()
             time.sleep(0.3)
             yield process, workers
@@ -201,7 +201,7 @@ def tokenizing(folder, path):
 def is_running(pid):
     """Whether a process does more than wait to be collected."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
