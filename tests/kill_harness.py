@@ -249,7 +249,7 @@ def sweep(scratch, chosen, draw, only=None):
     write_base(scratch / "base")
     finished = scratch / "finished"
     earlier = partial(train_command, seed=7)
-    assert fork_command(earlier, finished)[0] == 0, Path(f"{finished}.log").read_text()
+    assert fork_command(earlier, finished)[0] == 0, Path(f"{finished}.log").read_text(encoding="utf-8")
     plans = {}
     for name, (command, begun, result) in COMMANDS.items():
         whole = [scratch / f"{name}-{number}".replace(" ", "-") for number in (1, 2)]
@@ -258,7 +258,7 @@ def sweep(scratch, chosen, draw, only=None):
             if begun:
                 shutil.copytree(finished, folder)
             code, count = fork_command(command, folder)
-            assert code == 0, Path(f"{folder}.log").read_text()
+            assert code == 0, Path(f"{folder}.log").read_text(encoding="utf-8")
             counts.append(count)
         if counts:
             first, second = map(result, whole)
