@@ -21,6 +21,7 @@ quiet_libraries()  # before bitsandbytes is imported, as the entry scripts do: i
 
 import model_utils  # noqa: E402
 import train  # noqa: E402
+import warm  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(PROJECT / "models" / "tiny-base")
@@ -53,21 +54,25 @@ def signals_as_in_a_terminal():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imports_are_no_garbage():
-    """Looking through them takes a third of a second, which every run in this process would do several times."""
+def frozen():
+    """Let the garbage collector skip all that is imported by now, and nothing else: a script that a test runs in this
+    process would freeze what the tests before it left. Holds an entry for each time that one wanted to.
+    """
     gc.freeze()
+    wanted = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: wanted.append("again"))
+        yield wanted
 
 
 @pytest.fixture(autouse=True)
-def garbage_is_collected():
+def garbage_is_collected(frozen):
     """A script run in this process would leave it to the next test."""
-    before = gc.get_freeze_count()
     yield
     gc.enable()
-    if gc.get_freeze_count() > before:
-        gc.unfreeze()
+    if frozen:
+        frozen.clear()
         gc.collect()
-        gc.freeze()
 
 
 @pytest.fixture
@@ -77,16 +82,29 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def run():
-    """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess."""
+def run(tmp_path_factory):
+    """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess.
 
-    def run_script(script, *arguments, cwd=PROJECT, stdin=None, torchrun=(), **environment):
+    The process has PyTorch loaded when it starts, which saves three seconds; one that is cold has loaded nothing.
+    """
+    folder = tmp_path_factory.mktemp("run")
+
+    def run_script(script, *arguments, cwd=PROJECT, stdin="", torchrun=(), cold=False, **environment):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
-        command = [sys.executable, *launcher, str(PROJECT / script), *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=600, check=False
-        )
+        script, arguments = str(PROJECT / script), [str(argument) for argument in arguments]
+        if cold or torchrun:
+            launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+            command = [sys.executable, *launcher, script, *arguments]
+            return subprocess.run(
+                command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=600, check=False
+            )
+        streams = [folder / name for name in ("stdin", "stdout", "stderr")]
+        for stream, text in zip(streams, (stdin, "", ""), strict=True):
+            stream.write_text(text, encoding="utf-8")
+        process = warm.start(script, arguments, cwd, environment, streams)
+        process.join(600)
+        said = [stream.read_text(encoding="utf-8", errors="replace") for stream in streams[1:]]
+        return subprocess.CompletedProcess([script, *arguments], process.exitcode, *said)
 
     return run_script
 
