@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ quiet_libraries()  # before bitsandbytes is imported, as the entry scripts do: i
 
 import model_utils  # noqa: E402
 import train  # noqa: E402
-import warm  # noqa: E402
+from warm import WarmProcess  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(PROJECT / "models" / "tiny-base")
@@ -85,28 +86,43 @@ def tokenizer():
 def run(tmp_path_factory):
     """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess.
 
-    The process has PyTorch loaded when it starts, which saves three seconds; one that is cold has loaded nothing.
+    The process has PyTorch loaded when it starts, which saves three seconds; a cold one has loaded nothing.
     """
-    folder = tmp_path_factory.mktemp("run")
 
     def run_script(script, *arguments, cwd=PROJECT, stdin="", torchrun=(), cold=False, **environment):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-        script, arguments = str(PROJECT / script), [str(argument) for argument in arguments]
-        if cold or torchrun:
-            launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
-            command = [sys.executable, *launcher, script, *arguments]
-            return subprocess.run(
-                command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=600, check=False
-            )
-        streams = [folder / name for name in ("stdin", "stdout", "stderr")]
-        for stream, text in zip(streams, (stdin, "", ""), strict=True):
-            stream.write_text(text, encoding="utf-8")
-        process = warm.start(script, arguments, cwd, environment, streams)
-        process.join(600)
-        said = [stream.read_text(encoding="utf-8", errors="replace") for stream in streams[1:]]
-        return subprocess.CompletedProcess([script, *arguments], process.exitcode, *said)
+        if not cold and not torchrun:
+            folder = tmp_path_factory.mktemp("process")
+            return WarmProcess(folder, PROJECT / script, arguments, cwd, outside(environment), stdin).wait(600)
+        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        command = [sys.executable, *launcher, str(PROJECT / script), *map(str, arguments)]
+        known = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+        return subprocess.run(command, cwd=cwd, env=outside(environment), input=stdin, **known)
 
     return run_script
+
+
+@pytest.fixture(scope="session")
+def run_two(tmp_path_factory):
+    """Run a script in two processes, as a launcher does: run_two("train.py") -> two CompletedProcess, by rank."""
+
+    def run_script(script, *arguments, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+        processes = []
+        for rank in ("0", "1"):
+            place = outside(meeting | two | {"RANK": rank, "LOCAL_RANK": rank} | environment)
+            folder = tmp_path_factory.mktemp("process")
+            processes.append(WarmProcess(folder, PROJECT / script, arguments, PROJECT, place))
+        return [process.wait(600) for process in processes]
+
+    return run_script
+
+
+def outside(changes):
+    """The environment of a script's process."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
 # ---- Whole small runs, in this process -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,34 +31,46 @@ FORKS.set_forkserver_preload(
 )
 
 
-def start(script, arguments, folder, environment, streams):
-    """Begin what `cd folder; python script arguments` does; returns the process, which has pid, join() and exitcode.
+class WarmProcess:
+    """A process that does what `cd cwd; python script arguments` does, with its streams as files in a folder."""
 
-    The three streams are paths: a file to read, and two to write stdout and stderr to.
-    """
-    process = FORKS.Process(target=run_as_main, args=(script, arguments, folder, dict(environment), streams))
-    process.start()
-    return process
+    def __init__(self, folder, script, arguments, cwd, environment, stdin=""):
+        self.folder, self.arguments = folder, [str(script), *map(str, arguments)]
+        for name, text in (("stdin", stdin), ("stdout", ""), ("stderr", "")):
+            (folder / name).write_text(text, encoding="utf-8")
+        place = (str(folder), str(cwd), dict(environment))
+        self.process = FORKS.Process(target=run_as_main, args=(self.arguments, *place))
+        self.process.start()
+
+    def wait(self, seconds):
+        """The CompletedProcess, once it has ended."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.arguments, seconds)
+        said = [(self.folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *said)
 
 
-def run_as_main(script, arguments, folder, environment, streams):
-    """The work of start(), in the new process."""
-    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
-        os.dup2(os.open(path, flags), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+def run_as_main(arguments, folder, cwd, environment):
+    """The work of a WarmProcess."""
+    for number, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
+        os.dup2(os.open(f"{folder}/{name}", flags), number)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
-    sys.argv = [script, *arguments]
+    os.chdir(cwd)
+    sys.argv = arguments
     added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [str(Path(script).parent), *added, *(path for path in sys.path if path not in PATHS_OF_PYTEST)]
+    script = Path(arguments[0])
+    sys.path[:] = [str(script.parent), *added, *(path for path in sys.path if path not in PATHS_OF_PYTEST)]
     for path in added:
-        if (Path(path) / "sitecustomize.py").exists():
+        if Path(path, "sitecustomize.py").exists():
             runpy.run_path(f"{path}/sitecustomize.py")
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.stdout.flush()
         atexit._run_exitfuncs()  # multiprocessing would leave them out
