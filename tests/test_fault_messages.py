@@ -30,7 +30,7 @@ import model_utils
 import train
 import training_utils
 from checkpoint_utils import find_newest, seal
-from conftest import PROJECT, TINY_BASE
+from conftest import PROJECT, TINY_BASE, small_base
 from fake_hub import NO_SERVER, TOKEN, serve
 from file_utils import write_json
 from message_utils import run_script
@@ -61,7 +61,7 @@ def scratch(tmp_path_factory):
     (folder / "rows.json").write_text(json.dumps(ROWS))
     numbers = {"max_steps": 4, "eval_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 1, "lora_r": 2}
     fixed = {"device": "cpu", "use_4bit_quantization": "false", "gradient_checkpointing": "false", "sample_prompts": 0}
-    fixed |= numbers | {"base_model_name": TINY_BASE, "custom_dataset_path": folder / "rows.json"}
+    fixed |= numbers | {"base_model_name": small_base(), "custom_dataset_path": folder / "rows.json"}
     return SimpleNamespace(folder=folder, fixed=fixed)
 
 
@@ -140,7 +140,7 @@ def adapter(place):
 
 
 def copied_base(place):
-    return shutil.copytree(TINY_BASE, place.folder / "base")
+    return shutil.copytree(small_base(), place.folder / "base")
 
 
 def edit_json(path, **changes):

@@ -405,7 +405,8 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(foreseen, small_disk, dat
     monkeypatch.setattr(checkpoint_utils.Checkpoints, "check_space", lambda self: None)
     if not foreseen:
         monkeypatch.setattr(checkpoint_utils, "check_space", lambda *args: None)
-    changes = {"logs_dir": str(tmp_path / "logs"), "lora_target_modules": "all-linear"}  # the adapter must not fit
+    changes = {"logs_dir": str(tmp_path / "logs"), "base_model_name": TINY_BASE}
+    changes["lora_target_modules"] = "all-linear"  # the adapter must not fit
     message = refusal(lambda: small_run(dataset, small_disk, **changes))
     assert ("needs" if foreseen else "could not be saved: No space left on device") in message
     assert "last good checkpoint" in message

@@ -41,6 +41,7 @@ class WarmProcess:
         place = (str(folder), str(cwd), dict(environment))
         self.process = FORKS.Process(target=run_as_main, args=(self.arguments, *place))
         self.process.start()
+        self.pid = self.process.pid
 
     def wait(self, seconds):
         """The CompletedProcess, once it has ended."""
