@@ -35,6 +35,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(PROJECT / "models" / "tiny-base")
 
 
+# the files that take longest for their number of tests: begun last, they would leave one of two processes idle
+LONG_FILES = ("test_end_to_end.py", "test_processes.py", "test_faults.py", "test_checkpoints.py", "test_runs.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first; pytest-xdist hands out files in this order."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
+
 def refusal(function, *args):
     """The message of the UserError that the call must raise; it is one line."""
     with pytest.raises(UserError) as caught:
