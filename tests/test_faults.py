@@ -26,7 +26,7 @@ import engine_runner
 import plan_utils
 import training_utils
 from checkpoint_utils import find_newest
-from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_run
+from conftest import PROJECT, TINY_BASE, adapter_bytes, refusal, small_base, small_run
 from file_utils import storage_errors, write_json
 from model_utils import load_trained_model, merge_and_save_model
 from process_utils import StopSignals
@@ -462,7 +462,7 @@ def copied(source, target):
 
 def test_an_adapter_whose_base_was_moved_still_loads(adapter, tmp_path, capsys):
     folder = copied(adapter, tmp_path / "adapter")
-    base = copied(TINY_BASE, tmp_path / "moved")
+    base = copied(small_base(), tmp_path / "moved")
     config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     load_trained_model(folder)
@@ -520,7 +520,7 @@ def test_a_torn_file_of_validation_rows_is_written_anew_when_the_run_goes_on(con
 
 
 def test_a_merge_that_the_disk_has_no_room_for_is_one_line_and_leaves_nothing(small_disk, undisturbed):
-    model, tokenizer = load_trained_model(undisturbed() / "lora-adapter")
+    model, tokenizer = load_trained_model(undisturbed(base_model_name=TINY_BASE) / "lora-adapter")
     message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
     assert "the merged model needs 3" in message
     assert "or merge into a folder on another disk" in message
@@ -529,7 +529,7 @@ def test_a_merge_that_the_disk_has_no_room_for_is_one_line_and_leaves_nothing(sm
 
 def test_a_disk_that_fills_up_in_a_merge_is_one_line_and_leaves_nothing(small_disk, undisturbed, monkeypatch):
     monkeypatch.setattr("model_utils.check_space", lambda *args: None)
-    model, tokenizer = load_trained_model(undisturbed() / "lora-adapter")
+    model, tokenizer = load_trained_model(undisturbed(base_model_name=TINY_BASE) / "lora-adapter")
     message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
     assert message.startswith("the merged model could not be saved: ")
     assert list(small_disk.iterdir()) == []
