@@ -79,7 +79,7 @@ def settings_of(data, output_dir):
         batch_size=2,
         gradient_accumulation_steps=2,
         max_seq_length=48,
-        num_epochs=4,
+        num_epochs=2,
         eval_steps=2,
         logging_steps=3,
         early_stopping_patience=3,

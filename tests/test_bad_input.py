@@ -98,7 +98,7 @@ def test_train_refuses_a_dataset_that_is(fault, call, folders, tmp_path):
 # ---- Settings and command line ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
 def test_an_unknown_flag_names_the_nearest_one(script, run, output):
-    check_refusal(run(script, "--devise", "cpu", *output), "--devise", "did you mean --device?")
+    check_refusal(run(script, "--devise", "cpu", *output, cold=True), "--devise", "did you mean --device?")
 
 
 def test_a_setting_that_the_script_does_not_use_is_refused_with_the_scripts_that_do(call, output):
@@ -129,7 +129,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake_too(call, folders):
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
 def test_help_shows_the_settings_that_the_script_uses_at_once(script, run):
-    done = run(script, "--help", PYTHONPROFILEIMPORTTIME="1")
+    done = run(script, "--help", cold=True, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert [line for line in lines if not line.startswith("import time:")] == []

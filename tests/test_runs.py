@@ -139,7 +139,8 @@ def test_memory_that_runs_out_in_the_optimizer_ends_in_one_line(dataset, tmp_pat
 def test_compiling_without_a_compiler_ends_in_one_line_before_the_model_is_loaded(run, dataset, tmp_path):
     places = ["--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs"]
     none = {"CC": "/nonexistent", "CXX": "/nonexistent", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    result = run("train.py", "--custom_dataset_path", dataset, *places, "--torch_compile", "true", "--dry_run", **none)
+    flags = ("--custom_dataset_path", dataset, "--torch_compile", "true", "--dry_run")
+    result = run("train.py", *flags, *places, cold=True, **none)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]
