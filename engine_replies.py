@@ -446,7 +446,8 @@ class Decoder:
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=device)
         self.log = torch.zeros(self.chunk, slots, dtype=torch.long, device=device)
         self.clock = torch.zeros(1, dtype=torch.long, device=device)
-        self.warpers, self.seen, self.graph, self.patches = LogitsProcessorList(), None, None, Patches()
+        self.warpers, self.patches = LogitsProcessorList(), Patches()
+        self.seen = self.graph = self.replay = self.logits = None
         if generation.do_sample:
             self.warpers.append(TemperatureLogitsWarper(generation.temperature))
             self.warpers.append(TopPLogitsWarper(generation.top_p))
@@ -465,7 +466,8 @@ class Decoder:
     def close(self):
         if self.graph is not None:
             self.graph.reset()
-        self.graph = self.replay = self.cache = self.logits = None
+        self.cache.layers.clear()  # its layers know it, so that its memory would wait for the garbage collector
+        self.graph = self.replay = self.logits = None
         self.patches.close()
 
     def __enter__(self):

@@ -441,8 +441,8 @@ def test_recorded_steps_draw_anew_each_time():
 
 
 def test_replies_leave_no_memory_behind():
-    model = tiny("llama").to(CUDA)
-    written(model, make_prompts(), GREEDY)
-    before = torch.cuda.memory_allocated()
-    written(model, make_prompts(), GREEDY, slots=4, length=4096)
-    assert torch.cuda.memory_allocated() == before
+    model, allocated = tiny("llama").to(CUDA), []
+    for _ in range(5):  # the first may load what libraries keep
+        written(model, make_prompts(), GREEDY, slots=4, length=4096)
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[1] == allocated[-1]
