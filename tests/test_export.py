@@ -1,22 +1,22 @@
 """What lies beside the weights: model cards whose code works, Ollama's Modelfile; and merge.py, which writes them."""
 
+import contextlib
+import copy
+import io
 import json
 import re
-import shutil
-from pathlib import Path
 
 import jinja2
 import pytest
-from transformers import AutoTokenizer
 
 import merge
 from conftest import PROJECT, TINY_BASE
 from export_utils import hub_id, ollama_template, write_adapter_card, write_merged_card, write_modelfile
 from message_utils import UserError
-from model_utils import Merge, load_tokenizer, save_adapter
+from model_utils import Merge, load_tokenizer
 from prompt_utils import render
-from settings_utils import DEFAULTS, USED_SETTINGS, Settings
-from tiny import SETTINGS, with_adapter
+from settings_utils import USED_SETTINGS, Settings
+from tiny import SETTINGS
 
 RECORD = {"steps": 12, "training_rows": 1234, "validation_rows": 20, "validation_loss": 1.5}
 METRICS = {"rows": 20, "base": {"loss": 3.0, "perplexity": 20.09}, "tuned": {"loss": 1.5, "perplexity": 4.48}}
@@ -42,9 +42,14 @@ MOVING = (
 BRACES = "{% for message in messages %}{{ '{{' + message['role'] + '}}' + message['content'] + eos_token }}{% endfor %}"
 
 
-@pytest.fixture
-def tokenizer():
+@pytest.fixture(scope="module")
+def loaded_tokenizer():
     return load_tokenizer(TINY_BASE)
+
+
+@pytest.fixture
+def tokenizer(loaded_tokenizer):
+    return copy.deepcopy(loaded_tokenizer)
 
 
 # ---- Model cards -----------------------------------------------------------------------------------------------------
@@ -54,7 +59,12 @@ def test_a_card_tells_data_settings_figures_sample_and_template_and_no_path_of_t
     assert card.startswith("---\nbase_model: team/Model-7B\n")
     assert "1,234 rows of `rows.jsonl`, 12 steps" in card
     assert "/home" not in card
-    for text in ("Loss 1.5000", "| base | 3.0000 | 20.09 |", "| tuned | 1.5000 | 4.48 |", "````text\nA ``` letter.\n````"):
+    for text in (
+        "Loss 1.5000",
+        "| base | 3.0000 | 20.09 |",
+        "| tuned | 1.5000 | 4.48 |",
+        "````text\nA ``` letter.\n````",
+    ):
         assert text in card
     assert render(tokenizer, [{"role": "user", "content": "What does a good answer look like?"}], True) in card
 
@@ -62,7 +72,7 @@ def test_a_card_tells_data_settings_figures_sample_and_template_and_no_path_of_t
 def test_a_card_of_a_local_base_names_no_base_model_of_the_hub(tokenizer, tmp_path):
     write_adapter_card(tmp_path, tokenizer, SETTINGS, RECORD)
     merged = Merge(TINY_BASE, "dequantized", "bfloat16", 2.0, {"full": 2.2, "dequantized": 2.1})
-    write_merged_card(tmp_path / ".." / tmp_path.name, tokenizer, merged)
+    write_merged_card(tmp_path, tokenizer, merged)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "base_model:" not in card
     assert str(PROJECT) not in card
@@ -85,13 +95,70 @@ def test_only_a_name_of_the_hub_is_given_as_base_model(name, found):
     assert hub_id(name) == found
 
 
-def run_code(card, folder, base, capsys):
-    """What the Python of a model card prints, with its placeholders replaced by real folders."""
-    [code] = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), flags=re.DOTALL)
-    code = code.replace("path/to/this/folder", str(folder)).replace("path/to/tiny-base", str(base))
+# ---- merge.py --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def merged(undisturbed, tmp_path_factory):
+    """(the adapter of a run, its merged model, what merge.py printed)."""
+    adapter, target = undisturbed() / "lora-adapter", tmp_path_factory.mktemp("merge") / "merged"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        merge.main([str(target), "--adapter_path", str(adapter), "--device", "cpu"])
+    return adapter, target, printed.getvalue()
+
+
+def test_merge_py_scores_what_it_wrote_on_the_rows_that_the_run_held_out(merged):
+    adapter, target, printed = merged
+    record, run = (json.loads(path.read_text()) for path in (target / "merge.json", adapter / "run.json"))
+    assert record["adapter_loss"] == pytest.approx(run["validation_loss"], rel=1e-5)
+    assert record["losses"]["full"] == pytest.approx(run["validation_loss"], rel=0.01)
+    assert re.search(rf"^base \+ adapter +{record['adapter_loss']:.4f} +", printed, flags=re.MULTILINE)
+    assert "bfloat16, merged into the base as it is stored" in printed
+    assert {"README.md", "Modelfile", "merge.json", "model.safetensors", "chat_template.jinja"} <= {
+        path.name for path in target.iterdir()
+    }
+    assert not target.with_name("merged.incomplete").exists()
+
+
+def run_code(folder, capsys):
+    """What the Python of a folder's model card prints, with its placeholders replaced by real folders."""
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = code.replace("path/to/this/folder", str(folder)).replace("path/to/tiny-base", TINY_BASE)
     capsys.readouterr()
     exec(code.replace("max_new_tokens=256", "max_new_tokens=8"), {})
     return capsys.readouterr().out
+
+
+def test_the_python_of_both_cards_works(merged, capsys):
+    adapter, target, _ = merged
+    assert run_code(adapter, capsys).strip()
+    assert run_code(target, capsys).strip()
+
+
+def test_merge_py_reads_the_settings_that_it_offers(undisturbed, tmp_path, monkeypatch):
+    read = set()
+
+    class ReadSettings(Settings):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    original = merge.make_settings
+    monkeypatch.setattr(merge, "make_settings", lambda *sources: ReadSettings(*original(*sources)))
+    rows = undisturbed() / "validation.jsonl"
+    merge.main(
+        [
+            *(str(tmp_path / "merged"), "--adapter_path", str(undisturbed() / "lora-adapter"), "--device", "cpu"),
+            *("--validation_dataset_path", str(rows)),
+        ]
+    )
+    assert set(USED_SETTINGS["merge.py"]) <= read | {"output_dir"}
+
+
+def test_merge_py_overwrites_nothing(undisturbed, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="exists already; remove it, or name another"):
+        merge.main([str(tmp_path), "--adapter_path", str(undisturbed() / "lora-adapter")])
+    assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
 # ---- Ollama ----------------------------------------------------------------------------------------------------------
