@@ -108,7 +108,7 @@ def ask_server(folder):
     """The answers that OpenAI's client streams from `transformers serve`."""
     from openai import APIConnectionError, OpenAI  # an optional package
 
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--port", str(PORT)]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(PORT)]
     server = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"])
     client = OpenAI(base_url=f"http://localhost:{PORT}/v1", api_key="none")
     try:
