@@ -36,11 +36,12 @@ def verdict(rows, low, high):
 def ratio_interval(amounts, sizes):
     """(sum of amounts / sum of sizes, low, high): the ratio over rows like these, and its 95 % interval.
 
-    Rows lie along the last axis: amounts are, for example, differences in negative log-likelihood, and sizes are tokens.
+    Rows lie along the last axis: amounts are differences in negative log-likelihood, for example, and sizes are tokens.
     The ratio is a mean of the rows weighted by their sizes, so that a few long rows can carry it. Two things keep its
-    interval honest where rows are few and uneven (benchmarks/interval.py): a row's residual is enlarged by what the row
-    itself pulled the ratio towards it (HC2), and Student's t has the degrees of freedom that the weights leave (Bell and
-    McCaffrey 2002; Imbens and Kolesar 2016). Of rows of one size this is the usual t interval. NaN for a single row.
+    interval honest where rows are few and uneven (benchmarks/interval.py): a row's residual is enlarged by what the
+    row itself pulled the ratio towards it (HC2), and Student's t has the degrees of freedom that the weights leave
+    (Bell and McCaffrey 2002; Imbens and Kolesar 2016). Of rows of one size this is the usual t interval. NaN for a
+    single row.
     """
     amounts, sizes = np.asarray(amounts, float), np.asarray(sizes, float)
     total = sizes.sum(-1, keepdims=True)
@@ -95,8 +96,8 @@ def mean_interval(differences):
 def share_interval(base, tuned):
     """(difference, low, high) of two shares: base and tuned are 0 or 1 for each row (along the last axis).
 
-    A t interval of five rows that all went from 0 to 1 would have no width. This is the adjusted Wald interval of Bonett
-    and Price (2012), which adds one row of each kind of change.
+    A t interval of five rows that all went from 0 to 1 would have no width. This is the adjusted Wald interval of
+    Bonett and Price (2012), which adds one row of each kind of change.
     """
     base, tuned = np.asarray(base, float), np.asarray(tuned, float)
     rows = base.shape[-1]
@@ -106,7 +107,7 @@ def share_interval(base, tuned):
 
 
 def as_figures(interval, name="mean"):
-    """An interval for a JSON file: {"mean": ..., "low": ..., "high": ...}, None for what a single row leaves unknown."""
+    """An interval for a JSON file: {"mean": ..., "low": ..., "high": ...}, None for what one row leaves unknown."""
     return {
         key: float(value) if np.isfinite(value) else None
         for key, value in zip((name, "low", "high"), interval, strict=True)
@@ -117,7 +118,7 @@ def as_figures(interval, name="mean"):
 class Words:
     """Splits a text into words of any script, in lower case; characters of scripts without blanks count as words.
 
-    rouge-score's own tokenizer knows a to z and digits only, so that of a Russian or Chinese text nothing would be left.
+    rouge-score's own tokenizer knows a to z and digits only: of a Russian or Chinese text nothing would be left.
     """
 
     PATTERN = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
