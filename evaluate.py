@@ -276,7 +276,7 @@ def describe(adapter_path, settings, measured):
         "trained_rows_left_out": measured.left_out,
         "trained_prompts_seen": measured.prompt_trained,
         "validation_rows_of_the_run": measured.validated,
-        "settings": {name: getattr(settings, name) for name in USED_SETTINGS["evaluate.py"]},
+        "settings": {name: value for name, value in settings._asdict().items() if name in USED_SETTINGS["evaluate.py"]},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in MEASURED_BY},
     }
 
