@@ -385,15 +385,17 @@ def save_adapter(model, tokenizer, path, content=None):
     make_readable(path)
 
 
-def save_finished_adapter(model, base, path, settings, record):
+def save_finished_adapter(model, base, path, settings, record, state):
     """Save an adapter with its settings, run record and model card; the folder appears only when it is complete.
 
-    base: the Base that it was trained on.
+    base: the Base that it was trained on. state: the TrainerState, whose log_history has the losses of all steps.
     """
+    state.best_model_checkpoint = None  # it is an absolute path, and best_global_step says the same
     with staged_folder(path) as staged:
         save_adapter(model, base.tokenizer, staged, base.content)
         write_recorded_settings(staged, settings)
         write_json(staged / "run.json", record)
+        state.save_to_json(staged / "trainer_state.json")
         (staged / "README.md").write_text(model_card(settings, record), encoding="utf-8")
 
 
