@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 
@@ -56,16 +57,28 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+class Voice:
+    """What say() does beside printing; `aside` is set by progress_utils, and moves bars out of the way."""
+
+    def __init__(self):
+        self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
+        self.aside = contextlib.nullcontext
+
+
+VOICE = Voice()
+
+
 def say(message, each_process=False):
     """Print a message on stderr. Results are printed on stdout by print().
 
     Only the first process prints it. With each_process=True every process that calls this prints it, and all but the
     first put their number before it.
     """
-    if is_first_process():
-        print(message, file=sys.stderr, flush=True)
-    elif each_process:
-        print(f"process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
+    if is_first_process() or each_process:
+        shown = message if is_first_process() else f"process {os.environ['RANK']}: {message}"
+        VOICE.spoken_at = time.monotonic()
+        with VOICE.aside():
+            print(shown, file=sys.stderr, flush=True)
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
@@ -209,8 +222,9 @@ def leave_process_group():
 def quiet_libraries():
     """Silence notices of the libraries that need no action of the user; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is not set, tokenizers warns at every fork
-    if not is_first_process():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the first process shows the progress of all
+    # the project has bars of its own, and none where nobody looks
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # bitsandbytes prints it where its optional CPU kernels are not installed; its built-in ones are correct
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # huggingface_hub prints it for datasets whose README has no header

@@ -1,157 +1,145 @@
-"""What a run shows of itself: a line for each logged loss, TensorBoard, sample answers."""
+"""Progress: how far a long job is and how long it will still take, as a bar on a terminal and as rare lines elsewhere.
+
+with progress("Tokenizing", total=len(rows), unit="rows") as bar:
+    for part in parts:
+        ...
+        bar.update(len(part))
+"""
 
 import contextlib
+import os
 import sys
-from typing import ClassVar
+import threading
+import time
 
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback
 
-from data_utils import last_answer
-from file_utils import display_path
-from generation_utils import generate_replies
-from message_utils import say
+from message_utils import VOICE, is_first_process, say
 
-
-class ProgressLine(ProgressCallback):
-    """One dense line for each logged loss and each evaluation, above a progress bar if stderr is a terminal."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
-        self.current_step = 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        if "loss" in logs:
-            line = (
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-                f"  gradient {logs.get('grad_norm', 0):.2f}  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
-            )
-        elif "eval_loss" in logs:
-            line = (
-                f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
-                f"  perplexity {logs['eval_perplexity']:.2f}"
-            )
-        else:
-            return
-        self.training_bar.write(line, file=sys.stderr)
+FIRST_LINE, NEXT_LINE = 5, 30  # seconds of silence after which a job says, where there is no terminal, how far it is
+BAR_DELAY, BAR_PAUSE = 1, 0.25  # seconds before a bar is drawn, and between two drawings
+RUNNING = []  # the jobs that are being shown, the innermost last: it is the one that speaks
 
 
-class RunBoard(TrainerCallback):
-    """Writes a run to TensorBoard: losses, learning rate, gradient, speed, memory, sample answers and settings."""
+def progress(what, total=None, unit="steps", done=0):
+    """Context manager of a long job; its update(count) is cheap enough to be called for every row.
 
-    NAMES: ClassVar = {
-        "loss": "train/loss",
-        "learning_rate": "train/learning_rate",
-        "grad_norm": "train/gradient_norm",
-        "tokens_per_second": "train/tokens_per_second",
-        "peak_memory_gib": "train/peak_memory_gib",
-        "eval_loss": "validation/loss",
-        "eval_perplexity": "validation/perplexity",
-    }
-    FINAL: ClassVar = ("final/validation_loss", "final/training_loss", "final/steps")  # shown in the HParams tab
+    what: the job's name, as a line begins with it: "Tokenizing". total: of so many units, None where nobody knows.
+    unit: in the plural; "bytes" are shown as MiB. done: units that were done before, and tell nothing of the speed.
 
-    def __init__(self, log_dir, settings, first_step=0):
-        self.first_step = first_step  # what a killed run wrote of later steps is not shown
-        self.log_dir = log_dir
-        self.settings = settings
-        self.writer = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            with self.kept_going():
-                purge = {"purge_step": self.first_step + 1} if self.first_step else {}
-                self.writer = SummaryWriter(str(self.log_dir), **purge)
-                rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
-                self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
-                self.add_hparams()
-                self.writer.flush()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.writer is not None:
-            with self.kept_going():
-                for name in self.NAMES.keys() & logs.keys():
-                    self.writer.add_scalar(self.NAMES[name], logs[name], state.global_step)
-                self.writer.flush()
-
-    def add_hparams(self):
-        """The settings, for the HParams tab. SummaryWriter.add_hparams would show them as a second run.
-
-        TensorBoard shows first the settings in which runs differ, unless a run lists the columns (an "experiment").
-        """
-        shown = {
-            name: value if type(value) in (int, float) else str(value)
-            for name, value in self.settings._asdict().items()
-        }
-        _, start, _ = hparams(shown, {})
-        self.writer.file_writer.add_summary(start)
-
-    def add_final_figures(self, state):
-        """The figures of the run's end beside its settings: the best validation loss is that of the adapter."""
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        figures = (state.best_metric, losses[-1] if losses else None, state.global_step)
-        for name, figure in zip(self.FINAL, figures, strict=True):
-            if figure is not None:
-                self.writer.add_scalar(name, figure, state.global_step)
-
-    def add_samples(self, prompts, expected, replies, step):
-        """Show each prompt with the reply of this step and the answer in the data."""
-        if self.writer is not None:
-            parts = [
-                f"**Prompt** {prompt}\n\n**Reply** {reply}\n\n**Answer in the data** {answer}"
-                for prompt, reply, answer in zip(prompts, replies, expected, strict=True)
-            ]
-            with self.kept_going():
-                self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
-                self.writer.flush()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.writer is not None:
-            with self.kept_going():
-                self.add_final_figures(state)
-                self.writer.close()
-            self.writer = None
-
-    @contextlib.contextmanager
-    def kept_going(self):
-        """A disk that refuses to write the logs costs the logs, not the run; it is said once."""
-        try:
-            yield
-        except OSError as error:
-            self.writer = None
-            say(
-                f"TensorBoard logs end here: {display_path(self.log_dir)} cannot be written ({error.strerror or error})"
-            )
-
-
-class SampleAnswers(TrainerCallback):
-    """Answers a few validation prompts at each evaluation, so that progress can be read and not only plotted.
-
-    Greedily: the replies must not move the random numbers that dropout and shuffling draw from.
+    A job that ends within seconds shows nothing. Only the first process shows anything.
     """
+    return Progress(what, total, unit, done)
 
-    def __init__(self, tokenizer, conversations, generation_config, max_prompt_tokens, board):
-        self.tokenizer = tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
-        self.prompts = [conversation[: last_answer(conversation)] for conversation in conversations]
-        self.expected = [conversation[last_answer(conversation)]["content"] for conversation in conversations]
-        self.generation_config = generation_config
-        self.board = board
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or not self.prompts:
-            return
-        model.eval()
-        replies = generate_replies(
-            model, self.tokenizer, self.prompts, self.generation_config, max_prompt_tokens=self.max_prompt_tokens
-        )
-        self.board.add_samples(
-            [p[-1]["content"] for p in self.prompts], self.expected, [r.text for r in replies], state.global_step
-        )
+class Progress:
+    """A running job: a thread of its own looks at it, so that a single long call is not silent either."""
+
+    def __init__(self, what, total, unit, done):
+        self.what, self.total, self.unit, self.before, self.done = what, total, unit, done, done
+        self.started = time.monotonic()
+        self.bar, self.lines = None, 0
+        self.ended = threading.Event()
+        self.watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def update(self, count=1):
+        """So many units more are done."""
+        self.done += count
+
+    def seconds_left(self):
+        """Seconds that the rest will take at the speed so far; None while nothing tells."""
+        new = self.done - self.before
+        return self.elapsed() / new * max(self.total - self.done, 0) if self.total and new > 0 else None
+
+    def elapsed(self):
+        return time.monotonic() - self.started
+
+    def __enter__(self):
+        self.started = time.monotonic()
+        if is_first_process():
+            RUNNING.append(self)
+            self.watcher.start()
+        return self
+
+    def __exit__(self, kind, *exception):
+        self.ended.set()
+        if self in RUNNING:
+            self.watcher.join()
+            RUNNING.remove(self)
+        if self.bar is not None:
+            with contextlib.suppress(OSError, ValueError):  # the terminal was closed
+                self.bar.close()
+        if self.lines and kind is None:
+            say(f"{self.what}: {self._amount(self.done) or 'done'} in {format_duration(self.elapsed())}")
+
+    # ---- What is shown ----
+    def _watch(self):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more, which the main thread will see
+            terminal = is_terminal()
+            while not self.ended.wait(BAR_PAUSE):
+                if terminal:
+                    self._draw()
+                elif RUNNING[-1:] == [self]:
+                    self._speak()
+
+    def _draw(self):
+        if self.bar is None:
+            if self.elapsed() < BAR_DELAY:
+                return
+            self.bar = Bar(
+                desc=self.what,
+                total=self.total,
+                initial=self.before,
+                unit="B" if self.unit == "bytes" else f" {self.unit}",
+                unit_scale=self.unit == "bytes",
+                unit_divisor=1024,
+                bar_format=None if self.total or self.done else "{desc}: {elapsed}",
+                leave=False,
+                file=sys.stderr,
+                nrows=20,
+            )
+            self.bar.start_t -= self.elapsed()
+        self.bar.n = self.done
+        self.bar.ncols = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        self.bar.refresh()
+
+    def _speak(self):
+        silence = time.monotonic() - max(VOICE.spoken_at, self.started)
+        if silence >= (NEXT_LINE if self.lines else FIRST_LINE):
+            self.lines += 1
+            say(self.line())
+
+    def line(self):
+        """'Tokenizing: 12,000 of 200,000 rows (6%), 30 s so far, about 7 min 50 s left'."""
+        parts = [f"{format_duration(self.elapsed())} so far"]
+        if amount := self._amount(self.done, self.total):
+            share = f" ({min(self.done / self.total, 1):.0%})" if self.total else ""
+            parts.insert(0, f"{amount}{share}")
+        if (left := self.seconds_left()) is not None:
+            parts.append(f"about {format_duration(left)} left")
+        return f"{self.what}: {', '.join(parts)}"
+
+    def _amount(self, done, total=None):
+        """'12,000 of 200,000 rows', '3 rows', or '' where nothing is counted."""
+        if not (done or total):
+            return ""
+        size, unit = (2**20, "MiB") if self.unit == "bytes" else (1, self.unit)
+        return f"{done / size:,.0f}{f' of {total / size:,.0f}' if total else ''} {unit}"
+
+
+class Bar(tqdm):
+    """tqdm's bar without its own thread, since a Progress has one."""
+
+    monitor_interval = 0
+
+
+def is_terminal():
+    """Whether stderr is a terminal on which a bar can be drawn."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+Bar.set_lock(threading.RLock())  # tqdm's own is shared among processes, which on some systems starts one more
+VOICE.aside = lambda: Bar.external_write_mode(file=sys.stderr)  # bars step aside while a line is printed
 
 
 def format_duration(seconds):

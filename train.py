@@ -31,6 +31,7 @@ from file_utils import (
     write_json,
 )
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
     CACHE,
@@ -44,6 +45,7 @@ from run_utils import (
 from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help, a mistyped flag and a faulty row come first.
+board_utils = LateImport("board_utils")
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
@@ -52,7 +54,6 @@ generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
 plan_utils = LateImport("plan_utils")
 process_utils = LateImport("process_utils")
-progress_utils = LateImport("progress_utils")
 prompt_utils = LateImport("prompt_utils")
 report_utils = LateImport("report_utils")
 token_utils = LateImport("token_utils")
@@ -226,13 +227,13 @@ def prepare_trainer(settings, base, data, rows, plan, model, checkpoints):
 def build_callbacks(settings, tokenizer, validation_set, checkpoints):
     """What the run shows of itself: lines, TensorBoard, and sample answers to the first validation prompts."""
     log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
-    board = progress_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
+    board = board_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
     prompts = [conversation for _, conversation in validation_set[: settings.sample_prompts]]
     return [
-        progress_utils.ProgressLine(),
+        board_utils.ProgressLine(),
         board,
-        progress_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
+        board_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
     ]
 
 
@@ -321,7 +322,7 @@ def print_summary(settings, adapter_dir, record):
         if record["best_step"]:
             validation += f" from step {record['best_step']}"
         following.insert(0, f"Next: python evaluate.py{where}    base versus tuned, in figures and answers")
-    duration = progress_utils.format_duration(record["seconds"])
+    duration = format_duration(record["seconds"])
     lines = [
         f"\nDone in {duration}: {record['steps']} steps, training loss {record['first_loss']:.4f} ->"
         f" {record['last_loss']:.4f}{validation}, peak memory {record['peak_memory_gib']:.2f} GiB.",

@@ -143,7 +143,7 @@ def harass(folder, kills, seed):
 
 
 if __name__ == "__main__":
-    for module in ("checkpoint_utils", "data_utils", "generation_utils", "progress_utils", "torch.utils.tensorboard"):
+    for module in ("checkpoint_utils", "data_utils", "generation_utils", "board_utils", "torch.utils.tensorboard"):
         importlib.import_module(module)  # train.py loads them late; the forks are to find them loaded
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=30)

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-import progress_utils
+import board_utils
 import train
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from settings_utils import DEFAULTS, Settings
@@ -85,7 +85,7 @@ def test_what_to_type_next_can_be_pasted(dataset, tmp_path, capsys):
 def test_tensorboard_holds_the_curves_the_samples_and_the_settings(undisturbed):
     board = EventAccumulator(str(undisturbed().parent / "logs" / "run")).Reload()
     scalars = set(board.Tags()["scalars"])
-    assert scalars == {*progress_utils.RunBoard.NAMES.values(), *progress_utils.RunBoard.FINAL}
+    assert scalars == {*board_utils.RunBoard.NAMES.values(), *board_utils.RunBoard.FINAL}
     for name in scalars:
         assert all(math.isfinite(event.value) for event in board.Scalars(name)), name
     texts = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]}

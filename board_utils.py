@@ -1,0 +1,153 @@
+"""What a training shows of itself: a line for each logged loss, TensorBoard, sample answers."""
+
+import contextlib
+import sys
+from typing import ClassVar
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from data_utils import last_answer
+from file_utils import display_path
+from generation_utils import generate_replies
+from message_utils import say
+
+
+class ProgressLine(ProgressCallback):
+    """One dense line for each logged loss and each evaluation, above a progress bar if stderr is a terminal."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
+        self.current_step = 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            line = (
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+                f"  gradient {logs.get('grad_norm', 0):.2f}  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
+            )
+        elif "eval_loss" in logs:
+            line = (
+                f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
+                f"  perplexity {logs['eval_perplexity']:.2f}"
+            )
+        else:
+            return
+        self.training_bar.write(line, file=sys.stderr)
+
+
+class RunBoard(TrainerCallback):
+    """Writes a run to TensorBoard: losses, learning rate, gradient, speed, memory, sample answers and settings."""
+
+    NAMES: ClassVar = {
+        "loss": "train/loss",
+        "learning_rate": "train/learning_rate",
+        "grad_norm": "train/gradient_norm",
+        "tokens_per_second": "train/tokens_per_second",
+        "peak_memory_gib": "train/peak_memory_gib",
+        "eval_loss": "validation/loss",
+        "eval_perplexity": "validation/perplexity",
+    }
+    FINAL: ClassVar = ("final/validation_loss", "final/training_loss", "final/steps")  # shown in the HParams tab
+
+    def __init__(self, log_dir, settings, first_step=0):
+        self.first_step = first_step  # what a killed run wrote of later steps is not shown
+        self.log_dir = log_dir
+        self.settings = settings
+        self.writer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            with self.kept_going():
+                purge = {"purge_step": self.first_step + 1} if self.first_step else {}
+                self.writer = SummaryWriter(str(self.log_dir), **purge)
+                rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
+                self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
+                self.add_hparams()
+                self.writer.flush()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.writer is not None:
+            with self.kept_going():
+                for name in self.NAMES.keys() & logs.keys():
+                    self.writer.add_scalar(self.NAMES[name], logs[name], state.global_step)
+                self.writer.flush()
+
+    def add_hparams(self):
+        """The settings, for the HParams tab. SummaryWriter.add_hparams would show them as a second run.
+
+        TensorBoard shows first the settings in which runs differ, unless a run lists the columns (an "experiment").
+        """
+        shown = {
+            name: value if type(value) in (int, float) else str(value)
+            for name, value in self.settings._asdict().items()
+        }
+        _, start, _ = hparams(shown, {})
+        self.writer.file_writer.add_summary(start)
+
+    def add_final_figures(self, state):
+        """The figures of the run's end beside its settings: the best validation loss is that of the adapter."""
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        figures = (state.best_metric, losses[-1] if losses else None, state.global_step)
+        for name, figure in zip(self.FINAL, figures, strict=True):
+            if figure is not None:
+                self.writer.add_scalar(name, figure, state.global_step)
+
+    def add_samples(self, prompts, expected, replies, step):
+        """Show each prompt with the reply of this step and the answer in the data."""
+        if self.writer is not None:
+            parts = [
+                f"**Prompt** {prompt}\n\n**Reply** {reply}\n\n**Answer in the data** {answer}"
+                for prompt, reply, answer in zip(prompts, replies, expected, strict=True)
+            ]
+            with self.kept_going():
+                self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
+                self.writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.writer is not None:
+            with self.kept_going():
+                self.add_final_figures(state)
+                self.writer.close()
+            self.writer = None
+
+    @contextlib.contextmanager
+    def kept_going(self):
+        """A disk that refuses to write the logs costs the logs, not the run; it is said once."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            say(
+                f"TensorBoard logs end here: {display_path(self.log_dir)} cannot be written ({error.strerror or error})"
+            )
+
+
+class SampleAnswers(TrainerCallback):
+    """Answers a few validation prompts at each evaluation, so that progress can be read and not only plotted.
+
+    Greedily: the replies must not move the random numbers that dropout and shuffling draw from.
+    """
+
+    def __init__(self, tokenizer, conversations, generation_config, max_prompt_tokens, board):
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.prompts = [conversation[: last_answer(conversation)] for conversation in conversations]
+        self.expected = [conversation[last_answer(conversation)]["content"] for conversation in conversations]
+        self.generation_config = generation_config
+        self.board = board
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero or not self.prompts:
+            return
+        model.eval()
+        replies = generate_replies(
+            model, self.tokenizer, self.prompts, self.generation_config, max_prompt_tokens=self.max_prompt_tokens
+        )
+        texts = [reply.text for reply in replies]
+        self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, texts, state.global_step)
