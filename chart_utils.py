@@ -6,7 +6,7 @@ from collections import namedtuple
 from markupsafe import Markup, escape
 
 # style: the class of a line, "base" or "tuned"; points: [(x, y)], in the order of x; dots: whether each point is marked
-Curve = namedtuple("Curve", "name style points dots")
+Curve = namedtuple("Curve", "style points dots")
 Frame = namedtuple("Frame", "width height left right top bottom")  # of a chart, and its margins, in CSS pixels
 WIDE, NARROW = Frame(720, 280, 48, 12, 12, 44), Frame(340, 240, 44, 8, 12, 44)
 MOST_POINTS = 300  # of a line; more are averaged
@@ -60,10 +60,13 @@ def draw_bars(counts, up_to, x_label, y_label):
     return both_sizes(draw, height=200)
 
 
-def draw_interval(low, mean, high, direction):
-    """A point and its interval on a line whose middle is no difference. direction -1 turns it round."""
+def draw_interval(low, mean, high, direction, reach=None):
+    """A point and its interval on a line whose middle is no difference. direction -1 turns it round.
+
+    reach: the largest value that the line must hold; None: that of this interval.
+    """
     low, mean, high = sorted(direction * value for value in (low, mean, high))
-    reach = 1.1 * max(abs(low), abs(high), 1e-12)
+    reach = 1.1 * (reach or max(abs(low), abs(high)) or 1)
     x_place, _ = places(INTERVAL, (-reach, reach), (0, 1))
     middle, y = x_place(0), INTERVAL.height / 2
     sure = "tuned" if low > 0 or high < 0 else "base"

@@ -1,8 +1,8 @@
 """The report of an evaluation: one HTML file that needs nothing else, to read, print or hand over.
 
-    page_utils.write_report("output/evaluation/demo-validation")     # metrics.json and samples.jsonl -> report.html
+    write_report("output/evaluation/demo-validation")     # metrics.json and samples.jsonl -> report.html
 
-Everything in it is drawn here: page.html.j2 lays it out, the charts are SVG, and no network is used.
+page.html.j2 lays it out and holds the words that are the same in each.
 """
 
 import base64
@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from chart_utils import Curve, draw_bars, draw_curves, draw_interval
 from data_utils import DataReport
-from file_utils import PROJECT_DIR, read_json, resolve_path, whole_file
+from file_utils import PROJECT_DIR, display_path, read_json, resolve_path, whole_file
 from message_utils import UserError
 from progress_utils import format_duration
 from report_utils import notices
@@ -35,47 +35,83 @@ FIGURES = (
     Figure("exact_match", "Exact match", 1, "%", "word for word the expected answer"),
     Figure("chrf", "chrF", 1, "{:.1f}", "characters in common with the expected answer, 0 to 100"),
     Figure("rouge_l", "ROUGE-L", 1, "{:.3f}", "words in common with it, in their order, 0 to 1"),
-    Figure("ended", "Ended by itself", 1, "%", "the others were cut at the limit of tokens"),
+    Figure("ended", "Ended by itself", 1, "%", "the other answers were cut at the limit of tokens"),
     Figure("repetition", "Repetition", -1, "%", "sequences of four words that stood in the same answer before"),
     Figure("length_ratio", "Length", 0, "{:.2f}", "of all answers, that of the expected ones being 1"),
     Figure("mean_tokens", "Tokens", 0, "{:,.1f}", "of an answer, on average"),
 )
+LOSS = FIGURES[0]
+COMPARED = ("loss", "perplexity", "accuracy", "chrf", "ended")  # the columns of a comparison
+
 VERDICTS = {
     "better": "The tuned model is better.",
     "worse": "The tuned model is worse.",
     "no clear difference": "No clear difference.",
     "too few rows": "Too few rows for a verdict.",
 }
-KINDS = {"": "All", "better": "Better", "worse": "Worse", "cut": "Cut"}
 LEFT_OUT_SETTINGS = ("output_dir", "logs_dir", "models_dir")  # places on a machine, which say nothing of the model
 
 
 def write_report(folder):
-    """Write report.html from the metrics.json and samples.jsonl that lie in a folder of an evaluation."""
+    """Write report.html from the metrics.json and samples.jsonl that lie in the folder of an evaluation."""
     folder = Path(folder)
     metrics, samples = read_json(folder / METRICS, "the evaluation"), read_samples(folder / SAMPLES)
-    run = read_run(metrics)
-    described = [describe_sample(sample, {"base": "Base", "tuned": "Tuned"}) for sample in samples]
-    page = {
-        "title": f"Evaluation of {metrics['run']}",
+    page = describe_comparison(metrics, samples) if "adapters" in metrics else describe_evaluation(metrics, samples)
+    page |= {
         "metrics": metrics,
+        "measured": list(describe_measured(metrics)),
+        "shared_system": shared_system(samples),
+        "kinds": count_kinds(page["samples"], page["kinds"]),
+        "footer": f"Made from {METRICS} and {SAMPLES} of the same folder, which hold all figures with all their digits.",
+    }
+    with whole_file(folder / REPORT) as file:
+        file.write(render(page))
+
+
+def describe_evaluation(metrics, samples):
+    """What the page of base and tuned shows, as far as that of a comparison shows it otherwise."""
+    run = read_run(metrics["adapter"])
+    settings = run["settings"] | metrics["settings"]
+    return {
+        "title": f"Evaluation of {metrics['run']}",
         "headline": VERDICTS.get(metrics["verdict"], metrics["verdict"]),
         "lead": list(lead(metrics)),
         "warnings": list(warnings(metrics)),
         "tiles": list(tiles(metrics)),
-        "figures": list(figure_rows(metrics)),
+        "figures": {"columns": ["base", "tuned"], "rows": list(figure_rows(metrics))},
         "curves": describe_curves(run["history"], run["record"].get("best_step")),
-        "measured": list(describe_measured(metrics)),
         "data": describe_data(run["data_report"]),
         "environment": list(describe_environment(metrics, run["record"])),
-        "settings": [pair for pair in metrics["settings"].items() if pair[0] not in LEFT_OUT_SETTINGS],
-        "shared_system": shared_system(samples),
-        "kinds": count_kinds(described),
-        "samples": described,
-        "footer": f"Written {metrics['date']} from {METRICS} and {SAMPLES}, which lie beside this page.",
+        "settings": [pair for pair in settings.items() if pair[0] not in LEFT_OUT_SETTINGS],
+        "differing": None,
+        "kinds": {"better": "Better", "worse": "Worse", "cut": "Cut"},
+        "samples": [describe_sample(sample, {"base": "Base", "tuned": "Tuned"}) for sample in samples],
     }
-    with whole_file(folder / REPORT) as file:
-        file.write(render(page))
+
+
+def describe_comparison(metrics, samples):
+    """What the page of several adapters shows, as far as that of an evaluation shows it otherwise."""
+    names = [adapter["run"] for adapter in metrics["adapters"]]
+    labels = {f"answer-{number}": name for number, name in enumerate(names)}
+    samples = [sample | dict(zip(labels, sample["answers"], strict=True)) for sample in samples]
+    return {
+        "title": f"Comparison of {', '.join(names)}",
+        "headline": metrics["verdict"],
+        "lead": [
+            f"{show_count(len(names), 'adapter')} on the same {describe_rows(metrics)}. Compared is the loss of the"
+            f" expected answers, in nats a {metrics['unit']}, with that of {names[0]}."
+        ],
+        "warnings": list(warnings(metrics)),
+        "tiles": [],
+        "figures": compare_figures(metrics),
+        "curves": None,
+        "data": None,
+        "environment": [("evaluated", metrics["date"]), *metrics["versions"].items()],
+        "settings": [],
+        "differing": compare_settings(metrics["adapters"]),
+        "kinds": {f"nearest-{number}": f"{name} nearest" for number, name in enumerate(names)} | {"cut": "Cut"},
+        "samples": [describe_sample(sample, labels) for sample in samples],
+    }
 
 
 def render(page):
@@ -93,7 +129,7 @@ def render(page):
 
 
 def csp_hash(script):
-    """What a Content-Security-Policy calls a script that it allows."""
+    """What a Content-Security-Policy calls a script that it allows; no other runs, whatever the page's texts hold."""
     return "sha256-" + base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()
 
 
@@ -105,59 +141,66 @@ def read_samples(path):
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); evaluate again") from None
+        raise UserError(f"{display_path(path)} is damaged ({error}); evaluate again") from None
 
 
-def read_run(metrics):
-    """What the adapter's run left: its record, the history of its losses, its data report; empty what is not there."""
-    adapter = resolve_path(metrics["adapter"])
-    found = {}
-    for name, path in (
-        ("record", adapter / "run.json"),
-        ("state", adapter / "trainer_state.json"),
-        ("data_report", adapter.parent / DATA_REPORT),
-    ):
-        found[name] = read_json(path, "the run's record") if path.is_file() else {}
+def read_run(adapter):
+    """What an adapter's run left: its record, settings, history of losses and data report; empty what is not there."""
+    adapter = resolve_path(adapter)
+    files = {
+        "record": adapter / "run.json",
+        "settings": adapter / "settings.json",
+        "state": adapter / "trainer_state.json",
+        "data_report": adapter.parent / DATA_REPORT,
+    }
+    found = {name: read_json(path, "the run's record") if path.is_file() else {} for name, path in files.items()}
     return found | {"history": found["state"].get("log_history", [])}
 
 
 # ---- In words --------------------------------------------------------------------------------------------------------
+def describe_rows(metrics):
+    """'20 held-out rows', or '20 rows' where the adapter has seen some of them or nobody knows."""
+    return show_count(metrics["rows"], "held-out row" if metrics["held_out"] else "row")
+
+
 def lead(metrics):
     """The sentences below the verdict."""
-    base, tuned = metrics["base"], metrics["tuned"]
-    loss, perplexity = (
-        next(figure_rows(metrics)),
-        (show_figure(each["perplexity"], "{:,.2f}") for each in (base, tuned)),
-    )
-    kind = "held-out row" if metrics["held_out"] else "row"
+    loss, perplexity, *_ = figure_rows(metrics)
     interval = f" (95 % interval {loss['interval']})" if loss["interval"] else ""
     yield (
-        f"On {show_count(metrics['rows'], kind)} the loss of the expected answers is {loss['base']} with the base model"
-        f" and {loss['tuned']} with the tuned one: a difference of {loss['difference']}{interval}. As perplexity:"
-        f" {' and '.join(perplexity)}, {tuned['band']}."
+        f"On {describe_rows(metrics)} the loss of the expected answers is {loss['cells'][0]} with the base model and"
+        f" {loss['cells'][1]} with the tuned one: a difference of {loss['difference']}{interval}. As perplexity:"
+        f" {' and '.join(perplexity['cells'])}, {metrics['tuned']['band']}."
     )
     if metrics["verdict"] == "too few rows":
-        yield "A few odd rows would decide between so few; ten are the least for a verdict."
+        yield "Ten rows are the least for a verdict: of fewer, a few odd ones would decide."
 
 
 def warnings(metrics):
     """What must be known before the figures are believed."""
-    if not metrics["held_out"]:
-        yield "These rows are not known to be held out: the adapter may have been trained on them."
-    if seen := metrics["trained_rows_seen"]:
-        yield f"{show_count(seen, 'row')} of the data had been trained on."
+    seen, left_out = metrics["trained_rows_seen"], metrics.get("trained_rows_left_out", 0)
+    if seen is None:
+        yield "These rows may have been trained on: the adapter carries no record of the rows that it has seen."
+        return
+    if left_out:
+        yield f"{show_count(left_out, 'row')} of the file had been trained on and left out of every figure here."
+    if seen > left_out:
+        yield f"{show_count(seen - left_out, 'row')} of these had been trained on, which flatters the tuned model."
 
 
 def describe_measured(metrics):
     """(name, value) of the rows that were measured."""
-    data = metrics["data"]
-    yield "measured on", data["name"]
-    yield "file", data["path"]
-    yield "rows in it", f"{data['rows']:,}"
+    data, seen = metrics["data"], metrics["trained_rows_seen"]
     yield "rows measured", f"{metrics['rows']:,}"
-    yield "of its rows trained on", f"{metrics['trained_rows_seen']:,}"
+    yield "of them from", data["path"]
+    yield "trained on", "unknown" if seen is None else f"{seen - metrics.get('trained_rows_left_out', 0):,}"
+    yield "left out as trained on", f"{metrics.get('trained_rows_left_out', 0):,}"
+    if metrics.get("trained_prompts_seen"):
+        yield "prompts trained with another answer", f"{metrics['trained_prompts_seen']:,}"
+    if metrics.get("validation_rows_of_the_run"):
+        yield "by which the run chose its best step", f"{metrics['validation_rows_of_the_run']:,}"
     yield "tokens of their answers", f"{metrics['answer_tokens']:,}"
-    yield "sha256", data["sha"][:16]
+    yield "sha256 of the rows", data["sha256"][:16]
 
 
 def describe_environment(metrics, record):
@@ -181,8 +224,7 @@ def show_figure(value, form, signed=False):
         return "\u2013"
     text = f"{100 * abs(value):.0f} %" if form == "%" else form.format(abs(value))
     is_zero = not re.search("[1-9]", text)
-    sign = "" if is_zero else "\u2212" if value < 0 else "+" if signed else ""
-    return sign + text
+    return ("" if is_zero else "\u2212" if value < 0 else "+" if signed else "") + text
 
 
 def show_count(number, noun):
@@ -191,24 +233,23 @@ def show_count(number, noun):
 
 
 def figure_rows(metrics):
-    """The rows of the table of figures: base, tuned, and their difference with its interval, where there is one."""
+    """The table's rows of an evaluation: base, tuned, and their difference with its interval, where there is one."""
     loss = {"mean": metrics["difference"]["loss"]} | metrics["difference"]
     for figure in FIGURES:
         if metrics["tuned"].get(figure.key) is None:
             continue
-        difference = loss if figure.key == "loss" else metrics["difference"].get(figure.key)
         yield {
-            "figure": figure,
-            "base": show_figure(metrics["base"][figure.key], figure.form),
-            "tuned": show_figure(metrics["tuned"][figure.key], figure.form),
-            **describe_difference(difference, figure),
+            "label": figure.label,
+            "meaning": figure.meaning,
+            "cells": [show_figure(metrics[name][figure.key], figure.form) for name in ("base", "tuned")],
+            **describe_difference(loss if figure is LOSS else metrics["difference"].get(figure.key), figure),
         }
 
 
-def describe_difference(difference, figure):
+def describe_difference(difference, figure, reach=None):
     """A difference {"mean", "low", "high"}, or None, as words and as a drawing.
 
-    Shares differ by points, since +70 % can be read as 1.7 times.
+    Shares differ by points, since +70 % can be read as 1.7 times. reach: how far the drawing goes to both sides.
     """
     if difference is None:
         return {"difference": "", "interval": "", "plot": ""}
@@ -218,20 +259,52 @@ def describe_difference(difference, figure):
     return {
         "difference": show_figure(mean, form, signed=True) + (" points" if scale == 100 else ""),
         "interval": f"{show_figure(low, form, signed=True)} to {show_figure(high, form, signed=True)}" if known else "",
-        "plot": draw_interval(low, mean, high, figure.better) if known and figure.better else "",
+        "plot": draw_interval(low, mean, high, figure.better, reach) if known and figure.better else "",
     }
 
 
 def tiles(metrics):
-    """The few figures that stand large at the top."""
+    """The few figures that stand large at the top: loss, perplexity, right answers or chrF, ended answers."""
     chosen = ["loss", "perplexity", "accuracy" if "accuracy" in metrics["tuned"] else "chrf", "ended"]
     for figure in FIGURES:
         if figure.key in chosen and metrics["tuned"].get(figure.key) is not None:
-            yield {
-                "label": figure.label,
-                "base": show_figure(metrics["base"][figure.key], figure.form),
-                "tuned": show_figure(metrics["tuned"][figure.key], figure.form),
-            }
+            base, tuned = (show_figure(metrics[name][figure.key], figure.form) for name in ("base", "tuned"))
+            yield {"label": figure.label, "base": base, "tuned": tuned}
+
+
+def compare_figures(metrics):
+    """The table of a comparison, a row for each adapter."""
+    adapters = metrics["adapters"]
+    figures = [figure for figure in FIGURES if figure.key in COMPARED and adapters[0].get(figure.key) is not None]
+    ends = [abs(adapter["difference"][end] or 0) for adapter in adapters[1:] for end in ("low", "high")]
+    rows = [
+        {
+            "label": adapter["run"],
+            "meaning": f"{adapter['adapter']} on {adapter['base_model']}, whose loss is"
+            f" {show_figure(adapter['base_loss'], LOSS.form)}",
+            "cells": [show_figure(adapter[figure.key], figure.form) for figure in figures],
+            **describe_difference(adapter["difference"], LOSS, max(ends)),
+        }
+        for adapter in adapters
+    ]
+    return {"columns": [figure.label for figure in figures], "rows": rows}
+
+
+def compare_settings(adapters):
+    """The settings in which adapters differ: {"names": [...], "rows": [(setting, value of each)]}."""
+    found = [
+        read_run(adapter["adapter"])["settings"] | {"base_model_name": adapter["base_model"]} for adapter in adapters
+    ]
+    names = [name for name in dict.fromkeys(name for settings in found for name in settings)]
+    rows = [(name, [settings.get(name, "unknown") for settings in found]) for name in names]
+    return {
+        "names": [adapter["run"] for adapter in adapters],
+        "rows": [
+            (name, values)
+            for name, values in rows
+            if name not in (*LEFT_OUT_SETTINGS, "run_name") and any(value != values[0] for value in values)
+        ],
+    }
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -242,8 +315,8 @@ def describe_curves(history, best_step):
     if not training:
         return None
     curves = [
-        Curve("training loss", "base", training, False),
-        Curve("validation loss", "tuned", validation, len(validation) <= 40),
+        Curve("base", training, False),
+        Curve("tuned", validation, len(validation) <= 40),
     ]
     says = [f"Training loss went from {training[0][1]:.3f} to {training[-1][1]:.3f} in {training[-1][0]:,} steps."]
     if validation:
@@ -278,40 +351,42 @@ def describe_data(report):
 def describe_sample(sample, labels):
     """What the page shows of a row: its prompt, the expected answer, and the answer of each model with its facts.
 
-    labels: {key of the answer in the sample: how the page calls it}; the last is the one that is judged.
+    labels: {key of the answer in the sample: how the page calls it}.
     """
-    base, *_, tuned = (sample[name] for name in labels)
-    kinds = [compare_answers(base, tuned), "" if tuned["ended"] else "cut"]
+    answers = {name: sample[name] for name in labels}
     return {
         "row": sample["row"],
-        "prompt": sample["prompt"],
+        "prompt": sample["prompt"] or show_turn(sample["messages"][-1])["text"],
         "earlier": [turn for turn in map(show_turn, sample["messages"][:-1]) if turn["text"]],
         "expected": sample["expected"],
-        "kinds": list(filter(None, kinds)),
+        "kinds": list(find_kinds(answers)),
         "answers": [
-            {"name": name, "label": label, "text": sample[name]["text"], "facts": list(answer_facts(sample[name]))}
+            {"name": name, "label": label, "text": answers[name]["text"], "facts": list(answer_facts(answers[name]))}
             for name, label in labels.items()
         ],
     }
 
 
-def count_kinds(samples):
+def find_kinds(answers):
+    """The classes of a row: which answer is nearest to the expected one, if one is, and whether one was cut."""
+    nearness = {name: (answer.get("accuracy", 0), answer["chrf"]) for name, answer in answers.items()}
+    nearest = [name for name, found in nearness.items() if found == max(nearness.values())]
+    if len(nearest) == 1:
+        yield {"tuned": "better", "base": "worse"}.get(nearest[0], nearest[0].replace("answer", "nearest"))
+    if any(not answer["ended"] for name, answer in answers.items() if name != "base"):
+        yield "cut"
+
+
+def count_kinds(samples, labels):
     """The filters of the answers: [{"value": class of the rows or '', "label", "count"}]."""
-    counts = {"": len(samples)} | {kind: sum(kind in sample["kinds"] for sample in samples) for kind in KINDS if kind}
-    return [{"value": kind, "label": label, "count": counts[kind]} for kind, label in KINDS.items()]
-
-
-def compare_answers(base, tuned):
-    """'better', 'worse' or '': whether the tuned answer is nearer to the expected one; a right one always is."""
-    for name in ("accuracy", "chrf"):
-        if tuned.get(name) is not None and tuned[name] != base[name]:
-            return "better" if tuned[name] > base[name] else "worse"
-    return ""
+    counts = {kind: sum(kind in sample["kinds"] for sample in samples) for kind in labels}
+    every = {"value": "", "label": "All", "count": len(samples)}
+    return [every, *({"value": kind, "label": labels[kind], "count": count} for kind, count in counts.items())]
 
 
 def answer_facts(answer):
     """What stands below an answer: 'right', 'chrF 41.3', '57 tokens', 'cut'."""
-    if answer.get("accuracy") is not None:
+    if "accuracy" in answer:
         yield "right" if answer["accuracy"] else "wrong"
     yield f"chrF {answer['chrf']:.1f}"
     yield show_count(answer["tokens"], "token")
@@ -320,7 +395,7 @@ def answer_facts(answer):
 
 
 def show_turn(message):
-    """A message as role and text; what it holds beside text (calls of tools) as JSON."""
+    """A message as role and text; what it holds beside text, such as calls of tools, as JSON."""
     others = {key: value for key, value in message.items() if key not in ("role", "content", "weight") and value}
     parts = [message.get("content") or "", json.dumps(others, ensure_ascii=False) if others else ""]
     return {"role": message["role"], "text": "\n".join(filter(None, parts))}
@@ -328,24 +403,15 @@ def show_turn(message):
 
 def shared_system(samples):
     """The system text with which all prompts begin, or ''. It is shown once."""
-    found = {
-        sample["messages"][0]["content"] if sample["messages"][0]["role"] == "system" else "" for sample in samples
-    }
+    firsts = [sample["messages"][0] for sample in samples]
+    found = {first["content"] if first["role"] == "system" else "" for first in firsts}
     return found.pop() if len(found) == 1 else ""
 
 
 # ---- Characters ------------------------------------------------------------------------------------------------------
 # No foreign text may turn others around or hide: control characters, direction overrides and isolates are named, and so
 # are halves of characters (surrogates), which no file can hold
-NAMED = [
-    *range(0x09),
-    0x0B,
-    0x0C,
-    *range(0x0D, 0x20),
-    *range(0x7F, 0xA0),
-    *range(0x202A, 0x202F),
-    *range(0x2066, 0x206A),
-]
+NAMED = [*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 VISIBLE = {code: f"[U+{code:04X}]" for code in [*NAMED, *range(0xD800, 0xE000)]}
 
 
