@@ -62,7 +62,7 @@ def write_report(folder):
         "measured": list(describe_measured(metrics)),
         "shared_system": shared_system(samples),
         "kinds": count_kinds(page["samples"], page["kinds"]),
-        "footer": f"Made from {METRICS} and {SAMPLES} of the same folder, which hold all figures with all their digits.",
+        "footer": f"Made from {METRICS} and {SAMPLES} of the same folder, which hold all figures in full.",
     }
     with whole_file(folder / REPORT) as file:
         file.write(render(page))
@@ -106,7 +106,11 @@ def describe_comparison(metrics, samples):
         "figures": compare_figures(metrics),
         "curves": None,
         "data": None,
-        "environment": [("evaluated", metrics["date"]), *metrics["versions"].items()],
+        "environment": [
+            *((f"{adapter['run']}: base model, its loss", show_base(adapter)) for adapter in metrics["adapters"]),
+            ("evaluated", metrics["date"]),
+            *metrics["versions"].items(),
+        ],
         "settings": [],
         "differing": compare_settings(metrics["adapters"]),
         "kinds": {f"nearest-{number}": f"{name} nearest" for number, name in enumerate(names)} | {"cut": "Cut"},
@@ -280,14 +284,17 @@ def compare_figures(metrics):
     rows = [
         {
             "label": adapter["run"],
-            "meaning": f"{adapter['adapter']} on {adapter['base_model']}, whose loss is"
-            f" {show_figure(adapter['base_loss'], LOSS.form)}",
+            "meaning": adapter["adapter"],
             "cells": [show_figure(adapter[figure.key], figure.form) for figure in figures],
             **describe_difference(adapter["difference"], LOSS, max(ends)),
         }
         for adapter in adapters
     ]
     return {"columns": [figure.label for figure in figures], "rows": rows}
+
+
+def show_base(adapter):
+    return f"{adapter['base_model']}, {show_figure(adapter['base_loss'], LOSS.form)}"
 
 
 def compare_settings(adapters):

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import board_utils
+import page_utils
 import train
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from settings_utils import DEFAULTS, Settings
@@ -129,6 +130,9 @@ def test_the_losses_of_all_steps_lie_beside_the_adapter(undisturbed):
     assert losses[record["best_step"]] == pytest.approx(record["validation_loss"], rel=1e-5)
     assert state["best_model_checkpoint"] is None  # a path of this machine
     assert record["run"] == "run"
+    shown = page_utils.read_run(adapter)
+    assert f"lowest at step {record['best_step']}" in page_utils.describe_curves(shown["history"], 1)["says"]
+    assert page_utils.describe_data(shown["data_report"])["sets"]["training"]["rows"] == 22
 
 
 def test_no_pickle_but_the_optimizers_own_and_no_training_arguments_are_saved(undisturbed):
