@@ -444,7 +444,15 @@ class Conversations(Sequence):
     """
 
     # row number, place in the file, and digests of the parts that describe() names
-    INDEX: ClassVar = {"number": "q", "offset": "q", "prompt": "Q", "answer": "Q", "opening": "Q", "closing": "Q"}
+    INDEX: ClassVar = {
+        "number": "q",
+        "offset": "q",
+        "prompt": "Q",
+        "answer": "Q",
+        "opening": "Q",
+        "closing": "Q",
+        "question": "Q",
+    }
 
     def __init__(self, path, index, folder=None):
         self.path = Path(path)
@@ -492,14 +500,18 @@ def last_answer(messages):
 
 
 def describe(messages):
-    """64-bit digests of the prompt, the last answer, its first four and its last four words (0 for short answers).
+    """64-bit digests of the prompt, the last answer, its first four and its last four words (0 for short answers), and
+    of the prompt without its system text.
 
     Case and white space do not count: prompts that differ in nothing else are the same question.
     """
     last = last_answer(messages)
-    prompt = [word for message in messages[:last] for word in words_of(message).casefold().split()]
+    turns = [words_of(message).casefold().split() for message in messages[:last]]
+    prompt = [word for turn in turns for word in turn]
+    question = prompt[len(turns[0]) :] if turns and messages[0]["role"] == "system" else prompt
     answer = words_of(messages[last]).split()
-    parts = (prompt, answer, answer[:4] if len(answer) >= 8 else (), answer[-4:] if len(answer) >= 8 else ())
+    ends = (answer[:4], answer[-4:]) if len(answer) >= 8 else ((), ())
+    parts = (prompt, answer, *ends, question)
     return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
 
 

@@ -1,10 +1,11 @@
-"""Measure an adapter against its base model on the rows that it was not trained on.
+"""Measure an adapter against its base model on rows that it was not trained on.
 
     python evaluate.py                                           # output/lora-adapter on its own validation rows
     python evaluate.py --adapter_path output/checkpoints/checkpoint-40
     python evaluate.py --validation_dataset_path data/other.json
+    python evaluate.py --benchmarks arc_easy --benchmark_limit 200
 
-Writes metrics.json, samples.json and samples.csv to output/evaluation.
+Writes metrics.json, samples.jsonl, samples.csv and rows.csv to output/evaluation/<run>-<rows>.
 """
 
 import signal
@@ -12,72 +13,167 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
-import random
+import csv
+import json
+import platform
+import re
 import sys
+import time
+from collections import namedtuple
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
 
-from file_utils import check_writable, display_path, write_json
+from file_utils import check_writable, display_path, staged_folder, storage_errors, write_json
 from message_utils import LateImport, UserError, printable, quiet_libraries, run_script, say, start_garbage_collection
-from run_utils import CACHE, VALIDATION_ROWS, find_adapter
-from settings_utils import build_parser, make_settings, parse_command_line
+from progress_utils import progress
+from run_utils import CACHE, EVALUATION, VALIDATION_ROWS, find_adapter, find_run_folder, read_run_name
+from settings_utils import USED_SETTINGS, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
+benchmark_utils = LateImport("benchmark_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
 engine_runner = LateImport("engine_runner")
+evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
-plan_utils = LateImport("plan_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
+numpy = LateImport("numpy")
 pandas = LateImport("pandas")
+plan_utils = LateImport("plan_utils")
 report_utils = LateImport("report_utils")
+score_utils = LateImport("score_utils")
 token_utils = LateImport("token_utils")
 
-BANDS = ((10, "excellent"), (20, "good"), (30, "acceptable"), (float("inf"), "needs improvement"))
+MEASURED_BY = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu", "rouge-score")
+
+# The rows to measure, without those that are left out: Conversations; the name of the rows, which becomes that of a
+# folder, and where they come from; and how many of them the adapter was trained on, of how many it was trained on the
+# prompt with another answer, and how many its run was validated with: None where nobody knows.
+Measured = namedtuple("Measured", "conversations name path trained prompt_trained validated left_out")
 
 
 def main(argv):
     parser = build_parser("evaluate.py", __doc__)
     parser.add_argument("--adapter_path", help="adapter to measure (default: OUTPUT_DIR/lora-adapter)")
+    parser.add_argument(
+        "--include_trained_rows", action="store_true", help="measure on rows that it was trained on too, and say so"
+    )
+    parser.add_argument(
+        "--benchmarks", nargs="+", metavar="TASK", default=(), help="tasks of lm-evaluation-harness, or a task's file"
+    )
+    parser.add_argument("--benchmark_limit", type=int, metavar="ROWS", help="rows of each task (default: all)")
     options, given = parse_command_line(parser, argv)
+    if options.benchmark_limit is not None and (not options.benchmarks or options.benchmark_limit < 1):
+        raise UserError("--benchmark_limit takes the number of rows of each of the --benchmarks; give both, or neither")
     quiet_libraries()
     adapter_path, output_dir = find_adapter(options, given)
-    # an adapter is measured on the rows that its own run held out: they lie beside it, or beside its checkpoints
-    runs = [folder for folder in adapter_path.parents[:2] if (folder / VALIDATION_ROWS).is_file()]
-    run_dir = runs[0] if runs else output_dir
-    evaluate(adapter_path, given, run_dir, target=output_dir if "output_dir" in given else run_dir)
+    evaluate(adapter_path, output_dir, given, options)
 
 
-def evaluate(adapter_path, given, run_dir, target):
-    """The phases: settings, data, model, rows, figures and answers of base and tuned, report."""
+def evaluate(adapter_path, output_dir, given, options):
+    """The phases: settings, rows, model, losses, answers and benchmarks of base and tuned, report."""
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "evaluate.py")
-    cache_dir, target = target / CACHE, target / "evaluation"
-    check_writable(target, "--output_dir")
-    conversations = load_validation_rows(settings, run_dir, cache_dir)
+    # the figures of a run lie beside its adapter, unless another folder is asked for
+    home = output_dir if "output_dir" in given else find_run_folder(adapter_path) or output_dir
+    check_writable(home / EVALUATION, "--output_dir")
+    tasks = find_benchmarks(options.benchmarks)
+    measured = choose_rows(settings, adapter_path, output_dir, home / CACHE, options.include_trained_rows)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     start_garbage_collection()
-    rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
+    rows = tokenize_rows(tokenizer, measured.conversations, settings, home / CACHE)
     fit_utils.check_rows(model, tokenizer, rows, "validation data")
-    say(f"Measuring base and tuned model on {len(rows)} rows")
-    with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
-        metrics = measure(model, runner, rows)
-    samples = answer_side_by_side(model, tokenizer, conversations[: settings.eval_samples], settings)
-    metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name}
-    write_report(target, metrics, samples)
-    print_report(target, metrics, samples)
+    scores = measure_losses(model, settings, rows)
+    samples, check = measure_answers(model, tokenizer, measured.conversations, settings)
+    metrics = describe(adapter_path, settings, measured) | compare(scores, samples) | {"answer_check": check}
+    if tasks:
+        metrics["benchmarks"] = benchmark_utils.measure(
+            model, tokenizer, tasks, options.benchmark_limit, settings.batch_size
+        )
+    folder = write_results(home / EVALUATION, metrics, samples, scores)
+    print_report(folder, metrics, samples)
 
 
-def load_validation_rows(settings, run_dir, cache_dir):
-    """The Conversations that the adapter's run held out, or those of VALIDATION_DATASET_PATH."""
+def find_benchmarks(names):
+    """What benchmark_utils.find_tasks makes of the names, or None where there are none."""
+    if names and find_spec("lm_eval") is None:
+        raise UserError("--benchmarks needs lm-evaluation-harness: pip install -r requirements-benchmarks.txt")
+    return benchmark_utils.find_tasks(names) if names else None
 
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+def choose_rows(settings, adapter_path, output_dir, cache_dir, include_trained):
+    """The rows to measure, after saying how many of them the adapter was trained on; returns Measured.
+
+    They are those of VALIDATION_DATASET_PATH, or else those that the adapter's run held out. Rows that it was trained
+    on are left out unless include_trained is true.
+    """
+    seen = evidence_utils.read_seen_rows(adapter_path)
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
-        return data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only)[0]
-    path = run_dir / VALIDATION_ROWS
-    if not path.exists():
-        raise UserError(
-            f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"
-            " give rows of your own by --validation_dataset_path"
+        found = data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only)[0]
+        name = re.sub(r"[^\w.-]+", "-", Path(path).stem)[:60].strip("-.") or "rows"
+    else:
+        path = find_own_rows(adapter_path, output_dir, seen, cache_dir)
+        found, name, path = load_own_rows(path, cache_dir), "validation", display_path(path)
+    if seen is None:
+        say(
+            f"Whether the adapter was trained on these {len(found):,} rows is unknown: it carries no"
+            f" {evidence_utils.SEEN_ROWS}"
         )
+        return Measured(found, name, path, None, None, None, 0)
+    overlap = evidence_utils.find_overlap(seen, found)
+    trained = int(overlap.trained.sum())
+    say_overlap(len(found), overlap, include_trained)
+    if trained == len(found) and not include_trained:
+        raise UserError(
+            f"the adapter was trained on all {len(found):,} rows of {path}, so they tell nothing of new ones; give"
+            " others by --validation_dataset_path, or measure these by --include_trained_rows"
+        )
+    kept = numpy.ones(len(found), dtype=bool) if include_trained else ~overlap.trained
+    counts = [int(mask[kept].sum()) for mask in overlap]
+    return Measured(found.select(kept), name, path, *counts, 0 if include_trained else trained)
+
+
+def say_overlap(rows, overlap, include_trained):
+    """Say how many of the rows the adapter was trained on, and what becomes of them."""
+    trained, prompt_trained = int(overlap.trained.sum()), int(overlap.prompt_trained.sum())
+    what = f"the adapter was trained on {trained:,} of them" if trained else "the adapter was trained on none of them"
+    if trained:
+        fate = "measured too" if include_trained else "left out (--include_trained_rows measures them too)"
+        what += f", which {'is' if trained == 1 else 'are'} {fate}"
+    if prompt_trained:
+        what += f"; on {prompt_trained:,} more of the prompts it was trained with another answer"
+    say(f"{rows:,} rows: {what}")
+
+
+def find_own_rows(adapter_path, output_dir, seen, cache_dir):
+    """The file of the rows that the adapter's run held out: beside the adapter, or in OUTPUT_DIR.
+
+    The adapter's digests prove that they are its own. One without digests is believed about what lies beside it.
+    """
+    remedy = "give rows by --validation_dataset_path"
+    folders = [*adapter_path.parents[:2], *([output_dir] if seen else [])]
+    files = [folder / VALIDATION_ROWS for folder in dict.fromkeys(folders) if (folder / VALIDATION_ROWS).is_file()]
+    if seen is None and files:
+        return files[0]
+    if seen is not None and not len(seen.validated):
+        raise UserError(f"the adapter was trained without validation rows; {remedy}")
+    for path in files if seen is not None else ():
+        if evidence_utils.is_own_validation(seen, load_own_rows(path, cache_dir)):
+            return path
+    if files:
+        raise UserError(f"{display_path(files[0])} does not hold the rows that this adapter's run held out; {remedy}")
+    raise UserError(
+        f"no {VALIDATION_ROWS} lies beside {display_path(adapter_path)}, so the rows that its run held out are unknown;"
+        f" {remedy}"
+    )
+
+
+def load_own_rows(path, cache_dir):
+    """The Conversations of a run's validation.jsonl, with the numbers that they had in the user's file."""
     return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row")[0]
 
 
@@ -94,100 +190,233 @@ def tokenize_rows(tokenizer, conversations, settings, cache_dir):
     return rows
 
 
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-def measure(model, runner, rows):
-    """Token-weighted loss and perplexity of base and tuned over the same answers, and a verdict."""
-    tuned = runner.score(rows)
-    with model.disable_adapter():
-        base = runner.score(rows)
-    return compare(base, tuned)
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+def measure_losses(model, settings, rows):
+    """The scores of base and tuned on the same answers, [{"row", "tokens", "base", "tuned"}] in nats, one a row.
+
+    A conversation that was tokenized as several sequences is one row: what its answers share would count twice.
+    """
+    with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
+        tuned = score_with_progress(runner, rows, "the tuned model")
+        with model.disable_adapter():
+            base = score_with_progress(runner, rows, "the base model")
+    scores = {}
+    for number, (base_nll, tokens), (tuned_nll, _) in zip(rows.index["row"].tolist(), base, tuned, strict=True):
+        score = scores.setdefault(number, {"row": number, "tokens": 0, "base": 0.0, "tuned": 0.0})
+        score["tokens"] += tokens
+        score["base"] += base_nll
+        score["tuned"] += tuned_nll
+    return list(scores.values())
 
 
-def compare(base, tuned):
-    """The figures of two models' scores, [(negative log-likelihood in nats, tokens) of each row], and a verdict."""
-    metrics = {"rows": len(base), "answer_tokens": sum(tokens for _, tokens in base)}
-    for name, scores in (("base", base), ("tuned", tuned)):
-        loss = engine_passes.mean_loss(scores)
-        metrics[f"{name}_loss"] = loss
-        metrics[f"{name}_perplexity"] = engine_passes.perplexity(loss)
-        metrics[f"{name}_band"] = band(metrics[f"{name}_perplexity"])
-    low, high = bootstrap_interval(base, tuned)
-    metrics |= {"loss_change_low": low, "loss_change_high": high}
-    metrics["verdict"] = "better" if high < 0 else "worse" if low > 0 else "no different"
-    if len(base) < 5:
-        metrics["verdict"] = "not told apart by so few rows"
-    return metrics
-
-
-def band(perplexity):
-    """The customary name of a perplexity: below 10 excellent, 20 good, 30 acceptable, else needs improvement."""
-    return next(name for limit, name in BANDS if perplexity < limit or limit == float("inf"))
-
-
-def bootstrap_interval(base, tuned, resamples=2000, seed=0):
-    """95 % interval of (tuned loss - base loss) in nats a token, over rows drawn again with replacement."""
-    draw = random.Random(seed)
-    pairs = [(t[0] - b[0], b[1]) for b, t in zip(base, tuned, strict=True)]
-    changes = []
-    for _ in range(resamples):
-        chosen = draw.choices(pairs, k=len(pairs))
-        changes.append(sum(change for change, _ in chosen) / sum(tokens for _, tokens in chosen))
-    changes.sort()
-    return changes[int(0.025 * resamples)], changes[int(0.975 * resamples) - 1]
+def score_with_progress(runner, rows, name):
+    passes = len(engine_passes.pack_rows(rows.index["length"].tolist(), runner.plan.max_pass_tokens))
+    with progress(f"Measuring {name}", total=passes, unit="passes") as bar:
+        return runner.score(rows, before_pass=bar.update)
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
-def answer_side_by_side(model, tokenizer, conversations, settings):
-    """Let base and tuned answer the last question of each conversation; returns one dict a row."""
-    if not conversations:
-        return []
-    ends = [data_utils.last_answer(messages) for _, messages in conversations]
-    prompts = [messages[:end] for (_, messages), end in zip(conversations, ends, strict=True)]
-    say(f"Letting both answer {len(prompts)} of them")
-    generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    limit = {"max_prompt_tokens": settings.max_seq_length}
-    tuned = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)
+def measure_answers(model, tokenizer, conversations, settings):
+    """Let base and tuned answer EVAL_SAMPLES rows, from all parts of the file; returns (samples, kind of check).
+
+    A sample is {"row", "prompt", "messages", "expected", "base", "tuned"}, the last two with text, ended, tokens and
+    what score_utils.score_answer gives. The check is a key of score_utils.CHECKS, or None.
+    """
+    number = min(settings.eval_samples, len(conversations))
+    chosen = [conversations[int(i)] for i in numpy.linspace(0, len(conversations) - 1, number).round()]
+    ends = [data_utils.last_answer(messages) for _, messages in chosen]
+    prompts = [messages[:end] for (_, messages), end in zip(chosen, ends, strict=True)]
+    expected = [data_utils.words_of(messages[end]).strip() for (_, messages), end in zip(chosen, ends, strict=True)]
+    check = score_utils.choose_check(settings.answer_check, expected)
+    if check:
+        say(f"Accuracy: the expected answers {score_utils.CHECKS[check][2]} (ANSWER_CHECK = {settings.answer_check!r})")
+    tuned = answer(model, tokenizer, prompts, settings, "the tuned model")
     with model.disable_adapter():
-        base = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)
-    return [
-        {
-            "row": number,
-            "prompt": messages[end - 1]["content"],
-            "expected": messages[end]["content"],
-            "base": base_reply.text,
-            "tuned": tuned_reply.text,
-        }
-        for (number, messages), end, base_reply, tuned_reply in zip(conversations, ends, base, tuned, strict=True)
+        base = answer(model, tokenizer, prompts, settings, "the base model")
+    samples = [
+        {"row": number, "prompt": prompt[-1]["content"], "messages": prompt, "expected": wanted}
+        for (number, _), prompt, wanted in zip(chosen, prompts, expected, strict=True)
     ]
+    for name, replies in (("base", base), ("tuned", tuned)):
+        for sample, reply in zip(samples, replies, strict=True):
+            sample[name] = reply._asdict() | score_utils.score_answer(reply.text, sample["expected"], check)
+    return samples, check
+
+
+def answer(model, tokenizer, prompts, settings, name):
+    """The Replies to prompts, each the likeliest one."""
+    generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
+    with progress(f"Answers of {name}", total=len(prompts), unit="answers") as bar:
+        return generation_utils.generate_replies(
+            model,
+            tokenizer,
+            prompts,
+            generation,
+            max_prompt_tokens=settings.max_seq_length,
+            on_reply=lambda index, reply: bar.update(),
+        )
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+def describe(adapter_path, settings, measured):
+    """What was measured with what: the part of metrics.json that names things."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "run": read_run_name(adapter_path),
+        "adapter": display_path(adapter_path),
+        "base_model": settings.base_model_name,
+        "data": {
+            "name": measured.name,
+            "path": str(measured.path),
+            "rows": len(measured.conversations),
+            "sha256": measured.conversations.fingerprint(),
+        },
+        "held_out": measured.trained == 0,
+        "trained_rows_seen": None if measured.trained is None else measured.trained + measured.left_out,
+        "trained_rows_left_out": measured.left_out,
+        "trained_prompts_seen": measured.prompt_trained,
+        "validation_rows_of_the_run": measured.validated,
+        "settings": {name: getattr(settings, name) for name in USED_SETTINGS["evaluate.py"]},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in MEASURED_BY},
+    }
+
+
+def compare(scores, samples):
+    """The figures of base and tuned, their differences with 95 % intervals, and the verdict on the loss.
+
+    scores: measure_losses'; samples: measure_answers'.
+    """
+    tokens, base, tuned = (numpy.array([score[name] for score in scores]) for name in ("tokens", "base", "tuned"))
+    metrics = {"rows": len(scores), "answer_tokens": int(tokens.sum())}
+    expected = [sample["expected"] for sample in samples]
+    for name, sums in (("base", base), ("tuned", tuned)):
+        loss = float(sums.sum() / tokens.sum())
+        perplexity = engine_passes.perplexity(loss)
+        metrics[name] = {"loss": loss, "perplexity": perplexity, "band": score_utils.band(perplexity)}
+        metrics[name] |= score_utils.summarize_answers([sample[name] for sample in samples], expected)
+    change = score_utils.ratio_interval(tuned - base, tokens)
+    metrics["difference"] = score_utils.as_figures(change, "loss") | score_utils.compare_answers(
+        [sample["base"] for sample in samples], [sample["tuned"] for sample in samples]
+    )
+    return metrics | {"verdict": score_utils.verdict(len(scores), *change[1:])}
 
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
-def write_report(target, metrics, samples):
-    """Write metrics.json, samples.json and samples.csv; cells that a spreadsheet would run as formulas are defused."""
+def write_results(evaluations, metrics, samples, scores):
+    """Write what was measured to a folder of its own in `evaluations`, <run>-<rows>, and return it.
 
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "metrics.json", metrics)
-    write_json(target / "samples.json", samples)
-    table = pandas.DataFrame(samples, columns=["row", "prompt", "expected", "base", "tuned"])
-    texts = table.columns.drop("row")
-    table[texts] = table[texts].map(lambda cell: "'" + cell if cell.startswith(("=", "+", "-", "@", "\t")) else cell)
-    table.to_csv(target / "samples.csv", index=False, encoding="utf-8-sig")
+    An earlier one of that name stays, and this one gets a number. Nothing of it is there until all of it is.
+    """
+    name = f"{metrics['run']}-{metrics['data']['name']}"
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    folder = next(evaluations / name for name in names if not (evaluations / name).exists())
+    with storage_errors("the evaluation", "mend that and evaluate again"), staged_folder(folder) as staged:
+        write_json(staged / "metrics.json", metrics)
+        with open(staged / "samples.jsonl", "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_table(staged / "samples.csv", SAMPLE_COLUMNS, [flatten(sample) for sample in samples])
+        write_table(staged / "rows.csv", ("row", "tokens", "base_loss", "tuned_loss"), map(losses_of, scores))
+    return folder
 
 
-def print_report(target, metrics, samples):
+def losses_of(score):
+    """A row of rows.csv: the losses of its answers in nats a token."""
+    return score["row"], score["tokens"], *(score[name] / score["tokens"] for name in ("base", "tuned"))
+
+
+ANSWER_COLUMNS = ("ended", "tokens", "exact_match", "chrf", "rouge_l", "repetition", "accuracy")
+SAMPLE_COLUMNS = (
+    *("row", "prompt", "expected", "base", "tuned"),
+    *(f"{name}_{column}" for name in ("base", "tuned") for column in ANSWER_COLUMNS),
+)
+
+
+def flatten(sample):
+    """A row of samples.csv; a figure that was not taken is an empty cell."""
+    texts = [sample["row"], sample["prompt"], sample["expected"], sample["base"]["text"], sample["tuned"]["text"]]
+    return texts + [sample[name].get(column, "") for name in ("base", "tuned") for column in ANSWER_COLUMNS]
+
+
+# What a spreadsheet would run as a formula, also behind characters that it does not show
+FORMULA = re.compile(r"[\s\x00-\x1f\x7f-\xa0\u00ad\u200b-\u200f\u2060\ufeff]*[-=+@\uff1d\uff0b\uff0d\uff20]|[\t\r]")
+
+
+def write_table(path, columns, rows):
+    """Write a CSV file for spreadsheets; a text that one would run as a formula gets an apostrophe before it."""
+    table = pandas.DataFrame(rows, columns=columns)
+    table = table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell)
+    # with all cells in quotes a carriage return alone ends no row either
+    table.to_csv(path, index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
+
+
+def print_report(folder, metrics, samples):
+    """Print three answers, the figures and the verdict on stdout."""
     for sample in samples[:3]:
         print(f"\nPrompt:   {printable(sample['prompt'])}")
-        print(f"Base:     {printable(sample['base'])}")
-        print(f"Tuned:    {printable(sample['tuned'])}")
+        for name in ("base", "tuned"):
+            cut = "" if sample[name]["ended"] else " [cut]"
+            print(f"{name.capitalize() + ':':<10}{printable(sample[name]['text'])}{cut}")
         print(f"Expected: {printable(sample['expected'])}")
-    print(f"\n{metrics['rows']} held-out rows, {metrics['answer_tokens']:,} answer tokens")
+    print(f"\n{describe_rows(metrics)}, {metrics['answer_tokens']:,} answer tokens")
     print("        loss   perplexity")
     for name in ("base", "tuned"):
-        figures = f"{metrics[f'{name}_loss']:.4f}  {metrics[f'{name}_perplexity']:10.2f}"
-        print(f"{name:<6}{figures}  {metrics[f'{name}_band']}")
-    low, high = metrics["loss_change_low"], metrics["loss_change_high"]
-    print(f"Verdict: the tuned model is {metrics['verdict']} (loss {low:+.3f} to {high:+.3f}, 95 % of resampled rows)")
-    print(f"Written to {display_path(target)}: metrics.json, samples.json, samples.csv", flush=True)
+        figures = f"{metrics[name]['loss']:.4f}  {metrics[name]['perplexity']:10.2f}"
+        print(f"{name:<6}{figures}  {metrics[name]['band']}")
+    for line in answer_lines(metrics):
+        print(line)
+    print(verdict_line(metrics))
+    print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
+
+
+def describe_rows(metrics):
+    """'20 held-out rows', and nothing better of rows that the adapter has seen or may have seen."""
+    rows = f"{metrics['rows']:,}"
+    if metrics["held_out"]:
+        return f"{rows} held-out rows"
+    if metrics["trained_rows_seen"] is None:
+        return f"{rows} rows, which may have been trained on"
+    return f"{rows} rows, {metrics['trained_rows_seen']:,} of them trained on"
+
+
+# Each figure of answers as it is printed: its name, and the format of a value
+FIGURES = {
+    "ended": ("ended by itself", "{:.0%}"),
+    "mean_tokens": ("tokens", "{:.1f}"),
+    "length_ratio": ("length / expected", "{:.2f}"),
+    "repetition": ("repeated words", "{:.0%}"),
+    "exact_match": ("exact match", "{:.0%}"),
+    "chrf": ("chrF", "{:.1f}"),
+    "rouge_l": ("ROUGE-L", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.0%}"),
+}
+
+
+def answer_lines(metrics):
+    """The figures of the answers as a table of lines; none where nothing was answered."""
+    base, tuned = metrics["base"], metrics["tuned"]
+    if base.get("answers"):
+        yield f"{base['answers']:,} answers".ljust(18) + "  base  tuned  difference, 95 % interval"
+    for name, (title, shown) in FIGURES.items():
+        if name in base:
+            difference = metrics["difference"].get(name)
+            signed = shown.replace(":", ":+")
+            change = ""
+            if difference and difference["low"] is not None:
+                mean, low, high = (signed.format(difference[key]) for key in ("mean", "low", "high"))
+                change = f"  {mean} ({low} to {high})"
+            yield f"{title:<18}{shown.format(base[name]):>6} {shown.format(tuned[name]):>6}{change}"
+
+
+def verdict_line(metrics):
+    """What the loss says of the tuned model, in one line; it claims nothing beyond the loss on these answers."""
+    difference, rows = metrics["difference"], metrics["rows"]
+    if metrics["verdict"] == score_utils.TOO_FEW:
+        return f"Verdict: none, {rows} rows are too few; give {score_utils.FEWEST_ROWS} or more"
+    word = {"better": "lower", "worse": "higher"}.get(metrics["verdict"])
+    found = f"the tuned model's loss on these answers is {word}" if word else "no clear difference in the loss"
+    interval = f"{difference['low']:+.3f} to {difference['high']:+.3f}"
+    kind = metrics["verdict"] if word else "open"
+    return f"Verdict: {kind}; {found}, by {difference['loss']:+.3f} nats a token (95 % interval {interval})"
 
 
 if __name__ == "__main__":

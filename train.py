@@ -49,6 +49,7 @@ board_utils = LateImport("board_utils")
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
+evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
@@ -221,7 +222,8 @@ def prepare_trainer(settings, base, data, rows, plan, model, checkpoints):
     """Make the output folder ready, and put the Trainer of a model with its adapter together."""
     callbacks = build_callbacks(settings, base.tokenizer, data.validation, checkpoints)
     process_utils.from_first_process(prepare_output, settings, data.validation, rows.report, checkpoints.resumption)
-    return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks)
+    seen = evidence_utils.note_rows(data.training, data.validation)
+    return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks, seen)
 
 
 def build_callbacks(settings, tokenizer, validation_set, checkpoints):
@@ -285,7 +287,9 @@ def finish(trainer, settings, base, rows, started):
     record = build_record(trainer, rows, checkpoints.started if checkpoints.resumption else started)
     adapter_dir = resolve_path(settings.output_dir) / ADAPTER
     with storage_errors("the adapter", f"{checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
-        model_utils.save_finished_adapter(trainer.model, base, adapter_dir, settings, record, trainer.state)
+        model_utils.save_finished_adapter(
+            trainer.model, base, adapter_dir, settings, record, trainer.state, trainer.seen
+        )
     print_summary(settings, adapter_dir, record)
 
 

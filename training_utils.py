@@ -50,14 +50,15 @@ class LoraTrainer(Trainer):
     processes learn of each other's signals with the flags of a step, so that it may take two steps more.
 
     checkpoints: None where nothing can be saved. base_content: of the base model, which each saved adapter records.
+    seen: the SeenRows of the run, which each carries.
     """
 
-    def __init__(self, *args, plan=None, checkpoints=None, base_content=None, **kwargs):
+    def __init__(self, *args, plan=None, checkpoints=None, base_content=None, seen=None, **kwargs):
         # UserList: the Trainer would search a plain list of rows for tensors, token by token
         super().__init__(*args, data_collator=UserList, **kwargs)
         self.runner = StepRunner(self.model, plan or StepPlan(), self.accelerator)
         self.check = StepCheck(self.runner)
-        self.checkpoints, self.base_content = checkpoints, base_content
+        self.checkpoints, self.base_content, self.seen = checkpoints, base_content, seen
         self.signals = StopSignals()
         self.stop_now = 0  # how many processes had got a signal by the last step whose flags were read
         self.evaluation_due = False  # whether the step that is saved still has to be evaluated
@@ -223,7 +224,7 @@ class LoraTrainer(Trainer):
         """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
         if self.args.should_save:  # the first process alone: two would write into the same files
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_adapter(self.model, self.processing_class, output_dir, self.base_content)
+            save_adapter(self.model, self.processing_class, output_dir, self.base_content, self.seen)
 
     def _load_best_model(self):
         """Take the weights of the best checkpoint that is whole; the state, and with it the record, says which."""
@@ -399,11 +400,11 @@ def choose_optimizer(settings, device):
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 
-def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks=()):
+def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks=(), seen=None):
     """A LoraTrainer of a model with its adapter.
 
     base: a model_utils.Base. rows: its `training` and `validation` are TokenizedRows. plan: its `arguments` are the
-    TrainingArguments, its `steps` are a StepPlan.
+    TrainingArguments, its `steps` are a StepPlan. seen: the SeenRows of the run.
     """
     trainer = LoraTrainer(
         model=model,
@@ -415,6 +416,7 @@ def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks
         plan=plan.steps,
         checkpoints=checkpoints,
         base_content=base.content,
+        seen=seen,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
