@@ -93,7 +93,7 @@ def describe_comparison(metrics, samples):
     """What the page of several adapters shows, as far as that of an evaluation shows it otherwise."""
     names = [adapter["run"] for adapter in metrics["adapters"]]
     labels = {f"answer-{number}": name for number, name in enumerate(names)}
-    samples = [sample | dict(zip(labels, sample["answers"], strict=True)) for sample in samples]
+    samples = [sample | dict(zip(labels, sample["answers"].values(), strict=True)) for sample in samples]
     return {
         "title": f"Comparison of {', '.join(names)}",
         "headline": metrics["verdict"],

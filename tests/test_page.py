@@ -236,7 +236,7 @@ def test_a_comparison_has_a_row_for_each_adapter_and_says_which_is_nearest(tmp_p
     metrics = common | {"adapters": [first, second], "unit": "token", "verdict": "second <b> is better than first."}
     samples = [
         {key: sample[key] for key in ("row", "prompt", "messages", "expected")}
-        | {"answers": [sample["base"], sample["tuned"]]}
+        | {"answers": {"first": sample["base"], "second <b>": sample["tuned"]}}
         for sample in SAMPLES
     ]
     page = write_page(tmp_path, metrics, samples)
