@@ -389,15 +389,18 @@ def save_adapter(model, tokenizer, path, content=None, seen=None):
     make_readable(path)
 
 
-def save_finished_adapter(model, base, path, settings, record, seen=None):
+def save_finished_adapter(model, base, path, settings, record, state, seen=None):
     """Save an adapter with its settings, run record and model card; the folder appears only when it is complete.
 
-    base: the Base that it was trained on. seen: the SeenRows of its run.
+    base: the Base that it was trained on. state: the TrainerState, whose log_history has the losses of all steps.
+    seen: the SeenRows of its run.
     """
+    state.best_model_checkpoint = None  # it is an absolute path, and best_global_step says the same
     with staged_folder(path) as staged:
         save_adapter(model, base.tokenizer, staged, base.content, seen)
         write_recorded_settings(staged, settings)
         write_json(staged / "run.json", record)
+        state.save_to_json(staged / "trainer_state.json")
         (staged / "README.md").write_text(model_card(settings, record), encoding="utf-8")
 
 

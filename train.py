@@ -19,6 +19,7 @@ import sys
 import time
 from collections import namedtuple
 from importlib.metadata import version
+from itertools import chain, count
 
 from file_utils import (
     check_writable,
@@ -196,12 +197,25 @@ def open_checkpoints(settings, base, identity, fresh):
     resumption = None
     if not (output_dir / ADAPTER).exists():  # else the run there had finished
         resumption = process_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
-    run_name = settings.run_name or (resumption and resumption.run_name) or time.strftime("%Y%m%d-%H%M%S")
+    run_name = process_utils.from_first_process(choose_run_name, settings, resumption)
     trainable = model_utils.count_parameters(base.shapes)[1]
     folder = output_dir / CHECKPOINTS
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
     checkpoints.check_space()
     return checkpoints
+
+
+def choose_run_name(settings, resumption):
+    """The run's name in TensorBoard. A run that goes on keeps its own; one that earlier logs have gets a number."""
+    if resumption:
+        return resumption.run_name
+    wanted = settings.run_name or time.strftime("%Y%m%d-%H%M%S")
+    logs_dir = resolve_path(settings.logs_dir)
+    names = chain([wanted], (f"{wanted[:60]}-{number}" for number in count(2)))
+    name = next(name for name in names if not ((logs_dir / name).is_dir() and any((logs_dir / name).iterdir())))
+    if name != wanted:
+        say(f"{display_path(logs_dir / wanted)} holds the logs of an earlier run; this run is named {name}")
+    return name
 
 
 def prepare_trainer(settings, base, data, rows, plan, model, checkpoints):
@@ -273,7 +287,9 @@ def finish(trainer, settings, base, rows, started):
     record = build_record(trainer, rows, checkpoints.started if checkpoints.resumption else started)
     adapter_dir = resolve_path(settings.output_dir) / ADAPTER
     with storage_errors("the adapter", f"{checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
-        model_utils.save_finished_adapter(trainer.model, base, adapter_dir, settings, record, trainer.seen)
+        model_utils.save_finished_adapter(
+            trainer.model, base, adapter_dir, settings, record, trainer.state, trainer.seen
+        )
     print_summary(settings, adapter_dir, record)
 
 

@@ -151,4 +151,4 @@ def test_requirements_are_pinned_exactly():
     for name in ("requirements.txt", "tests/requirements.txt"):
         for line in (PROJECT / name).read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
-                assert re.fullmatch(r"[a-z-]+==[0-9.]+(; python_version .*)?", line), line
+                assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+(; python_version .*)?", line), line
