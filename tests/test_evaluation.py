@@ -347,7 +347,7 @@ def test_base_and_tuned_answer_a_local_benchmark_with_the_prompts_of_training(un
     (tmp_path / "task.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert "did you mean arc_easy" in refusal(benchmark_utils.find_tasks, ["arc_easi"])
-    assert "no file" in refusal(benchmark_utils.find_tasks, [str(tmp_path / "none.yaml")])
+    assert "does not exist" in refusal(benchmark_utils.find_tasks, [str(tmp_path / "none.yaml")])
     model, tokenizer = model_utils.load_trained_model(undisturbed_once / "lora-adapter")
     asked = benchmark_utils.TemplatedModel(model, tokenizer, "it", 2)
     prompt = asked.apply_chat_template([{"role": "user", "content": "Is 1 green?"}])
