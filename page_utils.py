@@ -41,6 +41,7 @@ FIGURES = (
     Figure("mean_tokens", "Tokens", 0, "{:,.1f}", "of an answer, on average"),
 )
 LOSS = FIGURES[0]
+BENCHMARK = Figure("benchmark", "", 0, "{:.3f}", "")  # of a benchmark it is not known whether more is better
 COMPARED = ("loss", "perplexity", "accuracy", "chrf", "ended")  # the columns of a comparison
 
 VERDICTS = {
@@ -182,7 +183,7 @@ def lead(metrics):
 
 def warnings(metrics):
     """What must be known before the figures are believed."""
-    seen, left_out = metrics["trained_rows_seen"], metrics.get("trained_rows_left_out", 0)
+    seen, left_out = metrics["trained_rows_seen"], metrics["trained_rows_left_out"]
     if seen is None:
         yield "These rows may have been trained on: the adapter carries no record of the rows that it has seen."
         return
@@ -196,22 +197,27 @@ def describe_measured(metrics):
     """(name, value) of the rows that were measured."""
     data, seen = metrics["data"], metrics["trained_rows_seen"]
     yield "rows measured", f"{metrics['rows']:,}"
-    yield "of them from", data["path"]
-    yield "trained on", "unknown" if seen is None else f"{seen - metrics.get('trained_rows_left_out', 0):,}"
-    yield "left out as trained on", f"{metrics.get('trained_rows_left_out', 0):,}"
+    yield "file", short_path(data["path"])
+    yield "rows of it trained on", "unknown" if seen is None else f"{seen:,}"
+    yield "left out of the figures", f"{metrics['trained_rows_left_out']:,}"
     if metrics.get("trained_prompts_seen"):
         yield "prompts trained with another answer", f"{metrics['trained_prompts_seen']:,}"
     if metrics.get("validation_rows_of_the_run"):
-        yield "by which the run chose its best step", f"{metrics['validation_rows_of_the_run']:,}"
+        yield "also the run's validation rows", f"{metrics['validation_rows_of_the_run']:,}"
     yield "tokens of their answers", f"{metrics['answer_tokens']:,}"
     yield "sha256 of the rows", data["sha256"][:16]
+
+
+def short_path(path):
+    """A path inside the project as it is, and of others the end: who reads the page need not know this machine."""
+    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
 
 
 def describe_environment(metrics, record):
     """(name, value) of the models, of the run that made the adapter, and of the libraries."""
     yield "run", metrics["run"]
     yield "base model", metrics["base_model"]
-    yield "adapter", metrics["adapter"]
+    yield "adapter", short_path(metrics["adapter"])
     if record:
         yield "trained until", record["finished"]
         yield "time of the training", format_duration(record["seconds"])
@@ -248,6 +254,14 @@ def figure_rows(metrics):
             "cells": [show_figure(metrics[name][figure.key], figure.form) for name in ("base", "tuned")],
             **describe_difference(loss if figure is LOSS else metrics["difference"].get(figure.key), figure),
         }
+    for task, found in metrics.get("benchmarks", {}).items():
+        for name, values in found["metrics"].items():
+            yield {
+                "label": f"{task}: {name}",
+                "meaning": f"{show_count(found['rows'], 'row')} of a benchmark, by lm-evaluation-harness",
+                "cells": [show_figure(values[model], BENCHMARK.form) for model in ("base", "tuned")],
+                **describe_difference(values, BENCHMARK),
+            }
 
 
 def describe_difference(difference, figure, reach=None):
@@ -284,7 +298,7 @@ def compare_figures(metrics):
     rows = [
         {
             "label": adapter["run"],
-            "meaning": adapter["adapter"],
+            "meaning": short_path(adapter["adapter"]),
             "cells": [show_figure(adapter[figure.key], figure.form) for figure in figures],
             **describe_difference(adapter["difference"], LOSS, max(ends)),
         }
