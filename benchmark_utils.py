@@ -6,6 +6,7 @@ It is an optional extra: pip install -r requirements-benchmarks.txt. Base and tu
 import contextlib
 import difflib
 import importlib
+import io
 import logging
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notices need no acti
 
 # ---- Tasks -----------------------------------------------------------------------------------------------------------
 def find_tasks(names):
-    """(a TaskManager, the tasks as it takes them) of names of tasks, or of files that define one; else UserError."""
+    """(a TaskManager, the tasks as it takes them) of names of tasks, or of files that define one; else UserError.
+
+    Their rows are loaded here, so that what cannot be had is told of before anything is measured.
+    """
     manager = TaskManager()
     found = []
     for name in names:
@@ -45,7 +49,17 @@ def find_tasks(names):
             near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists them"
             raise UserError(f"--benchmarks: {name} is no task of lm-evaluation-harness; {hint}")
+    with prepared(found):
+        manager.load(found)
     return manager, found
+
+
+@contextlib.contextmanager
+def prepared(names):
+    """The surroundings in which lm-evaluation-harness makes tasks; what the Hub refuses becomes a UserError."""
+    no_bars = contextlib.redirect_stderr(io.StringIO())  # of the library's own, which cannot be switched off
+    with the_library_evaluate(), no_bars, hub_errors(", ".join(names), "give another task", "benchmark"):
+        yield
 
 
 @contextlib.contextmanager
@@ -72,7 +86,7 @@ class TemplatedModel(HFLM):
     def __init__(self, model, tokenizer, name, batch_size):
         half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=half)
-        self.name, self.bar = name, None
+        self.name, self.bar, self.stderr = name, None, sys.stderr
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         if not add_generation_prompt:  # the task begins the answer itself
@@ -99,12 +113,21 @@ class TemplatedModel(HFLM):
         return torch.tensor(padded), torch.tensor(mask)
 
     def loglikelihood(self, requests, disable_tqdm=True):
-        with progress(f"Benchmarks of {self.name}", total=len(requests), unit="choices") as self.bar:
+        with self.shown(requests, "choices"):
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests, disable_tqdm=True):
-        with progress(f"Benchmarks of {self.name}", total=len(requests), unit="answers") as self.bar:
+        with self.shown(requests, "answers"):
             return super().generate_until(requests, disable_tqdm=True)
+
+    @contextlib.contextmanager
+    def shown(self, requests, unit):
+        """Show how far the requests are, by a bar like the project's others."""
+        with (
+            contextlib.redirect_stderr(self.stderr),
+            progress(f"Benchmarks of {self.name}", total=len(requests), unit=unit) as self.bar,
+        ):
+            yield
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         logits = super()._model_call(inps, attn_mask, labels)
@@ -134,7 +157,7 @@ def measure(model, tokenizer, tasks, limit, batch_size):
 def answer_tasks(model, tasks, limit):
     """{task: its samples} of one model; a sample is a dict with a value of each of the task's metrics."""
     manager, names = tasks
-    with the_library_evaluate(), hub_errors(", ".join(names), "give another task", "dataset"):
+    with prepared(names):
         found = lm_eval.simple_evaluate(
             model, tasks=names, limit=limit, apply_chat_template=True, task_manager=manager, bootstrap_iters=0
         )

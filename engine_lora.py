@@ -52,6 +52,85 @@ if triton:
             value = tl.where(bits >= threshold, value * scale, 0.0)
             tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
+    @triton.jit
+    def _few_rows_kernel(
+        x,
+        packed,
+        absmax,
+        levels,
+        absmax2,
+        offset,
+        values,
+        sums,
+        rows,
+        inputs,
+        outputs,
+        ROWS: tl.constexpr,
+        OUTPUTS: tl.constexpr,
+        SPLITS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        # one program: some outputs of all rows, over one part of the inputs; a weight is read once, as four bits
+        output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        row, lane = tl.arange(0, ROWS), tl.arange(0, 32)
+        known = output < outputs
+        blocks = inputs // 64  # in a row of the weight
+        part = tl.cdiv(blocks, SPLITS)
+        begin = tl.program_id(1) * part
+        shift = tl.load(offset)
+        total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        for number in range(begin, tl.minimum(begin + part, blocks)):
+            block = output * blocks + number
+            level = tl.load(absmax + block, mask=known, other=0).to(tl.int32)
+            scale = tl.load(levels + level) * tl.load(absmax2 + block // 256, mask=known, other=0.0) + shift
+            byte = tl.load(packed + block.to(tl.int64)[:, None] * 32 + lane[None, :], mask=known[:, None], other=0)
+            pair = byte.to(tl.int32)
+            where = row[None, :] * inputs + number * 64 + 2 * lane[:, None]
+            inside = (row < rows)[None, :] & (lane >= 0)[:, None]
+            first, second = tl.load(x + where, mask=inside, other=0.0), tl.load(x + where + 1, mask=inside, other=0.0)
+            high = tl.load(values + (pair >> 4)).to(first.dtype)
+            low = tl.load(values + (pair & 15)).to(first.dtype)
+            products = tl.dot(high, first, input_precision=PRECISION)
+            products = tl.dot(low, second, products, input_precision=PRECISION)
+            total += products * scale[:, None]
+        where = (tl.program_id(1) * outputs + output)[:, None] * ROWS + row[None, :]
+        tl.store(sums + where, total, mask=known[:, None] & (row < ROWS)[None, :])
+
+    @triton.jit
+    def _few_rows_end_kernel(
+        sums,
+        down,
+        b,
+        bias,
+        out,
+        rows,
+        outputs,
+        down_row,
+        rank,
+        ROWS: tl.constexpr,
+        OUTPUTS: tl.constexpr,
+        SPLITS: tl.constexpr,
+        RANKS: tl.constexpr,
+        BIAS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        # one program: adds up the parts of some outputs, the adapter's share and the bias
+        output, row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
+        inside = (output < outputs)[:, None] & (row < rows)[None, :]
+        total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(sums + (split * outputs + output)[:, None] * ROWS + row[None, :], mask=inside, other=0.0)
+        if RANKS:
+            lane = tl.arange(0, RANKS)
+            up = (output < outputs)[:, None] & (lane < rank)[None, :]
+            up = tl.load(b + output[:, None] * rank + lane[None, :], mask=up, other=0.0)
+            low = (row < rows)[None, :] & (lane < rank)[:, None]
+            low = tl.load(down + row[None, :] * down_row + lane[:, None], mask=low, other=0.0)
+            total = tl.dot(up, low, total, input_precision=PRECISION)
+        if BIAS:
+            total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + row[None, :] * outputs + output[:, None], total.to(out.dtype.element_ty), mask=inside)
+
 
 # ---- Frozen weights --------------------------------------------------------------------------------------------------
 def dequantize(frozen, out):
@@ -96,6 +175,46 @@ def matrices(frozen, copies, inputs):
             yield frozen[start].to(copy.dtype)
         else:
             yield dequantize(frozen[start : start + kind], copy.new_empty(len(copy), inputs))
+
+
+FEW_ROWS = 64
+
+
+def few_rows_linear(x, frozen, bias=None, down=None, b=None):
+    """A frozen layer's outputs for few rows x, (rows, inputs), where the weight's way through the memory is all.
+
+    frozen: a layer's frozen_tensors. down, (rows, rank), and b, (outputs, rank): what its adapter adds, down @ b.T.
+    NF4 weights are not dequantized in memory.
+    """
+    outputs = len(frozen[0]) if len(frozen) == 1 else frozen[0].numel() * 2 // x.shape[1]
+    if len(frozen) == 1 or not (x.is_cuda and triton) or len(x) > FEW_ROWS:
+        weight = frozen[0].to(x.dtype) if len(frozen) == 1 else dequantize(frozen, x.new_empty(outputs, x.shape[1]))
+        out = torch.addmm(bias.to(x.dtype), x, weight.T) if bias is not None else x @ weight.T
+        return out if down is None else out.addmm_(down, b.T)
+    x, out = x.contiguous(), x.new_empty(len(x), outputs)
+    rows, splits, width = max(16, triton.next_power_of_2(len(x))), 8, 64
+    sums = torch.empty(splits, outputs, rows, dtype=torch.float32, device=x.device)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    grid = (triton.cdiv(outputs, width), splits)
+    sizes = {"ROWS": rows, "SPLITS": splits, "PRECISION": precision}
+    _few_rows_kernel[grid](x, *frozen, sums, len(x), x.shape[1], outputs, OUTPUTS=width, num_warps=4, **sizes)
+    rank, ranks = (0, 0) if b is None else (b.shape[1], max(16, triton.next_power_of_2(b.shape[1])))
+    adapter = (out, out) if b is None else (down, b)
+    _few_rows_end_kernel[(triton.cdiv(outputs, 64),)](
+        sums,
+        *adapter,
+        out if bias is None else bias,
+        out,
+        len(x),
+        outputs,
+        adapter[0].stride(0),
+        rank,
+        OUTPUTS=64,
+        RANKS=ranks,
+        BIAS=bias is not None,
+        **sizes,
+    )
+    return out
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
@@ -262,17 +381,18 @@ class FastLora:
     numbers, so that a checkpointed layer that is computed again meets the same masks.
 
     compute_once: a function that lets the model compute once, by which the layers that read the same tensor are found.
-    patches: what the layers are changed through.
+    patches: what the layers are changed through. replying: to compute replies instead, without dropout.
     """
 
-    def __init__(self, model, compute_once, patches):
+    def __init__(self, model, compute_once, patches, replying=False):
         lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         layers = [layer for layer in lora_layers if is_plain(layer)]
         self.covers_all = len(layers) == len(lora_layers)
         shared = share_inputs(model, layers, compute_once)
         self.seeds = torch.zeros(len(shared), dtype=torch.int64, device=model.device)
         self.groups = [
-            LoraGroup(group, self.seeds[number : number + 1], model.dtype) for number, group in enumerate(shared)
+            LoraGroup(group, self.seeds[number : number + 1], model.dtype, replying)
+            for number, group in enumerate(shared)
         ]
         for group in self.groups:
             for number, layer in enumerate(group.layers):
@@ -313,8 +433,8 @@ class LoraGroup:
     They share a dropout mask, which has the same distribution for each layer as a mask of its own.
     """
 
-    def __init__(self, layers, seed, dtype):
-        self.layers = layers
+    def __init__(self, layers, seed, dtype, replying=False):
+        self.layers, self.replying = layers, replying
         self.a = [layer.lora_A["default"].weight for layer in layers]
         self.b = [layer.lora_B["default"].weight for layer in layers]
         self.scaled_a = torch.cat([weight.detach() for weight in self.a]).to(dtype)
@@ -323,7 +443,8 @@ class LoraGroup:
         self.biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
         self.stored = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
         self.frozen = self.stored
-        self.seed, self.dropout, self.scaling = seed, dropout_of(layers[0]), layers[0].scaling["default"]
+        self.seed, self.scaling = seed, layers[0].scaling["default"]
+        self.dropout = 0.0 if replying else dropout_of(layers[0])
         self.waiting = None  # the tensor that was read, and the outputs of all layers, until the last has taken its own
 
     def set_dequantized(self, dequantized):
@@ -334,6 +455,8 @@ class LoraGroup:
 
     def compute(self, x):
         """The outputs of all layers."""
+        if self.replying and x.numel() <= FEW_ROWS * x.shape[-1]:
+            return self.compute_few(x)
         outputs, _ = torch.ops.lora.linear(
             x.to(self.scaled_a.dtype),
             self.a,
@@ -348,12 +471,22 @@ class LoraGroup:
         )
         return outputs
 
+    def compute_few(self, x):
+        rows = x.reshape(-1, x.shape[-1]).to(self.scaled_a.dtype)
+        down, kind = rows @ self.scaled_a.T, len(self.stored) // len(self.layers)
+        biases = self.biases or [None] * len(self.layers)
+        outputs = []
+        for number, (copy, rank, bias) in enumerate(zip(self.fast_b, ranks(self.fast_b), biases, strict=True)):
+            frozen = self.stored[kind * number : kind * (number + 1)]
+            outputs.append(few_rows_linear(rows, frozen, bias, down[:, rank], copy).view(*x.shape[:-1], -1))
+        return outputs
+
 
 def lora_forward(layer, x, *args, **kwargs):
-    """The forward of a LoRA layer: the fused operation while the layer trains, peft's own otherwise."""
-    if not layer.training or layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x, *args, **kwargs)
+    """The forward of a LoRA layer: the fused operation while the layer trains or replies, peft's own otherwise."""
     group, number = layer.fast_group, layer.fast_number
+    if layer.training == group.replying or layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x, *args, **kwargs)
     if number == 0 or group.waiting is None or group.waiting[0] is not x:
         group.waiting = (x, group.compute(x))
     out = group.waiting[1][number]

@@ -297,7 +297,7 @@ def describe_measured(settings, measured):
         "trained_rows_left_out": measured.left_out,
         "trained_prompts_seen": measured.prompt_trained,
         "validation_rows_of_the_run": measured.validated,
-        "settings": {name: getattr(settings, name) for name in USED_SETTINGS["evaluate.py"]},
+        "settings": {name: value for name, value in settings._asdict().items() if name in USED_SETTINGS["evaluate.py"]},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in MEASURED_BY},
     }
 
@@ -526,6 +526,8 @@ def print_report(folder, metrics, samples):
     for line in answer_lines(metrics):
         print(line)
     print(verdict_line(metrics))
+    for line in benchmark_lines(metrics.get("benchmarks", {})):
+        print(line)
     print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
 
 
@@ -566,6 +568,20 @@ def answer_lines(metrics):
                 mean, low, high = (signed.format(difference[key]) for key in ("mean", "low", "high"))
                 change = f"  {mean} ({low} to {high})"
             yield f"{title:<18}{shown.format(base[name]):>6} {shown.format(tuned[name]):>6}{change}"
+
+
+def benchmark_lines(benchmarks):
+    """The figures of benchmark_utils.measure as a table of lines; none where there are no benchmarks."""
+    width = max([len(f"{task} {name}") for task, found in benchmarks.items() for name in found["metrics"]], default=0)
+    if benchmarks:
+        yield "Benchmarks".ljust(width) + "    base   tuned  difference, 95 % interval"
+    for task, found in benchmarks.items():
+        for name, figures in found["metrics"].items():
+            change = ""
+            if figures["low"] is not None:
+                change = f"  {figures['mean']:+.4f} ({figures['low']:+.4f} to {figures['high']:+.4f})"
+            rows = f", {found['rows']:,} rows"
+            yield f"{f'{task} {name}':<{width}}  {figures['base']:.4f}  {figures['tuned']:.4f}{change}{rows}"
 
 
 def verdict_line(metrics):

@@ -33,11 +33,20 @@ def conversation(text):
     return [{"role": "user", "content": text}]
 
 
-def test_replies_in_a_batch_are_those_of_single_prompts(model, tokenizer, monkeypatch):
+@pytest.fixture
+def no_decoder(monkeypatch):
+    """A model that transformers' generate has to serve."""
+    monkeypatch.setattr("generation_utils.try_decoder", lambda *args: None)
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_replies_in_a_batch_are_those_of_single_prompts(model, tokenizer, monkeypatch, request, decoder):
+    if not decoder:
+        request.getfixturevalue("no_decoder")
     generation = build_generation_config(tokenizer, SETTINGS)
     alone = [generate_replies(model, tokenizer, [conversation(text)], generation)[0] for text in PROMPTS]
     assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation) == alone
-    monkeypatch.setattr("generation_utils.BATCH", 2)
+    monkeypatch.setattr("generation_utils.MAX_SLOTS", 2)
     assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation) == alone
     assert len(set(alone)) == 3
 
@@ -48,7 +57,10 @@ def test_a_batch_is_padded_on_the_left_and_the_padding_masked():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_a_streamed_reply_is_the_reply(model, tokenizer):
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_streamed_reply_is_the_reply(model, tokenizer, request, decoder):
+    if not decoder:
+        request.getfixturevalue("no_decoder")
     generation = build_generation_config(tokenizer, SETTINGS)
     expected = generate_replies(model, tokenizer, [conversation(PROMPTS[0])], generation)[0]
     stream = stream_reply(model, tokenizer, conversation(PROMPTS[0]), generation)
@@ -58,7 +70,7 @@ def test_a_streamed_reply_is_the_reply(model, tokenizer):
     assert len(chunks) > 1
 
 
-def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monkeypatch):
+def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monkeypatch, no_decoder):
     forward, calls = model.forward, []
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     generation = build_generation_config(tokenizer, SETTINGS._replace(max_new_tokens=900))
@@ -67,11 +79,13 @@ def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monke
     next(stream)
     stream.close()
     assert len(calls) < 100
-    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(generate)")]
+    assert not [thread for thread in threading.enumerate() if thread.name == "replies"]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_replies_do_without_cudnns_attention_which_is_allowed_again_afterwards(model, tokenizer, monkeypatch, streamed):
+def test_replies_do_without_cudnns_attention_which_is_allowed_again_afterwards(
+    model, tokenizer, monkeypatch, no_decoder, streamed
+):
     seen, generate = [], model.generate
     monkeypatch.setattr(
         model,
@@ -88,7 +102,7 @@ def test_replies_do_without_cudnns_attention_which_is_allowed_again_afterwards(m
     assert before is torch.backends.cuda.cudnn_sdp_enabled() is True
 
 
-def test_an_error_while_generating_reaches_the_caller(model, tokenizer, monkeypatch):
+def test_an_error_while_generating_reaches_the_caller(model, tokenizer, monkeypatch, no_decoder):
     monkeypatch.setattr(model, "generate", lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(stream_reply(model, tokenizer, conversation("Hi"), build_generation_config(tokenizer, SETTINGS)))
