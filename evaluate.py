@@ -14,21 +14,18 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
-import csv
 import gc
-import json
 import platform
 import re
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import namedtuple
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 
-from file_utils import check_writable, display_path, resolve_path, staged_folder, storage_errors, write_json
-from message_utils import LateImport, UserError, printable, quiet_libraries, run_script, say, start_garbage_collection
+from file_utils import check_writable, display_path, resolve_path
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from progress_utils import progress
 from run_utils import CACHE, EVALUATION, VALIDATION_ROWS, find_adapter, find_run_folder, read_run_name
 from settings_utils import USED_SETTINGS, build_parser, make_settings, parse_command_line
@@ -43,10 +40,9 @@ fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
 numpy = LateImport("numpy")
-page_utils = LateImport("page_utils")
-pandas = LateImport("pandas")
 plan_utils = LateImport("plan_utils")
 report_utils = LateImport("report_utils")
+result_utils = LateImport("result_utils")
 score_utils = LateImport("score_utils")
 token_utils = LateImport("token_utils")
 
@@ -98,13 +94,13 @@ def evaluate(adapter_path, output_dir, given, options):
     with model.disable_adapter():
         base = measure_answers(model, tokenizer, samples, check, settings, "the base model")
     samples = [sample | {"base": b, "tuned": t} for sample, b, t in zip(samples, base, tuned, strict=True)]
-    metrics = describe(adapter_path, settings, measured) | compare(scores, samples) | {"answer_check": check}
+    metrics = describe(adapter_path, settings, measured) | result_utils.compare(scores, samples, check)
     if tasks:
         metrics["benchmarks"] = benchmark_utils.measure(
             model, tokenizer, tasks, options.benchmark_limit, settings.batch_size
         )
-    folder = write_results(home / EVALUATION, metrics, samples, ("row", "tokens", "base", "tuned"), scores)
-    print_report(folder, metrics, samples)
+    folder = result_utils.write_results(home / EVALUATION, metrics, samples, ("row", "tokens", "base", "tuned"), scores)
+    result_utils.print_report(folder, metrics, samples)
 
 
 def find_benchmarks(names):
@@ -302,26 +298,6 @@ def describe_measured(settings, measured):
     }
 
 
-def compare(scores, samples):
-    """The figures of base and tuned, their differences with 95 % intervals, and the verdict on the loss.
-
-    scores: measure_losses'; samples: measure_answers'.
-    """
-    tokens, base, tuned = (numpy.array([score[name] for score in scores]) for name in ("tokens", "base", "tuned"))
-    metrics = {"rows": len(scores), "answer_tokens": int(tokens.sum())}
-    expected = [sample["expected"] for sample in samples]
-    for name, sums in (("base", base), ("tuned", tuned)):
-        loss = float(sums.sum() / tokens.sum())
-        perplexity = engine_passes.perplexity(loss)
-        metrics[name] = {"loss": loss, "perplexity": perplexity, "band": score_utils.band(perplexity)}
-        metrics[name] |= score_utils.summarize_answers([sample[name] for sample in samples], expected)
-    change = score_utils.ratio_interval(tuned - base, tokens)
-    metrics["difference"] = score_utils.as_figures(change, "loss") | score_utils.compare_answers(
-        [sample["base"] for sample in samples], [sample["tuned"] for sample in samples]
-    )
-    return metrics | {"verdict": score_utils.verdict(len(scores), *change[1:])}
-
-
 # ---- Several adapters ------------------------------------------------------------------------------------------------
 def check_compared(options):
     """The adapters of --compare as paths; UserError unless there are two or more different ones."""
@@ -349,7 +325,9 @@ def compare_adapters(paths, output_dir, given, options):
         say(f"Adapter {adapter['run']}: {adapter['adapter']}")
         found.append(measure_adapter(path, each, measured.conversations, samples, check, output_dir / CACHE))
         gc.collect()  # its model goes before the next one is loaded
-    metrics, columns, rows = compare_scores(adapters, [scores for scores, _ in found], measured.conversations)
+    metrics, columns, rows = result_utils.compare_scores(
+        adapters, [scores for scores, _ in found], measured.conversations
+    )
     expected = [sample["expected"] for sample in samples]
     for adapter, (_, answers) in zip(metrics["adapters"], found, strict=True):
         adapter |= score_utils.summarize_answers(answers, expected)
@@ -358,8 +336,8 @@ def compare_adapters(paths, output_dir, given, options):
     ]
     samples = [sample | {"answers": each} for sample, each in zip(samples, answers, strict=True)]
     metrics = {"run": "comparison"} | describe_measured(settings[0], measured) | metrics | {"answer_check": check}
-    folder = write_results(output_dir / EVALUATION, metrics, samples, columns, rows)
-    print_comparison(folder, metrics)
+    folder = result_utils.write_results(output_dir / EVALUATION, metrics, samples, columns, rows)
+    result_utils.print_comparison(folder, metrics)
 
 
 def name_adapters(paths, settings):
@@ -380,220 +358,6 @@ def measure_adapter(adapter_path, settings, conversations, samples, check, cache
     fit_utils.check_rows(model, tokenizer, rows, "validation data")
     scores = measure_losses(model, settings, rows)
     return scores, measure_answers(model, tokenizer, samples, check, settings, "the tuned model")
-
-
-def compare_scores(adapters, scores, conversations):
-    """(the figures of a comparison, the columns of rows.csv, its rows) of the scores of each adapter.
-
-    Compared are the rows that all could be measured on, by the loss a token; where adapters cut the answers into
-    different tokens, by the loss a character. Each is compared with the first.
-    """
-    found = [{score["row"]: score for score in each} for each in scores]
-    rows = [row for row in found[0] if all(row in each for each in found)]
-    if not rows:
-        raise UserError("these adapters have no row in common that all of them can be measured on; give other rows")
-    tokens = numpy.array([[each[row]["tokens"] for row in rows] for each in found])
-    unit, sizes = "token", tokens[0]
-    if (tokens != tokens[0]).any():
-        unit = "character"
-        lengths = Counter()
-        for row, messages in conversations:
-            lengths[row] += sum(map(len, trained_texts(messages)))
-        sizes = numpy.array([max(lengths[row], 1) for row in rows])
-    sums = {name: numpy.array([[each[row][name] for row in rows] for each in found]) for name in ("base", "tuned")}
-    described = []
-    for adapter, base, tuned in zip(adapters, sums["base"], sums["tuned"], strict=True):
-        figures = {"loss": float(tuned.sum() / sizes.sum()), "base_loss": float(base.sum() / sizes.sum())}
-        if unit == "token":
-            perplexity = engine_passes.perplexity(figures["loss"])
-            figures |= {"perplexity": perplexity, "band": score_utils.band(perplexity)}
-        figures |= {"difference": None, "verdict": None}
-        if described:
-            change = score_utils.ratio_interval(tuned - sums["tuned"][0], sizes)
-            figures["difference"] = score_utils.as_figures(change)
-            figures["verdict"] = score_utils.verdict(len(rows), *change[1:])
-        described.append(adapter | figures)
-    metrics = {
-        "rows": len(rows),
-        "answer_tokens": int(tokens[0].sum()),
-        "unit": unit,
-        "adapters": described,
-        "verdict": comparison_verdict(described),
-    }
-    names = [adapter["run"] for adapter in adapters]
-    table = [
-        {"row": row, f"{unit}s": int(size)} | dict(zip(names, losses, strict=True))
-        for row, size, losses in zip(rows, sizes, sums["tuned"].T.tolist(), strict=True)
-    ]
-    return metrics, ("row", f"{unit}s", *names), table
-
-
-def trained_texts(messages):
-    """The texts of a conversation's trained answers."""
-    return [data_utils.words_of(message) for message in messages if data_utils.is_trained(message)]
-
-
-def comparison_verdict(adapters):
-    """What the intervals of several adapters, each against the first one, say in one sentence."""
-    first, *others = adapters
-    verdicts = {adapter["verdict"] for adapter in others}
-    if score_utils.TOO_FEW in verdicts:
-        return "Too few rows for a verdict."
-    if better := [adapter for adapter in others if adapter["verdict"] == "better"]:
-        return f"{min(better, key=lambda adapter: adapter['loss'])['run']} is better than {first['run']}."
-    if verdicts == {"worse"}:
-        return f"{first['run']} is better than {'all others' if len(others) > 1 else others[0]['run']}."
-    return f"None is clearly better than {first['run']}."
-
-
-def print_comparison(folder, metrics):
-    """Print the table of a comparison and its verdict on stdout."""
-    adapters = metrics["adapters"]
-    width = max(len(adapter["run"]) for adapter in adapters)
-    shown = [name for name in ("ended", "chrf", "accuracy") if name in adapters[0]]
-    titles = "".join(f"  {FIGURES[name][0]:>15}" for name in shown)
-    print(f"\n{describe_rows(metrics)}, compared with {adapters[0]['run']} by the loss a {metrics['unit']}")
-    print(f"{'':<{width}}    loss{titles}  difference in loss, 95 % interval")
-    for adapter in adapters:
-        cells = "".join(f"  {FIGURES[name][1].format(adapter[name]):>15}" for name in shown)
-        change = ""
-        if adapter["difference"] and adapter["difference"]["low"] is not None:
-            change = "  {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**adapter["difference"])
-        print(f"{printable(adapter['run']):<{width}}  {adapter['loss']:.4f}{cells}{change}")
-    print(f"Verdict: {metrics['verdict']}")
-    print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
-
-
-# ---- Report ----------------------------------------------------------------------------------------------------------
-def write_results(evaluations, metrics, samples, columns, scores):
-    """Write what was measured to a folder of its own in `evaluations`, <run>-<rows>, and return it.
-
-    An earlier one of that name stays, and this one gets a number. Nothing of it is there until all of it is. `scores`
-    are a dict of the columns for each row: its number, its size, and the loss of each model, in nats in all.
-    """
-    name = f"{metrics['run']}-{metrics['data']['name']}"
-    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
-    folder = next(evaluations / name for name in names if not (evaluations / name).exists())
-    row, size, *models = columns
-    with storage_errors("the evaluation", "mend that and evaluate again"), staged_folder(folder) as staged:
-        write_json(staged / "metrics.json", metrics)
-        with open(staged / "samples.jsonl", "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        answers = [f"{model}_{column}" for model in models for column in ANSWER_COLUMNS]
-        titles = ("row", "prompt", "expected", *models, *answers)
-        write_table(staged / "samples.csv", titles, [flatten(sample, models) for sample in samples])
-        losses = ([score[row], score[size], *(score[model] / score[size] for model in models)] for score in scores)
-        write_table(staged / "rows.csv", (row, size, *(f"{model}_loss" for model in models)), losses)
-        page_utils.write_report(staged)
-    return folder
-
-
-ANSWER_COLUMNS = ("ended", "tokens", "exact_match", "chrf", "rouge_l", "repetition", "accuracy")
-
-
-def flatten(sample, models):
-    """A row of samples.csv; a figure that was not taken is an empty cell."""
-    answers = [sample.get("answers", sample)[model] for model in models]
-    texts = [sample["row"], sample["prompt"], sample["expected"], *(answer["text"] for answer in answers)]
-    return texts + [answer.get(column, "") for answer in answers for column in ANSWER_COLUMNS]
-
-
-# What a spreadsheet would run as a formula, also behind characters that it does not show
-FORMULA = re.compile(r"[\s\x00-\x1f\x7f-\xa0\u00ad\u200b-\u200f\u2060\ufeff]*[-=+@\uff1d\uff0b\uff0d\uff20]|[\t\r]")
-
-
-def write_table(path, columns, rows):
-    """Write a CSV file for spreadsheets; a text that one would run as a formula gets an apostrophe before it."""
-    table = pandas.DataFrame(rows, columns=columns)
-    table = table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell)
-    # with all cells in quotes a carriage return alone ends no row either
-    table.to_csv(path, index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
-
-
-def print_report(folder, metrics, samples):
-    """Print three answers, the figures and the verdict on stdout."""
-    for sample in samples[:3]:
-        print(f"\nPrompt:   {printable(sample['prompt'])}")
-        for name in ("base", "tuned"):
-            cut = "" if sample[name]["ended"] else " [cut]"
-            print(f"{name.capitalize() + ':':<10}{printable(sample[name]['text'])}{cut}")
-        print(f"Expected: {printable(sample['expected'])}")
-    print(f"\n{describe_rows(metrics)}, {metrics['answer_tokens']:,} answer tokens")
-    print("        loss   perplexity")
-    for name in ("base", "tuned"):
-        figures = f"{metrics[name]['loss']:.4f}  {metrics[name]['perplexity']:10.2f}"
-        print(f"{name:<6}{figures}  {metrics[name]['band']}")
-    for line in answer_lines(metrics):
-        print(line)
-    print(verdict_line(metrics))
-    for line in benchmark_lines(metrics.get("benchmarks", {})):
-        print(line)
-    print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
-
-
-def describe_rows(metrics):
-    """'20 held-out rows', and nothing better of rows that the adapter has seen or may have seen."""
-    rows = f"{metrics['rows']:,}"
-    if metrics["held_out"]:
-        return f"{rows} held-out rows"
-    if metrics["trained_rows_seen"] is None:
-        return f"{rows} rows, which may have been trained on"
-    return f"{rows} rows, {metrics['trained_rows_seen']:,} of them trained on"
-
-
-# Each figure of answers as it is printed: its name, and the format of a value
-FIGURES = {
-    "ended": ("ended by itself", "{:.0%}"),
-    "mean_tokens": ("tokens", "{:.1f}"),
-    "length_ratio": ("length / expected", "{:.2f}"),
-    "repetition": ("repeated words", "{:.0%}"),
-    "exact_match": ("exact match", "{:.0%}"),
-    "chrf": ("chrF", "{:.1f}"),
-    "rouge_l": ("ROUGE-L", "{:.3f}"),
-    "accuracy": ("accuracy", "{:.0%}"),
-}
-
-
-def answer_lines(metrics):
-    """The figures of the answers as a table of lines; none where nothing was answered."""
-    base, tuned = metrics["base"], metrics["tuned"]
-    if base.get("answers"):
-        yield f"{base['answers']:,} answers".ljust(18) + "  base  tuned  difference, 95 % interval"
-    for name, (title, shown) in FIGURES.items():
-        if name in base:
-            difference = metrics["difference"].get(name)
-            signed = shown.replace(":", ":+")
-            change = ""
-            if difference and difference["low"] is not None:
-                mean, low, high = (signed.format(difference[key]) for key in ("mean", "low", "high"))
-                change = f"  {mean} ({low} to {high})"
-            yield f"{title:<18}{shown.format(base[name]):>6} {shown.format(tuned[name]):>6}{change}"
-
-
-def benchmark_lines(benchmarks):
-    """The figures of benchmark_utils.measure as a table of lines; none where there are no benchmarks."""
-    width = max([len(f"{task} {name}") for task, found in benchmarks.items() for name in found["metrics"]], default=0)
-    if benchmarks:
-        yield "Benchmarks".ljust(width) + "    base   tuned  difference, 95 % interval"
-    for task, found in benchmarks.items():
-        for name, figures in found["metrics"].items():
-            change = ""
-            if figures["low"] is not None:
-                change = f"  {figures['mean']:+.4f} ({figures['low']:+.4f} to {figures['high']:+.4f})"
-            rows = f", {found['rows']:,} rows"
-            yield f"{f'{task} {name}':<{width}}  {figures['base']:.4f}  {figures['tuned']:.4f}{change}{rows}"
-
-
-def verdict_line(metrics):
-    """What the loss says of the tuned model, in one line; it claims nothing beyond the loss on these answers."""
-    difference, rows = metrics["difference"], metrics["rows"]
-    if metrics["verdict"] == score_utils.TOO_FEW:
-        return f"Verdict: none, {rows} rows are too few; give {score_utils.FEWEST_ROWS} or more"
-    word = {"better": "lower", "worse": "higher"}.get(metrics["verdict"])
-    found = f"the tuned model's loss on these answers is {word}" if word else "no clear difference in the loss"
-    interval = f"{difference['low']:+.3f} to {difference['high']:+.3f}"
-    kind = metrics["verdict"] if word else "open"
-    return f"Verdict: {kind}; {found}, by {difference['loss']:+.3f} nats a token (95 % interval {interval})"
 
 
 if __name__ == "__main__":

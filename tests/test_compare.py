@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
+import result_utils
 from conftest import refusal
 from data_utils import load_conversations
 from settings_utils import DEFAULTS, Settings
@@ -36,7 +37,7 @@ def test_each_adapter_is_compared_with_the_first_on_the_same_rows(conversations)
         [loss - 3 - row % 2 for row, loss in enumerate(FIRST)],
         [loss + (-1) ** row for row, loss in enumerate(FIRST)],
     )
-    metrics, columns, rows = evaluate.compare_scores(
+    metrics, columns, rows = result_utils.compare_scores(
         named("a", "b", "c"), [some_scores(losses) for losses in (FIRST, better, same)], conversations
     )
     a, b, c = metrics["adapters"]
@@ -53,7 +54,7 @@ def test_each_adapter_is_compared_with_the_first_on_the_same_rows(conversations)
 
 def test_adapters_that_cut_answers_into_other_tokens_are_compared_by_the_character(conversations):
     scores = [some_scores(FIRST), some_scores(FIRST, tokens=4)]
-    metrics, columns, rows = evaluate.compare_scores(named("a", "b"), scores, conversations)
+    metrics, columns, rows = result_utils.compare_scores(named("a", "b"), scores, conversations)
     assert metrics["unit"] == "character"
     assert "perplexity" not in metrics["adapters"][0]
     assert metrics["adapters"][0]["loss"] == pytest.approx(sum(FIRST) / sum(range(1, 21)))
@@ -64,12 +65,12 @@ def test_adapters_that_cut_answers_into_other_tokens_are_compared_by_the_charact
 
 
 def test_only_rows_that_all_could_be_measured_on_count(conversations):
-    metrics, _, rows = evaluate.compare_scores(
+    metrics, _, rows = result_utils.compare_scores(
         named("a", "b"), [some_scores(FIRST), some_scores(FIRST)[5:]], conversations
     )
     assert metrics["rows"] == 15
     assert [row["row"] for row in rows] == list(range(6, 21))
-    message = refusal(evaluate.compare_scores, named("a", "b"), [some_scores(FIRST), []], conversations)
+    message = refusal(result_utils.compare_scores, named("a", "b"), [some_scores(FIRST), []], conversations)
     assert "no row in common" in message
 
 
@@ -87,7 +88,7 @@ def test_the_verdict_of_a_comparison_says_no_more_than_its_intervals(verdicts, s
     others = [
         {"run": f"run {number}", "verdict": verdict, "loss": 3 - number} for number, verdict in enumerate(verdicts, 1)
     ]
-    assert evaluate.comparison_verdict([{"run": "first", "verdict": None, "loss": 3.0}, *others]) == sentence
+    assert result_utils.comparison_verdict([{"run": "first", "verdict": None, "loss": 3.0}, *others]) == sentence
 
 
 def test_what_is_compared_is_two_or_more_different_adapters(tmp_path):
