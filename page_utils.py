@@ -22,6 +22,7 @@ from message_utils import UserError
 from progress_utils import format_duration
 from report_utils import notices
 from run_utils import DATA_REPORT
+from settings_utils import PLACES
 
 REPORT, METRICS, SAMPLES = "report.html", "metrics.json", "samples.jsonl"
 TEMPLATE = "page.html.j2"
@@ -50,7 +51,6 @@ VERDICTS = {
     "no clear difference": "No clear difference.",
     "too few rows": "Too few rows for a verdict.",
 }
-LEFT_OUT_SETTINGS = ("output_dir", "logs_dir", "models_dir")  # places on a machine, which say nothing of the model
 
 
 def write_report(folder):
@@ -83,7 +83,7 @@ def describe_evaluation(metrics, samples):
         "curves": describe_curves(run["history"], run["record"].get("best_step")),
         "data": describe_data(run["data_report"]),
         "environment": list(describe_environment(metrics, run["record"])),
-        "settings": [pair for pair in settings.items() if pair[0] not in LEFT_OUT_SETTINGS],
+        "settings": [(name, show_setting(value)) for name, value in settings.items() if name not in PLACES],
         "differing": None,
         "kinds": {"better": "Better", "worse": "Worse", "cut": "Cut"},
         "samples": [describe_sample(sample, {"base": "Base", "tuned": "Tuned"}) for sample in samples],
@@ -216,7 +216,7 @@ def short_path(path):
 def describe_environment(metrics, record):
     """(name, value) of the models, of the run that made the adapter, and of the libraries."""
     yield "run", metrics["run"]
-    yield "base model", metrics["base_model"]
+    yield "base model", short_path(metrics["base_model"])
     yield "adapter", short_path(metrics["adapter"])
     if record:
         yield "trained until", record["finished"]
@@ -307,8 +307,12 @@ def compare_figures(metrics):
     return {"columns": [figure.label for figure in figures], "rows": rows}
 
 
+def show_setting(value):
+    return short_path(value) if isinstance(value, str) else value
+
+
 def show_base(adapter):
-    return f"{adapter['base_model']}, {show_figure(adapter['base_loss'], LOSS.form)}"
+    return f"{short_path(adapter['base_model'])}, {show_figure(adapter['base_loss'], LOSS.form)}"
 
 
 def compare_settings(adapters):
@@ -316,16 +320,12 @@ def compare_settings(adapters):
     found = [
         read_run(adapter["adapter"])["settings"] | {"base_model_name": adapter["base_model"]} for adapter in adapters
     ]
-    names = [name for name in dict.fromkeys(name for settings in found for name in settings)]
-    rows = [(name, [settings.get(name, "unknown") for settings in found]) for name in names]
-    return {
-        "names": [adapter["run"] for adapter in adapters],
-        "rows": [
-            (name, values)
-            for name, values in rows
-            if name not in (*LEFT_OUT_SETTINGS, "run_name") and any(value != values[0] for value in values)
-        ],
-    }
+    rows = []
+    for name in dict.fromkeys(name for settings in found for name in settings if name not in PLACES):
+        values = [settings.get(name, "unknown") for settings in found]
+        if any(value != values[0] for value in values):
+            rows.append((name, list(map(show_setting, values))))
+    return {"names": [adapter["run"] for adapter in adapters], "rows": rows}
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
