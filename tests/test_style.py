@@ -115,6 +115,9 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "help",
         "logdir",
         "num_processes",
+        "include_trained_rows",
+        "benchmarks",
+        "benchmark_limit",
         "dist",
     }
     flags = set(re.findall(r"--([a-z0-9_]+)", README)) - own
