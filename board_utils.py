@@ -13,6 +13,7 @@ from data_utils import last_answer
 from file_utils import display_path
 from generation_utils import generate_replies
 from message_utils import say
+from settings_utils import PLACES
 
 
 class ProgressLine(ProgressCallback):
@@ -53,7 +54,7 @@ class RunBoard(TrainerCallback):
         "eval_loss": "validation/loss",
         "eval_perplexity": "validation/perplexity",
     }
-    FINAL: ClassVar = ("final/validation_loss", "final/training_loss", "final/steps")  # shown in the HParams tab
+    FINAL: ClassVar = ("final/validation_loss", "final/training_loss")  # beside the settings in the HParams tab
 
     def __init__(self, log_dir, settings, first_step=0):
         self.first_step = first_step  # what a killed run wrote of later steps is not shown
@@ -86,6 +87,7 @@ class RunBoard(TrainerCallback):
         shown = {
             name: value if type(value) in (int, float) else str(value)
             for name, value in self.settings._asdict().items()
+            if name not in PLACES
         }
         _, start, _ = hparams(shown, {})
         self.writer.file_writer.add_summary(start)
@@ -93,7 +95,7 @@ class RunBoard(TrainerCallback):
     def add_final_figures(self, state):
         """The figures of the run's end beside its settings: the best validation loss is that of the adapter."""
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        figures = (state.best_metric, losses[-1] if losses else None, state.global_step)
+        figures = (state.best_metric, losses[-1] if losses else None)
         for name, figure in zip(self.FINAL, figures, strict=True):
             if figure is not None:
                 self.writer.add_scalar(name, figure, state.global_step)

@@ -22,6 +22,7 @@ from message_utils import UserError
 from progress_utils import format_duration
 from report_utils import notices
 from run_utils import DATA_REPORT
+from settings_utils import PLACES
 
 REPORT, METRICS, SAMPLES = "report.html", "metrics.json", "samples.jsonl"
 TEMPLATE = "page.html.j2"
@@ -41,6 +42,7 @@ FIGURES = (
     Figure("mean_tokens", "Tokens", 0, "{:,.1f}", "of an answer, on average"),
 )
 LOSS = FIGURES[0]
+BENCHMARK = Figure("benchmark", "", 0, "{:.3f}", "")  # of a benchmark it is not known whether more is better
 COMPARED = ("loss", "perplexity", "accuracy", "chrf", "ended")  # the columns of a comparison
 
 VERDICTS = {
@@ -49,7 +51,6 @@ VERDICTS = {
     "no clear difference": "No clear difference.",
     "too few rows": "Too few rows for a verdict.",
 }
-LEFT_OUT_SETTINGS = ("output_dir", "logs_dir", "models_dir")  # places on a machine, which say nothing of the model
 
 
 def write_report(folder):
@@ -82,7 +83,7 @@ def describe_evaluation(metrics, samples):
         "curves": describe_curves(run["history"], run["record"].get("best_step")),
         "data": describe_data(run["data_report"]),
         "environment": list(describe_environment(metrics, run["record"])),
-        "settings": [pair for pair in settings.items() if pair[0] not in LEFT_OUT_SETTINGS],
+        "settings": [(name, show_setting(value)) for name, value in settings.items() if name not in PLACES],
         "differing": None,
         "kinds": {"better": "Better", "worse": "Worse", "cut": "Cut"},
         "samples": [describe_sample(sample, {"base": "Base", "tuned": "Tuned"}) for sample in samples],
@@ -182,7 +183,7 @@ def lead(metrics):
 
 def warnings(metrics):
     """What must be known before the figures are believed."""
-    seen, left_out = metrics["trained_rows_seen"], metrics.get("trained_rows_left_out", 0)
+    seen, left_out = metrics["trained_rows_seen"], metrics["trained_rows_left_out"]
     if seen is None:
         yield "These rows may have been trained on: the adapter carries no record of the rows that it has seen."
         return
@@ -196,22 +197,27 @@ def describe_measured(metrics):
     """(name, value) of the rows that were measured."""
     data, seen = metrics["data"], metrics["trained_rows_seen"]
     yield "rows measured", f"{metrics['rows']:,}"
-    yield "of them from", data["path"]
-    yield "trained on", "unknown" if seen is None else f"{seen - metrics.get('trained_rows_left_out', 0):,}"
-    yield "left out as trained on", f"{metrics.get('trained_rows_left_out', 0):,}"
+    yield "file", short_path(data["path"])
+    yield "rows of it trained on", "unknown" if seen is None else f"{seen:,}"
+    yield "left out of the figures", f"{metrics['trained_rows_left_out']:,}"
     if metrics.get("trained_prompts_seen"):
         yield "prompts trained with another answer", f"{metrics['trained_prompts_seen']:,}"
     if metrics.get("validation_rows_of_the_run"):
-        yield "by which the run chose its best step", f"{metrics['validation_rows_of_the_run']:,}"
+        yield "also the run's validation rows", f"{metrics['validation_rows_of_the_run']:,}"
     yield "tokens of their answers", f"{metrics['answer_tokens']:,}"
     yield "sha256 of the rows", data["sha256"][:16]
+
+
+def short_path(path):
+    """A path inside the project as it is, and of others the end: who reads the page need not know this machine."""
+    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
 
 
 def describe_environment(metrics, record):
     """(name, value) of the models, of the run that made the adapter, and of the libraries."""
     yield "run", metrics["run"]
-    yield "base model", metrics["base_model"]
-    yield "adapter", metrics["adapter"]
+    yield "base model", short_path(metrics["base_model"])
+    yield "adapter", short_path(metrics["adapter"])
     if record:
         yield "trained until", record["finished"]
         yield "time of the training", format_duration(record["seconds"])
@@ -248,6 +254,14 @@ def figure_rows(metrics):
             "cells": [show_figure(metrics[name][figure.key], figure.form) for name in ("base", "tuned")],
             **describe_difference(loss if figure is LOSS else metrics["difference"].get(figure.key), figure),
         }
+    for task, found in metrics.get("benchmarks", {}).items():
+        for name, values in found["metrics"].items():
+            yield {
+                "label": f"{task}: {name}",
+                "meaning": f"{show_count(found['rows'], 'row')} of a benchmark, by lm-evaluation-harness",
+                "cells": [show_figure(values[model], BENCHMARK.form) for model in ("base", "tuned")],
+                **describe_difference(values, BENCHMARK),
+            }
 
 
 def describe_difference(difference, figure, reach=None):
@@ -284,7 +298,7 @@ def compare_figures(metrics):
     rows = [
         {
             "label": adapter["run"],
-            "meaning": adapter["adapter"],
+            "meaning": short_path(adapter["adapter"]),
             "cells": [show_figure(adapter[figure.key], figure.form) for figure in figures],
             **describe_difference(adapter["difference"], LOSS, max(ends)),
         }
@@ -293,8 +307,12 @@ def compare_figures(metrics):
     return {"columns": [figure.label for figure in figures], "rows": rows}
 
 
+def show_setting(value):
+    return short_path(value) if isinstance(value, str) else value
+
+
 def show_base(adapter):
-    return f"{adapter['base_model']}, {show_figure(adapter['base_loss'], LOSS.form)}"
+    return f"{short_path(adapter['base_model'])}, {show_figure(adapter['base_loss'], LOSS.form)}"
 
 
 def compare_settings(adapters):
@@ -302,16 +320,12 @@ def compare_settings(adapters):
     found = [
         read_run(adapter["adapter"])["settings"] | {"base_model_name": adapter["base_model"]} for adapter in adapters
     ]
-    names = [name for name in dict.fromkeys(name for settings in found for name in settings)]
-    rows = [(name, [settings.get(name, "unknown") for settings in found]) for name in names]
-    return {
-        "names": [adapter["run"] for adapter in adapters],
-        "rows": [
-            (name, values)
-            for name, values in rows
-            if name not in (*LEFT_OUT_SETTINGS, "run_name") and any(value != values[0] for value in values)
-        ],
-    }
+    rows = []
+    for name in dict.fromkeys(name for settings in found for name in settings if name not in PLACES):
+        values = [settings.get(name, "unknown") for settings in found]
+        if any(value != values[0] for value in values):
+            rows.append((name, list(map(show_setting, values))))
+    return {"names": [adapter["run"] for adapter in adapters], "rows": rows}
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------

@@ -111,6 +111,10 @@ SHIPPED = {
 BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length")
 
 
+# Where a run's files lie, and its name: they say nothing of its result
+PLACES = ("output_dir", "logs_dir", "models_dir", "run_name")
+
+
 # ---- Which script uses which settings --------------------------------------------------------------------------------
 # train.py uses every setting of config.py but these; a new setting is one of train.py unless it is named here
 NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples", "answer_check")

@@ -84,7 +84,7 @@ def some_metrics(**changes):
         "trained_rows_left_out": 0,
         "validation_rows_of_the_run": 20,
         "run": "demo",
-        "adapter": "/nowhere/lora-adapter",
+        "adapter": "/home/somebody/nowhere/lora-adapter",
         "base_model": "models/tiny-base",
         "date": "2026-11-28 10:40:02",
         "data": {"name": "validation", "path": "output/validation.jsonl", "rows": 20, "sha256": "9f2c" * 16},
@@ -133,7 +133,9 @@ def test_the_verdict_comes_first_and_the_figures_have_their_intervals(page):
     assert "+75 points" in page.text  # a difference of shares is no percentage
     assert "+40 to +90" in page.text
     assert "What the figures do not say" in page.text
-    assert "chose its best step by the loss on 20 rows" in page.text
+    assert "nowhere/lora-adapter" in page.text
+    assert "/home/somebody" not in page.html  # nor any other place on this machine
+    assert "chose its best step by the loss on 20 of these rows" in page.text
 
 
 def test_an_interval_that_holds_no_difference_is_drawn_as_such(page):
@@ -224,7 +226,7 @@ def test_the_run_beside_the_adapter_is_shown_with_its_curve_and_settings(tmp_pat
     ):
         assert words in page.text, words
     assert len(page.all("polyline")) == 4  # two lines, wide and narrow
-    assert "/home/somebody" not in page.html  # nor any other place on this machine
+    assert "/home/somebody" not in page.html
 
 
 def test_a_comparison_has_a_row_for_each_adapter_and_says_which_is_nearest(tmp_path):
@@ -251,6 +253,13 @@ def test_a_comparison_has_a_row_for_each_adapter_and_says_which_is_nearest(tmp_p
     kinds = [found["class"].split()[1:] for found in page.all("article")]
     assert kinds == [["nearest-1"], ["nearest-0", "cut"], []]
     assert "second <b> nearest 1" in page.text
+
+
+def test_benchmarks_stand_among_the_figures(tmp_path):
+    accuracy = {"base": 0.25, "tuned": 0.75, "mean": 0.5, "low": 0.4, "high": 0.6}
+    page = write_page(tmp_path, some_metrics(benchmarks={"arc_easy": {"rows": 200, "metrics": {"acc": accuracy}}}))
+    for words in ("arc_easy: acc", "200 rows of a benchmark", "0.750", "+0.400 to +0.600"):
+        assert words in page.text, words
 
 
 def test_damaged_samples_end_in_one_line(tmp_path):

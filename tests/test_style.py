@@ -110,6 +110,7 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "config",
         "demo",
         "base_only",
+        "compare",
         "adapter_path",
         "help",
         "logdir",
