@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from chart_utils import Curve, draw_bars, draw_curves, draw_interval
 from data_utils import DataReport
 from file_utils import PROJECT_DIR, display_path, read_json, resolve_path, whole_file
-from message_utils import UserError
+from message_utils import UserError, say
 from progress_utils import format_duration
 from report_utils import notices
 from run_utils import DATA_REPORT
@@ -86,7 +86,7 @@ def describe_evaluation(metrics, samples):
         "settings": [(name, show_setting(value)) for name, value in settings.items() if name not in PLACES],
         "differing": None,
         "kinds": {"better": "Better", "worse": "Worse", "cut": "Cut"},
-        "samples": [describe_sample(sample, {"base": "Base", "tuned": "Tuned"}) for sample in samples],
+        "samples": describe_samples(samples, {"base": "Base", "tuned": "Tuned"}),
     }
 
 
@@ -115,7 +115,7 @@ def describe_comparison(metrics, samples):
         "settings": [],
         "differing": compare_settings(metrics["adapters"]),
         "kinds": {f"nearest-{number}": f"{name} nearest" for number, name in enumerate(names)} | {"cut": "Cut"},
-        "samples": [describe_sample(sample, labels) for sample in samples],
+        "samples": describe_samples(samples, labels),
     }
 
 
@@ -158,8 +158,17 @@ def read_run(adapter):
         "state": adapter / "trainer_state.json",
         "data_report": adapter.parent / DATA_REPORT,
     }
-    found = {name: read_json(path, "the run's record") if path.is_file() else {} for name, path in files.items()}
+    found = {name: read_part(path) for name, path in files.items()}
     return found | {"history": found["state"].get("log_history", [])}
+
+
+def read_part(path):
+    """The JSON object in a file, {} where there is none; a damaged one is named, and costs its part of the report."""
+    try:
+        return read_json(path, "the run's record") if path.is_file() else {}
+    except UserError as error:
+        say(f"Notice: the report goes without a part: {error}")
+        return {}
 
 
 # ---- In words --------------------------------------------------------------------------------------------------------
@@ -218,11 +227,14 @@ def describe_environment(metrics, record):
     yield "run", metrics["run"]
     yield "base model", short_path(metrics["base_model"])
     yield "adapter", short_path(metrics["adapter"])
-    if record:
-        yield "trained until", record["finished"]
-        yield "time of the training", format_duration(record["seconds"])
-        yield "steps", f"{record['steps']:,}"
-        yield "peak memory of the training", f"{record['peak_memory_gib']:.2f} GiB"
+    for name, key, show in (
+        ("trained until", "finished", str),
+        ("time of the training", "seconds", format_duration),
+        ("steps", "steps", "{:,}".format),
+        ("peak memory of the training", "peak_memory_gib", "{:.2f} GiB".format),
+    ):
+        if key in record:
+            yield name, show(record[key])
     yield "evaluated", metrics["date"]
     yield from metrics["versions"].items()
 
@@ -331,8 +343,10 @@ def compare_settings(adapters):
 # ---- The run ---------------------------------------------------------------------------------------------------------
 def describe_curves(history, best_step):
     """The chart of a run's losses and what it shows, in words; None where no loss is recorded."""
-    training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    validation = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    training, validation = (
+        [(entry["step"], entry[name]) for entry in history if math.isfinite(entry.get(name, math.nan))]
+        for name in ("loss", "eval_loss")
+    )
     if not training:
         return None
     curves = [
@@ -356,9 +370,17 @@ def describe_curves(history, best_step):
 
 
 def describe_data(report):
-    """The data report of the adapter's run, as lines, a table and a chart; None where there is none."""
-    if not report:
+    """The data report of the adapter's run, as lines, a table and a chart; None where there is none.
+
+    report: what report_utils.build_report makes; one of an older version, which has other keys, is left out.
+    """
+    try:
+        return show_data(report) if report else None
+    except (KeyError, TypeError):
         return None
+
+
+def show_data(report):
     histogram = report["training"]["histogram"]
     return {
         "files": [DataReport(**file).line() for file in report["files"]],
@@ -369,16 +391,19 @@ def describe_data(report):
 
 
 # ---- Samples ---------------------------------------------------------------------------------------------------------
-def describe_sample(sample, labels):
-    """What the page shows of a row: its prompt, the expected answer, and the answer of each model with its facts.
+def describe_samples(samples, labels):
+    """What the page shows of each row. labels: {key of an answer in the sample: how the page calls it}."""
+    first = 1 if shared_system(samples) else 0
+    return [describe_sample(sample, labels, sample["messages"][first:-1]) for sample in samples]
 
-    labels: {key of the answer in the sample: how the page calls it}.
-    """
+
+def describe_sample(sample, labels, earlier):
+    """A row's prompt, the messages before it, the expected answer, and the answer of each model with its facts."""
     answers = {name: sample[name] for name in labels}
     return {
         "row": sample["row"],
         "prompt": sample["prompt"] or show_turn(sample["messages"][-1])["text"],
-        "earlier": [turn for turn in map(show_turn, sample["messages"][:-1]) if turn["text"]],
+        "earlier": [turn for turn in map(show_turn, earlier) if turn["text"]],
         "expected": sample["expected"],
         "kinds": list(find_kinds(answers)),
         "answers": [
@@ -425,7 +450,7 @@ def show_turn(message):
 def shared_system(samples):
     """The system text with which all prompts begin, or ''. It is shown once."""
     firsts = [sample["messages"][0] for sample in samples]
-    found = {first["content"] if first["role"] == "system" else "" for first in firsts}
+    found = {show_turn(first)["text"] if first["role"] == "system" else "" for first in firsts}
     return found.pop() if len(found) == 1 else ""
 
 

@@ -255,6 +255,26 @@ def test_a_comparison_has_a_row_for_each_adapter_and_says_which_is_nearest(tmp_p
     assert "second <b> nearest 1" in page.text
 
 
+def test_a_system_text_that_all_prompts_share_is_shown_once(tmp_path):
+    system = {"role": "system", "content": "You are Wren."}
+    samples = [sample | {"messages": [system, sample["messages"][-1]]} for sample in SAMPLES]
+    page = write_page(tmp_path, some_metrics(), samples)
+    assert page.text.count("You are Wren.") == 1
+    assert "Earlier" not in page.text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"training": {}, "steps": 3}'])
+def test_a_record_that_is_damaged_or_of_another_version_costs_its_part_of_the_report_only(tmp_path, text):
+    adapter = tmp_path / "lora-adapter"
+    adapter.mkdir()
+    for path in (adapter / "run.json", adapter / "trainer_state.json", tmp_path / "data_report.json"):
+        path.write_text(text)
+    page = write_page(tmp_path, some_metrics(adapter=str(adapter)))
+    assert page.open == []
+    assert "The tuned model is better." in page.text
+    assert "Training loss" not in page.text
+
+
 def test_benchmarks_stand_among_the_figures(tmp_path):
     accuracy = {"base": 0.25, "tuned": 0.75, "mean": 0.5, "low": 0.4, "high": 0.6}
     page = write_page(tmp_path, some_metrics(benchmarks={"arc_easy": {"rows": 200, "metrics": {"acc": accuracy}}}))
