@@ -227,11 +227,17 @@ def verdict_line(metrics):
     difference, rows = metrics["difference"], metrics["rows"]
     if metrics["verdict"] == TOO_FEW:
         return f"Verdict: none, {rows} rows are too few; give {FEWEST_ROWS} or more"
-    word = {"better": "lower", "worse": "higher"}.get(metrics["verdict"])
-    found = f"the tuned model's loss on these answers is {word}" if word else "no clear difference in the loss"
-    interval = f"{difference['low']:+.3f} to {difference['high']:+.3f}"
-    kind = metrics["verdict"] if word else "open"
-    return f"Verdict: {kind}; {found}, by {difference['loss']:+.3f} nats a token (95 % interval {interval})"
+    low, high = sorted(abs(difference[end]) for end in ("low", "high"))
+    for found, word in (("better", "lower"), ("worse", "higher")):
+        if metrics["verdict"] == found:
+            return (
+                f"Verdict: {found}. The tuned model's loss on these answers is {word} by"
+                f" {abs(difference['loss']):.3f} nats a token (95 % interval {low:.3f} to {high:.3f})"
+            )
+    return (
+        f"Verdict: open. The loss on these answers shows no clear difference: {difference['loss']:+.3f} nats a token"
+        f" (95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})"
+    )
 
 
 def benchmark_lines(benchmarks):
