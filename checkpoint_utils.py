@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections import namedtuple
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import PurePosixPath
 
@@ -30,7 +31,7 @@ from file_utils import (
 from message_utils import UserError, say
 from model_utils import ADAPTER_WEIGHTS, base_revision, template_content, tokenizer_content, write_recorded_settings
 from process_utils import from_first_process, shared_errors
-from run_utils import CHECKPOINTS, set_aside
+from run_utils import ADAPTER, CHECKPOINTS, set_aside
 from settings_utils import PLACES, is_folder_name
 
 # In a checkpoint: its manifest and what the Trainer's own state leaves out. Beside the checkpoints: the unfinished one.
@@ -52,7 +53,7 @@ Resumption = namedtuple("Resumption", "folder step finished best_step progress r
 # one is refused at worst, and never overlooked.
 FREE_SETTINGS = {
     *("base_model_name", "device", "use_fp16", "custom_dataset_path", "validation_dataset_path", "answers_cut_limit"),
-    "chosen_only",
+    *("chosen_only", "system_prompt"),
     *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_samples", "answer_check"),
     *("max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty"),
     *PLACES,
@@ -72,6 +73,7 @@ def training_identity(settings, base, rows, arguments):
         "base_model": f"{settings.base_model_name} @ {base_revision(base.path, base.models_dir)}",
         "tokenizer": tokenizer_content(base.tokenizer),
         "chat_template": template_content(base.tokenizer),
+        "template_date": date.isoformat() if (date := getattr(base.tokenizer, "template_date", None)) else None,
         "training_data": rows_content(rows.training),
         "validation_data": rows_content(rows.validation),
         "device": arguments.device.type,
@@ -119,6 +121,15 @@ def version_differences(old, new):
     """["peft 0.20.0 -> 0.21.2", ...]: other libraries may change the last bits of the weights, which is allowed."""
     old, new = old.get("versions", {}), new["versions"]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+
+
+def run_date(output_dir, fresh):
+    """The date that templates write in a run: that of an interrupted run in output_dir, which may go on, else now."""
+    checkpoints = [] if fresh or (output_dir / ADAPTER).exists() else list_checkpoints(output_dir / CHECKPOINTS)
+    for folder in checkpoints:
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # verified later, by find_resumption
+            return datetime.fromisoformat(read_json(folder / MANIFEST, "its manifest")["identity"]["template_date"])
+    return datetime.now().replace(microsecond=0)
 
 
 # ---- Manifest --------------------------------------------------------------------------------------------------------

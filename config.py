@@ -59,6 +59,7 @@ DO_SAMPLE = True  # False: always the likeliest token, so that the same prompt g
 TEMPERATURE = 0.7  # below 1 keeps to likely words, above 1 is more daring
 TOP_P = 0.9  # sample among the likeliest tokens that hold this share of the probability
 REPETITION_PENALTY = 1.0  # above 1 discourages repeated words; 1.1 is a mild dose
+SYSTEM_PROMPT = None  # system text that conversations begin with; None: the one that all training rows have; "": none
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 EVAL_SAMPLES = 50  # rows that base and tuned model answer; the figures of answers are over these, more narrow them

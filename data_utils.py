@@ -4,14 +4,19 @@ A conversation is a list of messages, {"role": "user", "content": "..."}. Every 
 these two keys a message may hold tool_calls, reasoning_content, name and tool_call_id, as transformers documents them
 for chat templates, and "weight": 0 for an answer that is context only. The definitions of a conversation's tools stand
 in its first message, under "tools".
+
+A whole text, of which every token is trained, is a conversation of one message, {"role": "text", "content": "..."}.
 """
 
 import json
 import random
+import shlex
+import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +25,7 @@ import numpy as np
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
+from prompt_utils import begin_with
 from reader_utils import read_rows
 
 COLUMN_NAMES = {
@@ -28,6 +34,17 @@ COLUMN_NAMES = {
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "messages": ("messages", "conversations"),
+    "text": ("text",),
+}
+# Names of columns beside a text that say what it is, so that the text is all that there is to learn
+ABOUT_TEXTS = {
+    *("id", "_id", "idx", "index", "url", "source", "src", "timestamp", "date", "created", "meta", "metadata"),
+    *("language", "lang", "license", "author", "title"),
+}
+# Parts of the names of columns, for a guess at what others hold
+HINTS = {
+    "instruction": ("instruct", "prompt", "quest", "query", "frage", "user", "human", "input", "problem", "source"),
+    "response": ("respon", "answer", "antwort", "output", "complet", "repl", "assist", "target", "solution", "summary"),
 }
 OPTIONAL = ("input", "system")
 INSTANCES = "instances"  # a column of {"input", "output"} objects that share one instruction, as in self-instruct
@@ -35,27 +52,40 @@ INSTANCES = "instances"  # a column of {"input", "output"} objects that share on
 ROLES = {
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "system": "system",
     "developer": "system",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
 
 # What a row may hold beside its texts, and what it means
-CALLS = "function_call"  # the speaker of a call in ShareGPT, and the key of a call in OpenAI's first format
+CALLS = "function_call"  # the key of a call in OpenAI's first format
+CALLERS = (CALLS, "tool_call")  # the speakers of a call in ShareGPT
 TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-LABELS = ("label", "kto_tag")  # true or false: whether the answer is a good one, as KTO has it
+LABELS = ("label", "kto_tag")  # whether the answer is a good one, as KTO has it
+GOOD, BAD = ("true", "1", "desirable", "chosen", "good"), ("false", "0", "undesirable", "rejected", "bad")
+WEIGHTS = ("weight", "loss", "train", "training", "trainable")  # 0 or false: an answer that is not learned
+REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers has it
+TEXT_PARTS = ("text", "input_text", "output_text")
 PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
 TURN_KEYS = {
-    *("role", "from", "content", "value", "weight", "tools", "tool_calls", CALLS, "reasoning_content", "tool_call_id"),
-    *MEDIA,
+    *("role", "from", "content", "value", "tools", "tool_calls", CALLS, "tool_call_id"),
+    *(*WEIGHTS, *REASONING, *MEDIA),
 }
 
 
@@ -70,6 +100,7 @@ class DataReport:
     unused_keys: list = field(default_factory=list)  # keys of messages that are not used
     context_only: int = 0  # answers of weight 0
     thoughts: int = 0  # answers with a thought before them
+    reasoning: int = 0  # those of them that have it as reasoning_content
     rows: int = 0
     kept: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
@@ -92,6 +123,8 @@ class DataReport:
             columns += f"; not used in messages: {', '.join(self.unused_keys)}"
         parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
+        if "text" in self.columns:
+            parts.append("whole texts: every token is trained, and no chat template is used")
         if self.context_only:
             parts.append(f"{self.context_only:,} answers of weight 0 read but not trained")
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
@@ -105,14 +138,15 @@ def list_rows(count, rows):
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
-def find_columns(found, mapping, name, chosen_only=False):
+def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False):
     """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
 
-    Of preferences, {"chosen": "chosen"}, where the user asked for the chosen answers.
+    Of whole texts {"text": column}; of preferences {"chosen": "chosen"}, where the user asked for the chosen answers.
 
-    `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question).
+    `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question). With
+    `or_usual_names` they are looked for too where no column of the mapping is there.
     """
-    if mapping:
+    if mapping and not (or_usual_names and not set(map(str, mapping.values())) & set(found)):
         check_mapping(found, mapping, name)
         return dict(mapping)
     columns = match_columns(found, COLUMN_NAMES)
@@ -125,19 +159,45 @@ def find_columns(found, mapping, name, chosen_only=False):
         return {"chosen": "chosen"} | {part: column for part, column in columns.items() if part == "system"}
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
-    columns.pop("messages", None)
-    if not {"instruction", "response"} <= set(columns):
-        raise UserError(
-            f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or"
-            " prompt, question and output, answer, completion), messages, or conversations; map others with"
-            " --dataset_columns"
-        )
-    return columns
+    text = columns.pop("text", None)
+    if "instruction" not in columns and {"input", "response"} <= set(columns):
+        columns = {"instruction": columns.pop("input"), **columns}
+    if {"instruction", "response"} <= set(columns):
+        return columns
+    if text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
+        return {"text": text}
+    whole = f"; --dataset_columns '{json.dumps({'text': text})}' trains on whole texts" if text is not None else ""
+    raise UserError(
+        f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or prompt,"
+        f" question and output, answer, completion), messages, or conversations; {advise_mapping(found)}{whole}"
+    )
+
+
+def advise_mapping(found):
+    """The command that names the columns, with a guess at which are meant, to be pasted into a shell."""
+    left = [column for column in found if column.lower() not in ABOUT_TEXTS and not column.lower().endswith("_id")]
+    guess = {}
+    for part, hints in HINTS.items():
+        alike = [column for column in left if any(hint in column.lower() for hint in hints)]
+        guess[part] = next(iter(alike), None)
+        left = [column for column in left if column != guess[part]]
+    for part in guess:
+        if guess[part] is None and left:
+            guess[part] = left.pop(0)
+    if None in guess.values():
+        return "give a file with both"
+    script, *arguments = sys.argv
+    if "--dataset_columns" in arguments:
+        place = arguments.index("--dataset_columns")
+        del arguments[place : place + 2]
+    command = ["python", script, *arguments] if Path(script).name in ("train.py", "evaluate.py") else []
+    pasted = shlex.join([*command, "--dataset_columns", json.dumps(guess, ensure_ascii=False)])
+    return f"name yours, if these are meant: {pasted}"
 
 
 def optional_parts(columns):
     """The parts of a conversation that a row of this shape may have, or may lack."""
-    return ("system",) if "messages" in columns or "chosen" in columns else OPTIONAL
+    return () if "text" in columns else ("system",) if {"messages", "chosen"} & set(columns) else OPTIONAL
 
 
 def match_columns(found, parts):
@@ -149,13 +209,14 @@ def match_columns(found, parts):
 
 def check_mapping(found, mapping, name):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
-    required = {"messages"} if "messages" in mapping else {"instruction", "response"}
+    alone = {"messages", "text"} & set(mapping)
+    required = alone or {"instruction", "response"}
     allowed = required | set(optional_parts(mapping))
     problem = None
     if not required <= set(mapping) <= allowed:
-        problem = "expected the keys instruction and response, perhaps input and system; or messages"
+        problem = "expected the keys instruction and response, perhaps input and system; or messages; or text"
     elif missing := [str(mapping[part]) for part in sorted(required) if mapping[part] not in found]:
-        problem = f"missing {', '.join(missing)}"
+        problem = f"missing {', '.join(missing)}; {advise_mapping(found)}"
     elif any(not isinstance(column, str) for column in mapping.values()):
         problem = "expected the names of columns"
     if problem:
@@ -185,12 +246,19 @@ def message_text(row, columns, part, where):
 
 def to_conversation(row, columns, where, report):
     """The messages of a row: its system text if it is not blank, then its turns or its instruction and response."""
+    if "text" in columns:
+        return [{"role": "text", "content": message_text(row, columns, "text", where)}]
     system = message_text(row, columns, "system", where)
     conversation = [{"role": "system", "content": system}] if system.strip() else []
     if "chosen" in columns:
         conversation += read_chosen(row, where, report)
     elif "messages" in columns:
-        conversation += read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+        turns = read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+        if conversation and turns and turns[0]["role"] == "system":
+            if turns[0]["content"] != system:
+                raise UserError(f"{where}: a system text in column {columns['system']!r} and another in the messages")
+            conversation = []
+        conversation += turns
     else:
         response = message_text(row, columns, "response", where)
         report.thoughts += "</think>" in response
@@ -201,7 +269,7 @@ def to_conversation(row, columns, where, report):
 def read_question(row, columns, where):
     """The user's message of an instruction and the input that may belong to it."""
     instruction, extra = (message_text(row, columns, part, where) for part in ("instruction", "input"))
-    return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction}
+    return {"role": "user", "content": "\n\n".join(text for text in (instruction, extra) if text.strip())}
 
 
 def read_chosen(row, where, report):
@@ -224,8 +292,11 @@ def read_chosen(row, where, report):
 
 def read_turns(turns, column, where, report):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
+    turns = parse_text(turns)  # a CSV file holds them as JSON
     if not isinstance(turns, list):
         raise UserError(f"{where}, column {column!r}: expected a list of messages")
+    if [turn.get("role") for turn in turns if isinstance(turn, dict)] == ["text"]:  # as the held-out rows are kept
+        return [{"role": "text", "content": require_text(turns[0].get("content"), where)}]
     messages, tools = [], None
     for index, turn in enumerate(turns, start=1):
         spoken = f"{where}, message {index}"
@@ -237,6 +308,7 @@ def read_turns(turns, column, where, report):
             unused.remove("name")
         report.unused_keys += [key for key in unused if key not in report.unused_keys]
         report.context_only += "weight" in message
+        report.reasoning += "reasoning_content" in message
         report.thoughts += "reasoning_content" in message or "</think>" in message["content"]
         if message["role"] != "system" or message["content"].strip():
             messages.append(message)
@@ -246,35 +318,46 @@ def read_turns(turns, column, where, report):
 def read_message(turn, where):
     """One turn as a message, with the keys that have a meaning here in a fixed order."""
     speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(speaker, str) or speaker not in ROLES:
+    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
         raise UserError(f"{where}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
     check_media(turn, where)
     calls = read_calls(turn, where)
     content = turn.get("content", turn.get("value"))
-    if speaker == CALLS and not calls and isinstance(content, str):
+    if speaker in CALLERS and not calls and isinstance(content, str):
         calls = parse_calls(content, where)
         content = None if calls else content
-    text = "" if content is None and calls else join_parts(content, where)
-    message = {"role": ROLES[speaker], "content": text}
+    text = "" if content is None and calls else join_parts(content, where, role)
+    message = {"role": role, "content": text}
     if calls:
         message["tool_calls"] = calls
-    for key in ("reasoning_content", "tool_call_id"):
+    for key in ("tool_call_id", *REASONING):
         if turn.get(key) not in (None, ""):
-            message[key] = require_text(turn[key], f"{where}, {key}")
-    if turn.get("weight") not in (None, 0, 1):
-        raise UserError(f"{where}: weight {turn['weight']!r}, expected 0 (read, not trained) or 1")
-    if turn.get("weight") == 0 and message["role"] == "assistant":
-        message["weight"] = 0
+            message.setdefault(
+                "reasoning_content" if key in REASONING else key, require_text(turn[key], f"{where}, {key}")
+            )
+    for key in WEIGHTS:
+        if turn.get(key) not in (None, 0, 1):
+            raise UserError(f"{where}: {key} {turn[key]!r}, expected 0 (read, not trained) or 1")
+        if turn.get(key) == 0 and role == "assistant":
+            message["weight"] = 0
     return message
 
 
-def join_parts(content, where):
-    """The text of a message: a text, or OpenAI's list of parts, whose texts are joined by line breaks."""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+def join_parts(content, where, role):
+    """The text of a message: a text, or OpenAI's list of parts, whose texts are joined by line breaks.
+
+    What a tool has returned may be any JSON, which then is the text.
+    """
+    if isinstance(content, str) or content is None:
         return require_text(content, where)
-    if others := sorted({str(part.get("type")) for part in content if part.get("type") != "text"}):
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in as_list(content)]
+    typed = all(isinstance(part, dict) and "type" in part for part in parts)
+    if not typed:
+        return json.dumps(content, ensure_ascii=False) if role == "tool" else require_text(content, where)
+    if others := sorted({str(part["type"]) for part in parts if part["type"] not in TEXT_PARTS}):
         raise UserError(f"{where}: a part of type {', '.join(others)}, expected texts only; remove those rows")
-    return "\n".join(require_text(part.get("text"), where) for part in content)
+    return "\n".join(require_text(part.get("text"), where) for part in parts)
 
 
 def check_media(found, where):
@@ -357,15 +440,17 @@ def as_list(value):
 def find_label(row, columns):
     """(column, whether the answer is a good one) of a row that is labelled, else (None, None)."""
     for column in LABELS:
-        value = str(row.get(column)).lower() if isinstance(row.get(column), (bool, str)) else None
-        if value in ("true", "false") and column not in columns.values():
-            return column, value == "true"
+        value = str(row.get(column)).lower()
+        if value in GOOD + BAD and column not in columns.values():
+            return column, value in GOOD
     return None, None
 
 
 def reason_to_drop(conversation):
     """Why a conversation cannot be trained on, or None."""
     roles = [message["role"] for message in conversation]
+    if roles == ["text"]:
+        return None if conversation[0]["content"].strip() else "an empty text"
     if "assistant" not in roles:
         return "no answer"
     if roles[0] == "assistant":
@@ -382,11 +467,11 @@ def is_empty(message):
 
 
 def is_trained(message):
-    """Whether a message is an answer to be learned."""
-    return message["role"] == "assistant" and message.get("weight") != 0
+    """Whether a message is an answer to be learned, or a whole text."""
+    return message["role"] in ("assistant", "text") and message.get("weight") != 0
 
 
-def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False):
+def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False, or_usual_names=False):
     """Yield (row number, conversation) of every row that can be trained on; counts the others in the report.
 
     The first row decides the columns; optional ones may first appear later. With `number_column` the rows of
@@ -400,8 +485,8 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
         number = number if isinstance(number, int) and abs(number) < 2**63 else place
         for row in expand_instances(nested, f"dataset {name}, row {place}"):
             if not report.columns:
-                report.columns = find_columns(list(row), mapping, name, chosen_only)
-            elif tuple(row) not in seen and not mapping:
+                report.columns = find_columns(list(row), mapping, name, chosen_only, or_usual_names)
+            elif tuple(row) not in seen and report.columns != mapping:
                 report.columns = match_columns(row, optional_parts(report.columns)) | report.columns
             seen[tuple(row)] = True
             where = f"dataset {name}, row {place}"
@@ -409,13 +494,13 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
             label, good = find_label(row, report.columns)
             if good is False and not chosen_only:
                 raise UserError(
-                    f"{where}: {label} is false, so its answer would be trained as a good one; add --chosen_only true"
-                    f" to leave such rows out, or remove the column {label}"
+                    f"{where}: {label} is {json.dumps(row[label])}, so its answer would be trained as a good one; add"
+                    f" --chosen_only true to leave such rows out, or remove the column {label}"
                 )
             conversation = to_conversation(row, report.columns, where, report)
             report.rows += 1
             used |= {label} | {column for column in TOOL_COLUMNS if conversation and "tools" in conversation[0]}
-            if reason := f"{label} is false" if good is False else reason_to_drop(conversation):
+            if reason := f"{label} is {json.dumps(row[label])}" if good is False else reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:
                 yield number, conversation
@@ -452,6 +537,7 @@ class Conversations(Sequence):
         "opening": "Q",
         "closing": "Q",
         "question": "Q",
+        "system": "Q",
     }
 
     def __init__(self, path, index, folder=None):
@@ -500,10 +586,11 @@ def last_answer(messages):
 
 
 def describe(messages):
-    """64-bit digests of the prompt, the last answer, its first four and its last four words (0 for short answers), and
-    of the prompt without its system text.
+    """64-bit digests of the prompt, the last answer, its first four and its last four words, the prompt without its
+    system text, and the system text.
 
-    Case and white space do not count: prompts that differ in nothing else are the same question.
+    They are 0 for what is not there, such as the first four words of a short answer. But for the system text, case and
+    white space do not count: prompts that differ in nothing else are the same question.
     """
     last = last_answer(messages)
     turns = [words_of(message).casefold().split() for message in messages[:last]]
@@ -511,8 +598,23 @@ def describe(messages):
     question = prompt[len(turns[0]) :] if turns and messages[0]["role"] == "system" else prompt
     answer = words_of(messages[last]).split()
     ends = (answer[:4], answer[-4:]) if len(answer) >= 8 else ((), ())
-    parts = (prompt, answer, *ends, question)
+    system = [messages[0]["content"]] if messages[0]["role"] == "system" else ()
+    parts = (prompt, answer, *ends, question, system)
     return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
+
+
+def shared_system_text(conversations):
+    """The system text that all Conversations begin with, or None."""
+    digests = conversations.index["system"]
+    if not len(digests) or not digests[0] or (digests != digests[0]).any():
+        return None
+    return conversations[0][1][0]["content"]
+
+
+def with_questions(conversations, count):
+    """(row number, messages) of the first `count` conversations that can be answered: whole texts cannot."""
+    found = ((number, messages) for number, messages in conversations if messages[0]["role"] != "text")
+    return list(islice(found, count))
 
 
 def words_of(message):
@@ -523,9 +625,19 @@ def words_of(message):
 
 
 # ---- Loading and splitting -------------------------------------------------------------------------------------------
-def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None, chosen_only=False):
+def load_conversations(
+    dataset,
+    mapping=None,
+    cache_dir=None,
+    number_column=None,
+    chosen_only=False,
+    system_prompt=None,
+    or_usual_names=False,
+):
     """Read a file or Hub dataset into Conversations without unusable and duplicate rows; returns them and a report.
 
+    With `or_usual_names` the file may have the usual columns in place of the mapping's. Rows without a system text
+    begin with `system_prompt`, if it is one.
     They are kept in cache_dir under a key of the files' content, or in a temporary folder that goes with them.
     """
     mapping = mapping or {}
@@ -535,12 +647,15 @@ def load_conversations(dataset, mapping=None, cache_dir=None, number_column=None
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
     code = Path(__file__).with_name("reader_utils.py")
-    parts = json.dumps([mapping, number_column, chosen_only, [path.suffix for path in paths]])
+    parts = json.dumps(
+        [mapping, number_column, chosen_only, system_prompt, or_usual_names, [path.suffix for path in paths]]
+    )
     key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)
-        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only)
+        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only, or_usual_names)
+        rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
         conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
         report.kept = len(conversations)
         if not report.kept:
@@ -564,9 +679,12 @@ def drop_duplicates(conversations, report):
     return conversations.select(first)
 
 
-def load_announced(label, dataset, mapping, cache_dir, chosen_only=False):
-    """Load the conversations that the user named, and say what became of the rows; returns them and the report."""
-    conversations, report = load_conversations(dataset, mapping, cache_dir, chosen_only=chosen_only)
+def load_announced(label, dataset, mapping, cache_dir, chosen_only=False, **options):
+    """Load the conversations that the user named, and say what became of the rows; returns them and the report.
+
+    `options` are those of load_conversations.
+    """
+    conversations, report = load_conversations(dataset, mapping, cache_dir, chosen_only=chosen_only, **options)
     say(f"{label}: {report.line()}")
     return conversations, report
 

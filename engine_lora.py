@@ -6,10 +6,12 @@ and without copies.
 """
 
 from collections import Counter
+from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from types import MethodType
 
 import torch
+from bitsandbytes.functional import get_4bit_type
 from peft.tuners.lora import LoraLayer
 from torch.library import custom_op
 
@@ -60,15 +62,13 @@ if triton:
         levels,
         absmax2,
         offset,
-        values,
         sums,
-        rows,
         inputs,
         outputs,
         ROWS: tl.constexpr,
         OUTPUTS: tl.constexpr,
         SPLITS: tl.constexpr,
-        PRECISION: tl.constexpr,
+        DECODE: tl.constexpr,
     ):
         # one program: some outputs of all rows, over one part of the inputs; a weight is read once, as four bits
         output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -79,20 +79,18 @@ if triton:
         begin = tl.program_id(1) * part
         shift = tl.load(offset)
         total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-        for number in range(begin, tl.minimum(begin + part, blocks)):
+        kind = x.dtype.element_ty
+        for number in tl.range(begin, tl.minimum(begin + part, blocks), num_stages=3):
             block = output * blocks + number
+            byte = tl.load(packed + block.to(tl.int64)[:, None] * 32 + lane[None, :], mask=known[:, None], other=0)
             level = tl.load(absmax + block, mask=known, other=0).to(tl.int32)
             scale = tl.load(levels + level) * tl.load(absmax2 + block // 256, mask=known, other=0.0) + shift
-            byte = tl.load(packed + block.to(tl.int64)[:, None] * 32 + lane[None, :], mask=known[:, None], other=0)
-            pair = byte.to(tl.int32)
-            where = row[None, :] * inputs + number * 64 + 2 * lane[:, None]
-            inside = (row < rows)[None, :] & (lane >= 0)[:, None]
-            first, second = tl.load(x + where, mask=inside, other=0.0), tl.load(x + where + 1, mask=inside, other=0.0)
-            high = tl.load(values + (pair >> 4)).to(first.dtype)
-            low = tl.load(values + (pair & 15)).to(first.dtype)
-            products = tl.dot(high, first, input_precision=PRECISION)
-            products = tl.dot(low, second, products, input_precision=PRECISION)
-            total += products * scale[:, None]
+            where = (number * 32 + lane)[:, None] * ROWS + row[None, :]
+            first, second = tl.load(x + where), tl.load(x + inputs // 2 * ROWS + where)
+            high, low = tl.inline_asm_elementwise(
+                DECODE, "=r,=r,=r,=r,r", [byte], dtype=(kind, kind), is_pure=True, pack=4
+            )
+            total += tl.dot(low, second, tl.dot(high, first)) * scale[:, None]
         where = (tl.program_id(1) * outputs + output)[:, None] * ROWS + row[None, :]
         tl.store(sums + where, total, mask=known[:, None] & (row < ROWS)[None, :])
 
@@ -112,7 +110,6 @@ if triton:
         SPLITS: tl.constexpr,
         RANKS: tl.constexpr,
         BIAS: tl.constexpr,
-        PRECISION: tl.constexpr,
     ):
         # one program: adds up the parts of some outputs, the adapter's share and the bias
         output, row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
@@ -126,7 +123,7 @@ if triton:
             up = tl.load(b + output[:, None] * rank + lane[None, :], mask=up, other=0.0)
             low = (row < rows)[None, :] & (lane < rank)[:, None]
             low = tl.load(down + row[None, :] * down_row + lane[:, None], mask=low, other=0.0)
-            total = tl.dot(up, low, total, input_precision=PRECISION)
+            total = tl.dot(up, low, total)
         if BIAS:
             total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
         tl.store(out + row[None, :] * outputs + output[:, None], total.to(out.dtype.element_ty), mask=inside)
@@ -177,44 +174,110 @@ def matrices(frozen, copies, inputs):
             yield dequantize(frozen[start : start + kind], copy.new_empty(len(copy), inputs))
 
 
+# ---- Frozen weights and few rows -------------------------------------------------------------------------------------
 FEW_ROWS = 64
 
 
-def few_rows_linear(x, frozen, bias=None, down=None, b=None):
-    """A frozen layer's outputs for few rows x, (rows, inputs), where the weight's way through the memory is all.
+def few_rows_linear(x, layers):
+    """The outputs of frozen layers that read x, (rows, inputs), for few rows: the weights' way through memory is all.
 
-    frozen: a layer's frozen_tensors. down, (rows, rank), and b, (outputs, rank): what its adapter adds, down @ b.T.
-    NF4 weights are not dequantized in memory.
+    layers: of each its frozen_tensors, its bias or None, and its adapter: down, (rows, rank), and b, (outputs, rank),
+    where down @ b.T is added, or None twice. On CUDA NF4 weights are read as they are, and never dequantized in memory.
     """
-    outputs = len(frozen[0]) if len(frozen) == 1 else frozen[0].numel() * 2 // x.shape[1]
-    if len(frozen) == 1 or not (x.is_cuda and triton) or len(x) > FEW_ROWS:
+    fused = x.is_cuda and triton and x.dtype in (torch.bfloat16, torch.float16)
+    fused = fused and 0 < len(x) <= FEW_ROWS and x.shape[1] % 64 == 0
+    laid_out = lay_out(x) if fused and any(len(frozen) > 1 for frozen, *_ in layers) else None
+    outs = []
+    for frozen, bias, down, b in layers:
+        if laid_out is not None and len(frozen) > 1:
+            outs.append(_nf4_linear(x, laid_out, frozen, bias, down, b))
+            continue
+        outputs = len(frozen[0]) if len(frozen) == 1 else frozen[0].numel() * 2 // x.shape[1]
         weight = frozen[0].to(x.dtype) if len(frozen) == 1 else dequantize(frozen, x.new_empty(outputs, x.shape[1]))
-        out = torch.addmm(bias.to(x.dtype), x, weight.T) if bias is not None else x @ weight.T
-        return out if down is None else out.addmm_(down, b.T)
-    x, out = x.contiguous(), x.new_empty(len(x), outputs)
-    rows, splits, width = max(16, triton.next_power_of_2(len(x))), 8, 64
-    sums = torch.empty(splits, outputs, rows, dtype=torch.float32, device=x.device)
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    grid = (triton.cdiv(outputs, width), splits)
-    sizes = {"ROWS": rows, "SPLITS": splits, "PRECISION": precision}
-    _few_rows_kernel[grid](x, *frozen, sums, len(x), x.shape[1], outputs, OUTPUTS=width, num_warps=4, **sizes)
-    rank, ranks = (0, 0) if b is None else (b.shape[1], max(16, triton.next_power_of_2(b.shape[1])))
-    adapter = (out, out) if b is None else (down, b)
+        out = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+        outs.append(out if down is None else out.addmm_(down, b.T))
+    return outs
+
+
+def lay_out(x):
+    """x, (rows, inputs), as the kernel reads it: (2, inputs / 2, 16, 32 or 64), the even inputs before the odd ones.
+
+    What lies beyond the rows is left as it is; it comes to outputs that nobody reads.
+    """
+    rows, inputs = x.shape
+    out = x.new_empty(2, inputs // 2, max(16, triton.next_power_of_2(rows)))
+    out[:, :, :rows].copy_(x.view(rows, inputs // 2, 2).permute(2, 1, 0))
+    return out
+
+
+def _nf4_linear(x, laid_out, frozen, bias, down, b):
+    (rows, inputs), width = x.shape, laid_out.shape[2]
+    outputs = frozen[0].numel() * 2 // inputs
+    splits = 8 if inputs <= 8192 else 16
+    sums = torch.empty(splits, outputs, width, dtype=torch.float32, device=x.device)
+    _few_rows_kernel[(triton.cdiv(outputs, 64), splits)](
+        laid_out,
+        *frozen[:5],
+        sums,
+        inputs,
+        outputs,
+        ROWS=width,
+        OUTPUTS=64,
+        SPLITS=splits,
+        DECODE=nf4_decoding(x.dtype),
+        num_warps=2,  # this and the other sizes: the fastest of some hundred on an H200
+    )
+    out = x.new_empty(rows, outputs)
+    rank = 0 if b is None else b.shape[1]
     _few_rows_end_kernel[(triton.cdiv(outputs, 64),)](
         sums,
-        *adapter,
+        out if b is None else down,
+        out if b is None else b,
         out if bias is None else bias,
         out,
-        len(x),
+        rows,
         outputs,
-        adapter[0].stride(0),
+        0 if b is None else down.stride(0),
         rank,
+        ROWS=width,
         OUTPUTS=64,
-        RANKS=ranks,
+        SPLITS=splits,
+        RANKS=max(16, triton.next_power_of_2(rank)) if rank else 0,
         BIAS=bias is not None,
-        **sizes,
+        num_warps=4,
     )
     return out
+
+
+@lru_cache
+def nf4_decoding(dtype):
+    """PTX that turns four bytes of NF4 into four first and four second values of a 16-bit number format.
+
+    A lookup in memory for each value would take longer than reading the weights. prmt picks bytes out of two registers,
+    each by three bits: so the table of 16 values is four registers of their low bytes and four of their high ones.
+    """
+    values = get_4bit_type("nf4", device="cpu").to(dtype).view(torch.uint8).view(16, 2)
+    lines = ["{ .reg .b32 pairs, index, upper, a, b, bytes0, bytes1;"]
+    for half in range(2):
+        lines += [
+            f"shr.b32 pairs, $4, {16 * half};",
+            "and.b32 index, pairs, 0x7777;",  # of eight values
+            "shr.b32 upper, pairs, 1;",
+            "and.b32 upper, upper, 0x4444;",  # the fourth bit: of which eight
+            "or.b32 upper, upper, 0x3210;",
+        ]
+        for byte in range(2):
+            table = [
+                int.from_bytes(bytes(values[start : start + 4, byte].tolist()), "little") for start in (0, 4, 8, 12)
+            ]
+            lines += [
+                f"{{ .reg .b32 t<4>; {' '.join(f'mov.b32 t{i}, {word};' for i, word in enumerate(table))}",
+                "prmt.b32 a, t0, t1, index; prmt.b32 b, t2, t3, index;",
+                f"prmt.b32 bytes{byte}, a, b, upper; }}",
+            ]
+        # the values come in the order low half, high half of each byte; the high half is the first value
+        lines += [f"prmt.b32 ${half}, bytes0, bytes1, 0x7351;", f"prmt.b32 ${2 + half}, bytes0, bytes1, 0x6240;"]
+    return "\n".join([*lines, "}"])
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
@@ -455,7 +518,7 @@ class LoraGroup:
 
     def compute(self, x):
         """The outputs of all layers."""
-        if self.replying and x.numel() <= FEW_ROWS * x.shape[-1]:
+        if self.replying and x.shape[-2] == 1:
             return self.compute_few(x)
         outputs, _ = torch.ops.lora.linear(
             x.to(self.scaled_a.dtype),
@@ -472,14 +535,15 @@ class LoraGroup:
         return outputs
 
     def compute_few(self, x):
+        """The same for one token of each row, x (rows, 1, inputs)."""
         rows = x.reshape(-1, x.shape[-1]).to(self.scaled_a.dtype)
         down, kind = rows @ self.scaled_a.T, len(self.stored) // len(self.layers)
         biases = self.biases or [None] * len(self.layers)
-        outputs = []
-        for number, (copy, rank, bias) in enumerate(zip(self.fast_b, ranks(self.fast_b), biases, strict=True)):
-            frozen = self.stored[kind * number : kind * (number + 1)]
-            outputs.append(few_rows_linear(rows, frozen, bias, down[:, rank], copy).view(*x.shape[:-1], -1))
-        return outputs
+        layers = [
+            (self.stored[kind * number : kind * (number + 1)], bias, down[:, rank], copy)
+            for number, (copy, rank, bias) in enumerate(zip(self.fast_b, ranks(self.fast_b), biases, strict=True))
+        ]
+        return [out.view(*x.shape[:-1], -1) for out in few_rows_linear(rows, layers)]
 
 
 def lora_forward(layer, x, *args, **kwargs):

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, Static
 from transformers.masking_utils import AttentionMaskInterface
 
 from engine_lora import FastLora, few_rows_linear, frozen_tensors
-from engine_passes import VARLEN, Patches, decoder_layers, probe_losses, probe_rows, same_losses, transformers_model
+from engine_passes import VARLEN, Patches, decoder_layers, probe_rows, same_losses, transformers_model
 
 try:
     import triton
@@ -168,6 +168,17 @@ if triton:
             here, other = (first, -second) if half == 0 else (second, first)
             turned = (here * c).to(kind).to(tl.float32) + (other * s).to(kind).to(tl.float32)
             tl.store(target + half * HALF + span, turned.to(kind), mask=inside)
+
+    @triton.jit
+    def _norm_kernel(x, weight, out, eps, more, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+        # rounds where transformers' Llama rounds; more: what is added to the weight
+        kind = out.dtype.element_ty
+        at, row = tl.arange(0, SPAN), tl.program_id(0).to(tl.int64) * WIDTH
+        inside = at < WIDTH
+        value = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+        value = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+        scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + more
+        tl.store(out + row + at, (value.to(kind).to(tl.float32) * scale).to(kind), mask=inside)
 
 
 # ---- The cache -------------------------------------------------------------------------------------------------------
@@ -334,36 +345,34 @@ def frozen_forward(layer, x):
     """The forward of a 4-bit layer by itself."""
     rows = x.reshape(-1, x.shape[-1])
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return few_rows_linear(rows, frozen_tensors(layer), bias).view(*x.shape[:-1], -1)
+    return few_rows_linear(rows, [(frozen_tensors(layer), bias, None, None)])[0].view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
 def fused_norm(norm):
     """A forward of an RMSNorm module in one kernel, or None where none of the known formulas is its own."""
     weight = getattr(norm, "weight", None)
-    if weight is None or weight.dim() != 1:
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if weight is None or weight.dim() != 1 or not isinstance(eps, float):
         return None
     x = 3 * random_tensor(4, len(weight)).to(weight)
     wanted = norm(x)
-    for forward in (scaled_norm, scaled_norm_plus_one):
-        try:
-            found = forward(norm, x)
-        except AttributeError:  # no epsilon under a known name
-            return None
+    for more in (0.0, 1.0):
+        found = scaled_norm(eps, more, norm, x)
         if found.dtype == wanted.dtype and (found - wanted).abs().max() <= 0.02 * wanted.abs().max():
-            return forward
+            return partial(scaled_norm, eps, more)
     return None
 
 
-def scaled_norm(norm, x, weight=None):
-    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    weight = norm.weight if weight is None else weight
-    with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-
-
-def scaled_norm_plus_one(norm, x):
-    return scaled_norm(norm, x, norm.weight + 1)
+def scaled_norm(eps, more, norm, x):
+    """x, (..., width), over the root of its mean square, times the module's weight + more."""
+    if x.dtype != norm.weight.dtype:
+        return type(norm).forward(norm, x)
+    x, out, width = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[-1]
+    span = triton.next_power_of_2(width)
+    warps = min(8, max(1, span // 256))
+    _norm_kernel[(x.numel() // width,)](x, norm.weight, out, eps, more, WIDTH=width, SPAN=span, num_warps=warps)
+    return out
 
 
 def fused_rotation(plain, q, k, cos, sin, *args, **kwargs):
@@ -430,10 +439,10 @@ class Decoder:
         self.model, self.base = model, transformers_model(model)
         if not has_slots(self.base):
             raise NotImplementedError("its layers keep more than a key and a value of each token")
-        self.generation, self.slots, self.length = generation, slots, length
+        self.generation, self.slots, self.length = generation, slots, max(length, 32)  # the rows of the probe fit in
         device, self.on_gpu = self.base.device, self.base.device.type == "cuda"
         self.chunk = CHUNK if self.on_gpu else 1
-        self.cache = Slots(self.base.config.get_text_config().num_hidden_layers, slots, length, device)
+        self.cache = Slots(self.base.config.get_text_config().num_hidden_layers, slots, self.length, device)
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=device)
         self.log = torch.zeros(self.chunk, slots, dtype=torch.long, device=device)
         self.clock = torch.zeros(1, dtype=torch.long, device=device)
@@ -469,33 +478,37 @@ class Decoder:
     def _prepare(self):
         """Change the model for replies, record a step, and see that it gives the model's own logits."""
         rows = [row["input_ids"] for row in probe_rows(self.model)]
-        rows = [rows[1][:17], rows[0]][: self.slots]
-        with self._computing():
-            expected = [self.base(torch.tensor([row]).to(self.base.device), use_cache=False).logits[0] for row in rows]
+        plain = []
+
+        def compute_once():
+            with self._computing():
+                plain.append(self.base(torch.tensor(rows).to(self.base.device), use_cache=False).logits)
+
         if self.on_gpu and triton:
-            compute_once = partial(probe_losses, self.model, probe_rows(self.model))
             FastLora(self.model, compute_once, self.patches, replying=True)
             simplify(self.base, self.patches)
-        if self.packed and not self._tried(self.step, rows, expected):
+        else:
+            compute_once()
+        probes = [(ids[:length], logits) for ids, logits, length in zip(rows, plain[0], (24, 17), strict=True)]
+        probes = probes[: self.slots]
+        if self.packed and not self._serves(probes):
             self.packed = False
-        if not self.packed and not self._tried(self.step, rows, expected):
+        if not self.packed and not self._serves(probes):
             raise NotImplementedError("its decoding steps do not give the model's own logits")
-        self._record()
-        if self.on_gpu and not self._tried(self.replay, rows, expected):
-            raise NotImplementedError("a recorded step does not give the model's own logits")
+        self._record([ids[-1] for ids, _ in probes])
 
-    def _tried(self, step, rows, expected):
-        """Whether prompts without their last two tokens, and then two steps, give the expected logits."""
+    def _serves(self, probes):
+        """Whether prompts without their last two tokens, and then two steps, give the model's own logits.
+
+        probes: token ids and the logits of their positions, (tokens, words) or more, for each slot or fewer.
+        """
         try:
-            self.begin({slot: row[:-2] for slot, row in enumerate(rows)})
-            for position in (-2, -1):
-                for slot, row in enumerate(rows):
-                    self.tokens[slot] = row[position]
-                self.clock.zero_()
-                step()
-                found = self.logits[: len(rows)].float().log_softmax(-1)
-                wanted = torch.stack([logits[position] for logits in expected]).float().log_softmax(-1)
-                if not same_losses(self.model, found, wanted):
+            self.begin({slot: ids[:-2] for slot, (ids, _) in enumerate(probes)})
+            for back in (2, 1):
+                self._put([ids[-back] for ids, _ in probes])
+                self.step()
+                wanted = torch.stack([logits[len(ids) - back] for ids, logits in probes])
+                if not self._same(wanted):
                     return False
         except torch.OutOfMemoryError:
             raise
@@ -503,15 +516,39 @@ class Decoder:
             return False
         return True
 
-    def _record(self):
+    def _put(self, tokens):
+        """Let the first slots go on with other tokens than those that were chosen."""
+        self.tokens[: len(tokens), 0] = torch.tensor(tokens).to(self.tokens)
+        self.clock.zero_()
+
+    def _same(self, wanted):
+        """Whether the logits of the last step are, in the first slots, those of (slots, words)."""
+        found = self.logits[: len(wanted)].float().log_softmax(-1)
+        return same_losses(self.model, found, wanted.float().log_softmax(-1))
+
+    def _record(self, tokens):
+        """Record a step as a CUDA graph, and see that it does with these tokens what the last step did.
+
+        Without a GPU each step is computed anew.
+        """
         self.replay = self.step
         if not self.on_gpu:
             return
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        wanted, stream, graph = self.logits[: len(tokens)], torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with self._computing(SLOTS), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._step()
+        try:
+            with self._computing(SLOTS), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._step()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what waits for the host, such as experts that are chosen there
+            raise NotImplementedError(f"its decoding steps cannot be recorded ({type(error).__name__})") from error
         self.graph, self.replay = graph, graph.replay
+        self.cache.lengths.sub_(1)
+        self._put(tokens)
+        self.replay()
+        if not self._same(wanted):
+            raise NotImplementedError("a recorded step does not give the model's own logits")
 
     def _computing(self, attention=None):
         """The context in which the model computes, without gradients, in half precision; with an attention's name."""

@@ -120,11 +120,19 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
     seen = [evidence_utils.read_seen_rows(path) for path in adapter_paths]
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
-        found = data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only)[0]
+        found = data_utils.load_announced(
+            "Validation data",
+            path,
+            columns,
+            cache_dir,
+            settings.chosen_only,
+            system_prompt=settings.system_prompt,
+            or_usual_names=True,
+        )[0]
         name = re.sub(r"[^\w.-]+", "-", Path(path).stem)[:60].strip("-.") or "rows"
     else:
         path = find_own_rows(adapter_paths[0], output_dir, seen[0], cache_dir)
-        found, name, path = load_own_rows(path, cache_dir), "validation", display_path(path)
+        found, name, path = load_own_rows(path, cache_dir, settings.system_prompt), "validation", display_path(path)
     who = "the adapter was" if len(adapter_paths) == 1 else "these adapters were"
     if None in seen:
         unknown = display_path(adapter_paths[seen.index(None)])
@@ -182,9 +190,9 @@ def find_own_rows(adapter_path, output_dir, seen, cache_dir):
     )
 
 
-def load_own_rows(path, cache_dir):
+def load_own_rows(path, cache_dir, system_prompt=None):
     """The Conversations of a run's validation.jsonl, with the numbers that they had in the user's file."""
-    return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row")[0]
+    return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row", system_prompt=system_prompt)[0]
 
 
 def tokenize_rows(tokenizer, conversations, settings, cache_dir):
@@ -236,6 +244,8 @@ def choose_samples(conversations, settings):
     samples = []
     for position in numpy.linspace(0, len(conversations) - 1, number).round():
         row, messages = conversations[int(position)]
+        if messages[0]["role"] == "text":  # a whole text has no question
+            continue
         end = data_utils.last_answer(messages)
         expected = data_utils.words_of(messages[end]).strip()
         prompt = messages[:end]

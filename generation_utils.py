@@ -110,9 +110,10 @@ def write_replies(model, prompts, generation_config):
     tokens = max(map(len, prompts), default=0) + generation_config.max_new_tokens
     slots = choose_slots(model, len(prompts), tokens)
     while left:
-        decoder = try_decoder(model, generation_config, slots, tokens)
-        write = partial(write_by_decoder, decoder) if decoder else partial(write_by_generate, model, slots)
+        decoder = None
         try:
+            decoder = try_decoder(model, generation_config, slots, tokens)
+            write = partial(write_by_decoder, decoder) if decoder else partial(write_by_generate, model, slots)
             for index, ids in write(left, generation_config):
                 del left[index]
                 yield index, ids

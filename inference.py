@@ -85,6 +85,7 @@ def load(adapter_path, given, base_only):
     tokenizer = model_utils.load_tokenizer(model.name_or_path, hub_utils.models_cache(settings.models_dir))
     fit_utils.fit_pad_token(tokenizer, model, model_utils.choose_pad_token)
     fit_utils.check_prompt(model, tokenizer)
+    prompt_utils.announce_system_text(tokenizer, settings.system_prompt)
     return Loaded(model, tokenizer, settings)
 
 
@@ -92,6 +93,7 @@ def print_reply(loaded, messages):
     """Stream one reply to stdout and return it; Ctrl-C ends the reply, not the program."""
     model, tokenizer, settings = loaded
     generation = generation_utils.build_generation_config(tokenizer, settings)
+    messages = prompt_utils.begin_with(settings.system_prompt, messages)
     chunks = []
     with closing(generation_utils.stream_reply(model, tokenizer, messages, generation)) as stream:
         try:

@@ -39,7 +39,13 @@ from file_utils import (
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import hub_errors, locate_model, model_folder, models_cache
 from message_utils import UserError, quiet_libraries, say
-from prompt_utils import ALPACA_TEMPLATE, end_token_ids, has_thinking_default, set_thinking
+from prompt_utils import (
+    ALPACA_TEMPLATE,
+    announce_system_text,
+    end_token_ids,
+    has_thinking_default,
+    set_thinking,
+)
 from settings_utils import DEFAULTS, make_settings
 
 try:
@@ -420,12 +426,20 @@ Trained on {record["training_rows"]} rows for {record["steps"]} steps (r={settin
 learning rate {settings.learning_rate}, rows of at most {settings.max_seq_length} tokens). {figures}
 The tokenizer in this folder carries the chat template that it was trained with. All settings are in settings.json,
 the figures of the run in run.json.
-
+{system_text_card(settings.system_prompt)}
 ```python
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
+
+
+def system_text_card(system_prompt):
+    """What a card says of the system text that conversations with a model begin with."""
+    if not (system_prompt or "").strip():
+        return ""
+    quoted = "".join(f"> {line}\n" for line in system_prompt.splitlines())
+    return f"\nConversations with it begin with this system text:\n\n{quoted}"
 
 
 def write_adapter_identity(folder, name, content):
@@ -518,7 +532,10 @@ def load_trained_model(adapter_path, settings=None):
     check_prompt(base, tokenizer)
     content = base_content(base.name_or_path, models_cache(settings.models_dir))
     check_adapter_identity(folder, settings.base_model_name, content)
-    return load_adapter(base, folder).eval(), tokenizer
+    announce_system_text(tokenizer, settings.system_prompt)
+    model = load_adapter(base, folder).eval()
+    model.system_prompt = settings.system_prompt  # for the card of the merged model
+    return model, tokenizer
 
 
 def load_adapters_tokenizer(folder, settings):
@@ -592,7 +609,23 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
     with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
+        base_name = model.peft_config["default"].base_model_name_or_path
+        card = merged_card(base_name, getattr(model, "system_prompt", None))
+        (staged / "README.md").write_text(card, encoding="utf-8")
     say(f"Merged model saved to {display_path(target)}")
+
+
+def merged_card(base_name, system_prompt):
+    """A model card for the merged model: what it is and how to use it."""
+    return f"""---
+base_model: {base_name}
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {base_name} with a LoRA adapter merged into it
+
+The tokenizer in this folder carries the chat template that the adapter was trained with.
+{system_text_card(system_prompt)}"""
 
 
 def shape_of(parameter):

@@ -6,12 +6,13 @@ import signal
 import threading
 from bisect import bisect_left
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 
 import numpy as np
 
-from message_utils import UserError
+from message_utils import UserError, printable, say
 
 IGNORED = -100  # label of a token that is not trained, as in torch's cross_entropy
 # Alpaca's headings, for base models whose tokenizer has no chat template. `bos_token` is undefined where there is none.
@@ -40,7 +41,57 @@ OPENED_THOUGHT = re.compile("(" + "|".join(map(re.escape, THOUGHTS)) + r")(\s*)$
 EMPTY_THOUGHT = re.compile("(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THOUGHTS.items()) + r")\s*")
 INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)  # as rows of data write it
 THINKING = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
+THOUGHT_MARKS = {*THOUGHTS, *THOUGHTS.values()}
+# A conversation that shows how a template writes, and tools for the templates that cannot do without
+PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The quick brown fox"})
+PROBE_TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 RENDER_SECONDS = 30  # a template that takes longer for one conversation is taken for one that never ends
+
+
+# ---- The system text -------------------------------------------------------------------------------------------------
+def begin_with(system_text, messages):
+    """The messages behind a system text, unless they begin with one of their own or are a whole text.
+
+    A system text that is blank or None is none.
+    """
+    first = messages[0]
+    if not (system_text or "").strip() or first["role"] in ("system", "text"):
+        return messages
+    tools = {"tools": first["tools"]} if "tools" in first else {}  # they stand in the first message
+    rest = {key: value for key, value in first.items() if key != "tools"}
+    return [{"role": "system", "content": system_text} | tools, rest, *messages[1:]]
+
+
+def announce_system_text(tokenizer, system_text):
+    """Say which system text conversations begin with, if any; UserError if the chat template cannot write it."""
+    if check_system_text(tokenizer, system_text):
+        say(f"Conversations begin with the system text {shown_text(system_text)}; --system_prompt gives another")
+
+
+def check_system_text(tokenizer, system_text):
+    """Whether there is a system text; UserError if the chat template cannot write it."""
+    messages = begin_with(system_text, [{"role": "user", "content": "Hi"}])
+    if len(messages) == 1:
+        return False
+    try:
+        check_prompt(render(tokenizer, messages, add_generation_prompt=True), messages)
+    except UserError:
+        raise UserError(
+            'the model\'s chat template takes no system text; leave it out by --system_prompt "", and put what it says'
+            " into the instruction"
+        ) from None
+    return True
+
+
+def shown_text(text):
+    """A text in quotes, in one line of at most 80 characters."""
+    line = " ".join(printable(text).split())
+    return f'"{line}"' if len(line) <= 80 else f'"{line[:77]}..."'
 
 
 # ---- The chat template -----------------------------------------------------------------------------------------------
@@ -58,9 +109,22 @@ def render(tokenizer, messages, add_generation_prompt):
         ) from None
 
 
+def render_probe(tokenizer, messages, add_generation_prompt):
+    """Render a conversation of our own, with a tool for templates that fail without any."""
+    try:
+        return render(tokenizer, messages, add_generation_prompt)
+    except UserError:
+        first, *others = messages
+        with suppress(UserError):
+            return render(tokenizer, [first | {"tools": PROBE_TOOLS}, *others], add_generation_prompt)
+        raise
+
+
 def render_calls(tokenizer, messages, tools, add_generation_prompt):
     """The rendered text; a template that cannot take the arguments of calls as objects gets them as JSON."""
     options = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+    if getattr(tokenizer, "template_date", None):
+        options["chat_template"] = with_date(tokenizer.get_chat_template(tools=tools), tokenizer.template_date)
     arguments = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
     try:
         text = tokenizer.apply_chat_template(messages, **options)
@@ -110,6 +174,32 @@ def time_limit():
         signal.signal(signal.SIGALRM, before)
 
 
+def set_date(tokenizer, date):
+    """Make `date`, a datetime, the one that the chat template writes, if it writes any; it is not saved."""
+    tokenizer.template_date = date if "strftime_now" in str(tokenizer.chat_template) else None
+
+
+def with_date(template, date):
+    """A template whose strftime_now formats this date, in place of transformers' own, which takes the present moment.
+
+    It is a macro, since functions that are handed to a template do not reach it.
+    """
+    codes = dict.fromkeys(re.findall(r"(?<!\{)%-?[aAwdbBmyYHIMSpfzZjUWcxX]", template))
+    replaced = "".join(f".replace({json.dumps(code)}, {json.dumps(date.strftime(code))})" for code in codes)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{template}"
+
+
+def written_date(tokenizer):
+    """What the chat template writes of the date: "28 Nov 2026", or all of it where that is not known; "" for none."""
+    template = str(tokenizer.chat_template)
+    calls = template.count("strftime_now(")
+    if not calls:
+        return ""
+    date = getattr(tokenizer, "template_date", None) or datetime.now()
+    formats = re.findall(r"""strftime_now\(\s*["']([^"']+)["']\s*\)""", template)
+    return ", ".join(map(date.strftime, dict.fromkeys(formats))) if len(formats) == calls else date.isoformat()
+
+
 def set_thinking(tokenizer, enabled):
     """Make `enabled` the template's default of enable_thinking, if it has such an option and no default of ours yet.
 
@@ -140,7 +230,7 @@ def find_end_token(tokenizer):
     with a token of its own.
     """
     last = render_tail(tokenizer)
-    pattern = control_tokens(tokenizer)[0]
+    pattern = control_tokens(tokenizer).pattern
     try:
         followed = render_tail(tokenizer, {"role": "user", "content": "Hi"})
     except UserError:
@@ -154,10 +244,8 @@ def find_end_token(tokenizer):
 
 def render_tail(tokenizer, *following):
     """What the template writes behind an answer."""
-    probe = "The quick brown fox"
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}, *following]
     with time_limit():
-        _, answer, tail = render(tokenizer, turns, False).rpartition(probe)
+        _, answer, tail = render_probe(tokenizer, [*PROBE, *following], False).rpartition(PROBE[-1]["content"])
     if not answer:
         raise UserError("the model's chat template changes answers or leaves them out; choose another base model")
     return tail
@@ -174,7 +262,9 @@ def describe_template(tokenizer):
     end = f"answers end with {find_end_token(tokenizer)}"
     if not writes_end_token(tokenizer):
         end = f"it ends answers with nothing, so {find_end_token(tokenizer)} is written and trained there"
-    return f"{source}; {describe_bos(tokenizer)}; {end}"
+    date = written_date(tokenizer)
+    dated = f"; it writes the date, in training that of the run's start: {date}" if date else ""
+    return f"{source}; {describe_bos(tokenizer)}; {end}{dated}"
 
 
 def describe_bos(tokenizer):
@@ -182,15 +272,19 @@ def describe_bos(tokenizer):
         return "no BOS"
     if writes_bos(tokenizer):
         return f"begins with {tokenizer.bos_token}"
-    by_itself = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    if by_itself:
+    if begins_plain_texts(tokenizer):
         return f"writes no BOS, though plain texts of this tokenizer begin with {tokenizer.bos_token}"
     return "writes no BOS"
 
 
+def begins_plain_texts(tokenizer):
+    """Whether the tokenizer itself puts BOS before a text."""
+    return tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def writes_bos(tokenizer):
     """Whether the chat template begins a conversation with BOS."""
-    return render(tokenizer, [{"role": "user", "content": "Hi"}], True).startswith(tokenizer.bos_token)
+    return render_probe(tokenizer, [PROBE[0]], True).startswith(tokenizer.bos_token)
 
 
 def writes_one_bos(tokenizer):
@@ -198,7 +292,7 @@ def writes_one_bos(tokenizer):
     if tokenizer.bos_token in (None, tokenizer.eos_token) or not writes_bos(tokenizer):
         return False
     turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
-    return render(tokenizer, turns, True).count(tokenizer.bos_token) == 1
+    return render_probe(tokenizer, turns, True).count(tokenizer.bos_token) == 1
 
 
 def end_token_ids(tokenizer):
@@ -206,25 +300,77 @@ def end_token_ids(tokenizer):
     return sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))})
 
 
-@lru_cache(maxsize=4)
+# ---- Control tokens --------------------------------------------------------------------------------------------------
+# all control tokens, longest first; the set of the special ones; patterns of all, and of those that an answer may not
+# write either
+ControlTokens = namedtuple("ControlTokens", "tokens special pattern in_answers")
+MARK = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)  # added tokens such as <|user|>, unlike "\n\n" or a word
+PRIVATE_USE = re.compile("[\U000f0000-\U0010ffff]")
+FIRST_STAND_IN = 0xF0000
+
+
 def control_tokens(tokenizer):
-    """Return (pattern, stand_ins) of the tokenizer's special tokens, longest first.
+    """The ControlTokens of a tokenizer: special ones, and others with which its chat template marks turns.
 
-    A stand-in is a run of one private-use character, as long as the token that it stands for in a user's text.
+    Some are published without the flag `special` (DeepSeek's markers of turns). An answer may write those that mark no
+    plain turn, such as <tool_call>, which then is the token.
     """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ordered = sorted(special, key=lambda token: (-len(token), token))
-    pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-    return pattern, {token: chr(0xF0000 + index) * len(token) for index, token in enumerate(ordered)}
+    template = tokenizer.chat_template
+    return find_control_tokens(tokenizer, "\n".join(template.values()) if isinstance(template, dict) else template)
 
 
-def hide_control_tokens(tokenizer, messages):
+@lru_cache(maxsize=8)
+def find_control_tokens(tokenizer, template):
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special}
+    try:
+        written = render_probe(tokenizer, [*PROBE, {"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    except UserError:
+        written = ""
+    marks = {token.content for token in added if MARK.fullmatch(token.content)}
+    of_turns = {mark for mark in marks if mark in written and mark not in THOUGHT_MARKS}
+    tokens = longest_first(special | of_turns | {mark for mark in marks if mark in template})
+    return ControlTokens(tokens, special, any_of(tokens), any_of(longest_first(special | of_turns)))
+
+
+def longest_first(tokens):
+    return sorted(tokens, key=lambda token: (-len(token), token))
+
+
+def any_of(tokens):
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def choose_stand_ins(tokenizer, messages):
+    """The code point of the first stand-in for the control tokens in these texts.
+
+    A control token that a user wrote is replaced, while the template is at work, by a run of one private-use character
+    that is as long as it. None of these characters stands in the texts or in the template.
+    """
+    texts = str(tokenizer.chat_template) + json.dumps(messages, ensure_ascii=False)
+    first, count = FIRST_STAND_IN, len(control_tokens(tokenizer).tokens)
+    for code in sorted(set(map(ord, PRIVATE_USE.findall(texts)))):
+        if code < first + count:
+            first = code + 1
+    if first + count > 0x110000:
+        raise UserError("the texts hold so many private-use characters that none is left; remove some")
+    return first
+
+
+@lru_cache(maxsize=8)
+def stand_ins(tokens, first):
+    """{control token: its stand-in}; tokens: a tuple."""
+    return {token: chr(first + index) * len(token) for index, token in enumerate(tokens)}
+
+
+def hide_control_tokens(tokenizer, messages, first):
     """Put stand-ins for the control tokens in users' texts, so that after rendering only the template's are left."""
-    pattern, stand_ins = control_tokens(tokenizer)
+    control = control_tokens(tokenizer)
+    replacements = stand_ins(tuple(control.tokens), first)
 
-    def hide(value):
+    def hide(value, pattern=control.pattern):
         if isinstance(value, str):
-            return pattern.sub(lambda found: stand_ins[found[0]], value)
+            return pattern.sub(lambda found: replacements[found[0]], value)
         if isinstance(value, dict):
             return {key: hide(item) for key, item in value.items()}
         return [hide(item) for item in value] if isinstance(value, list) else value
@@ -232,7 +378,8 @@ def hide_control_tokens(tokenizer, messages):
     def hide_answer(content):
         """The marks of a thought at the start of an answer stay what they are."""
         thought, text = split_thought(content)
-        return f"<think>{hide(thought)}</think>{hide(text)}" if thought else hide(content)
+        hidden = hide(text, control.in_answers)
+        return f"<think>{hide(thought)}</think>{hidden}" if thought else hidden
 
     hidden = []
     for message in messages:
@@ -254,16 +401,27 @@ def mark_answers(tokenizer, messages, end_token):
     an earlier answer's text, they share one MarkedText; elsewhere, since many templates write earlier answers otherwise
     than the last one, each answer has its own. Raises UserError for what the template cannot write.
     """
-    hidden = hide_control_tokens(tokenizer, messages)
+    first = choose_stand_ins(tokenizer, messages)
+    hidden = hide_control_tokens(tokenizer, messages, first)
+    if hidden[0]["role"] == "text":
+        return [mark_whole_text(tokenizer, hidden[0]["content"], first)]
     texts = []
     with time_limit():
         for index, message in enumerate(hidden):
             if message["role"] == "assistant" and message.get("weight") != 0:
                 prompt, answer = write_turn(tokenizer, hidden[: index + 1], end_token)
-                earlier = texts.pop() if texts and prompt.startswith(texts[-1].text) else MarkedText("", [])
+                earlier = texts.pop() if texts and prompt.startswith(texts[-1].text) else MarkedText("", [], first)
                 text = prompt + answer
-                texts.append(MarkedText(text, [*earlier.answers, (len(prompt), len(text))]))
+                texts.append(MarkedText(text, [*earlier.answers, (len(prompt), len(text))], first))
     return texts
+
+
+def mark_whole_text(tokenizer, text, first_stand_in):
+    """The MarkedText of a text without turns: BOS, where plain texts or the template begin with it; text and EOS."""
+    begins = tokenizer.bos_token is not None and (writes_bos(tokenizer) or begins_plain_texts(tokenizer))
+    bos = tokenizer.bos_token if begins else ""
+    end = len(bos) + len(text) + len(tokenizer.eos_token)
+    return MarkedText(f"{bos}{text}{tokenizer.eos_token}", [(len(bos), end)], first_stand_in)
 
 
 def write_turn(tokenizer, messages, end_token):
@@ -275,7 +433,7 @@ def write_turn(tokenizer, messages, end_token):
     thought = (inline or message.get("reasoning_content", "")).strip()
     turns = (
         follow(prompt, render(tokenizer, [*earlier, form], False), text, earlier)
-        for form in forms(message, thought, text)
+        for form in forms(message, thought, text, inline or knows_thoughts(tokenizer))
     )
     for turn in turns:
         end = find_answer_end(turn, thought, text, message) if turn else None
@@ -290,13 +448,33 @@ def write_turn(tokenizer, messages, end_token):
     return Turn(prompt, write_thought(prompt, thought, turn) if inline or OPENED_THOUGHT.search(prompt) else turn)
 
 
-def forms(message, thought, text):
-    """The ways to hand an answer to a template: as it is, and with its thought where other templates look for it."""
+def forms(message, thought, text, in_content):
+    """The ways to hand an answer to a template: as it is, and with its thought where other templates look for it.
+
+    in_content: whether the thought may stand in the answer's text.
+    """
     yield message
     if thought:
         plain = {key: value for key, value in message.items() if key != "reasoning_content"}
         yield plain | {"content": text.strip(), "reasoning_content": thought}
-        yield plain | {"content": f"<think>\n{thought}\n</think>\n\n{text.strip()}"}
+        if in_content:
+            yield plain | {"content": f"<think>\n{thought}\n</think>\n\n{text.strip()}"}
+
+
+def knows_thoughts(tokenizer):
+    """Whether the chat template speaks of thoughts in answers."""
+    return any(mark in str(tokenizer.chat_template) for mark in THOUGHT_MARKS)
+
+
+def uses_reasoning(tokenizer):
+    """Whether an answer's reasoning_content is trained: some templates have no place for it."""
+    question, answer = PROBE
+    thought = "I see a fox."
+    try:
+        texts = mark_answers(tokenizer, [question, answer | {"reasoning_content": thought}], find_end_token(tokenizer))
+    except UserError:
+        return True  # the rows will tell
+    return thought in texts[0].text
 
 
 def split_thought(content):
@@ -378,7 +556,7 @@ def end_answer(tokenizer, turn, end, end_token, message):
     if found >= 0:
         return turn[: found + len(end_token)]
     turn = turn.rstrip()
-    if "tool_calls" in message and (closed := list(control_tokens(tokenizer)[0].finditer(turn, end))):
+    if "tool_calls" in message and (closed := list(control_tokens(tokenizer).pattern.finditer(turn, end))):
         return turn[: closed[-1].end()] if closed[-1].end() == len(turn) else turn + end_token
     return turn + end_token
 
@@ -421,33 +599,72 @@ def explain_missing(turn, text, message, number):
 
 
 # ---- Texts to token ids and the mask ---------------------------------------------------------------------------------
-# a rendered text, and the (start, end) characters of the answers in it
-MarkedText = namedtuple("MarkedText", "text answers")
-# (tokens,) int32 ids; (tokens,) bool, whether each is trained; the token at which the last answer starts
-EncodedText = namedtuple("EncodedText", "ids trained last_start")
+# a rendered text; the (start, end) characters of the answers in it; its first stand-in's code point (choose_stand_ins)
+MarkedText = namedtuple("MarkedText", "text answers first_stand_in", defaults=[FIRST_STAND_IN])
+# (tokens,) int32 ids; (tokens,) bool, whether each is trained; the token at which the last answer starts; the position
+# of its text among those that were encoded
+EncodedText = namedtuple("EncodedText", "ids trained last_start position", defaults=[0])
 # part of a text; whether other parts stand before it; whether control tokens in it are plain text
 Piece = namedtuple("Piece", "text continues literal")
 
 
 def encode_prompt(tokenizer, messages):
     """Token ids of a conversation up to where the model's answer starts; the same ids as in training."""
+    first = choose_stand_ins(tokenizer, messages)
     with time_limit():
-        text = render(tokenizer, hide_control_tokens(tokenizer, messages), add_generation_prompt=True)
-    return next(encode_texts(tokenizer, [MarkedText(text, [])])).ids.tolist()
+        text = render(tokenizer, hide_control_tokens(tokenizer, messages, first), add_generation_prompt=True)
+    return next(encode_texts(tokenizer, [MarkedText(text, [], first)])).ids.tolist()
 
 
 def encode_texts(tokenizer, texts):
-    """Encode MarkedTexts and find which tokens are trained; yields an EncodedText for each.
+    """Encode MarkedTexts and find which tokens are trained; yields an EncodedText for each, seldom several.
 
-    Many texts in one call are encoded on all cores. No token spans the start of an answer: what stands before it is
-    encoded as it is when it stands alone, so that a prompt's ids are the same in training and at inference.
+    Many texts in one call are encoded on all cores. The tokens before an answer are those of its prompt when that is
+    encoded alone, as at inference, so that no token spans the answer's start. In the prompt of a later answer an
+    earlier one may have a token in common with what stands before it, such as a line break: then the later answers get
+    an EncodedText of their own.
     """
-    for (text, answers), (ids, offsets) in zip(texts, encode(tokenizer, [text for text, _ in texts]), strict=True):
-        ids, offsets = separate(tokenizer, text, ids, offsets, [start for start, _ in answers])
-        yield mark_tokens(ids, offsets, answers)
+    for position, (text, (ids, offsets)) in enumerate(zip(texts, encode(tokenizer, texts), strict=True)):
+        groups = split_behind(text.answers, lambda start, offsets=offsets: is_inside_token(offsets, start))
+        for group in groups:
+            part = text
+            if len(groups) > 1:
+                part = text._replace(text=text.text[: group[-1][1]])
+                ((ids, offsets),) = encode(tokenizer, [part])
+            if group and (is_inside_token(offsets, group[-1][0]) or is_whole_text(tokenizer, text)):
+                ids, offsets = encode_apart(tokenizer, part, group[-1][0])
+            yield mark_tokens(ids, offsets, group, position)
 
 
-def mark_tokens(ids, offsets, answers):
+def split_behind(answers, is_merged):
+    """Split a list of (start, end) behind each one whose start is merged."""
+    groups = [[]]
+    for index, answer in enumerate(answers):
+        groups[-1].append(answer)
+        if index < len(answers) - 1 and is_merged(answer[0]):
+            groups.append([])
+    return groups
+
+
+def is_whole_text(tokenizer, text):
+    """Whether nothing but BOS stands before what is trained in a MarkedText: it is encoded as if it stood alone."""
+    return bool(text.answers) and text.text[: text.answers[0][0]] in ("", tokenizer.bos_token)
+
+
+def is_inside_token(offsets, place):
+    """Whether a place in the text lies inside a token."""
+    before = first_token(offsets, place) - 1
+    return before >= 0 and offsets[before][1] > place
+
+
+def encode_apart(tokenizer, text, cut):
+    """(ids, offsets) of a MarkedText whose two parts, before and behind a place in it, are encoded each by itself."""
+    parts = [text._replace(text=part) for part in (text.text[:cut], text.text[cut:])]
+    (left, left_offsets), (right, right_offsets) = encode(tokenizer, parts)
+    return left + right, left_offsets + shift(right_offsets, cut)
+
+
+def mark_tokens(ids, offsets, answers, position):
     """The EncodedText of these ids: a token is trained if it starts inside an answer.
 
     It may end behind the answer: some end tokens take the line break after them along.
@@ -456,7 +673,7 @@ def mark_tokens(ids, offsets, answers):
     for start, end in answers:
         last_start = first_token(offsets, start)
         trained[last_start : first_token(offsets, end)] = True
-    return EncodedText(np.array(ids, dtype=np.int32), trained, last_start)
+    return EncodedText(np.array(ids, dtype=np.int32), trained, last_start, position)
 
 
 def first_token(offsets, position):
@@ -464,20 +681,8 @@ def first_token(offsets, position):
     return bisect_left(offsets, (position,))
 
 
-def separate(tokenizer, text, ids, offsets, cuts):
-    """Encode anew the two sides of each cut, a position in the text, that lies inside a token."""
-    for cut in cuts:
-        before = first_token(offsets, cut) - 1
-        if before >= 0 and offsets[before][1] > cut:
-            left, right = encode(tokenizer, [text[:cut], text[cut:]])
-            left_ids, left_offsets = separate(tokenizer, text[:cut], *left, [c for c in cuts if c < cut])
-            right_ids, right_offsets = separate(tokenizer, text[cut:], *right, [c - cut for c in cuts if c > cut])
-            return left_ids + right_ids, left_offsets + shift(right_offsets, cut)
-    return ids, offsets
-
-
 def encode(tokenizer, texts):
-    """Yield (ids, offsets) of each rendered text; offsets are the (start, end) characters of its tokens.
+    """Yield (ids, offsets) of each MarkedText; offsets are the (start, end) characters of its tokens.
 
     The template's control tokens become control tokens; the users', of which stand-ins are left in the texts, become
     plain text.
@@ -488,13 +693,21 @@ def encode(tokenizer, texts):
         yield join_pieces(tokenizer, pieces_of_text, encodings)
 
 
-def split_at_stand_ins(tokenizer, text):
-    """The Pieces of a text: the control tokens that stand-ins stand for, and what is between them."""
-    stand_ins = {stand_in: token for token, stand_in in control_tokens(tokenizer)[1].items() if stand_in in text}
-    if not stand_ins:
+def split_at_stand_ins(tokenizer, marked):
+    """The Pieces of a MarkedText: the control tokens that stand-ins stand for, and what is between them."""
+    text, tokens = marked.text, {}
+    if PRIVATE_USE.search(text):
+        replacements = stand_ins(tuple(control_tokens(tokenizer).tokens), marked.first_stand_in)
+        tokens = {stand_in: token for token, stand_in in replacements.items() if stand_in in text}
+    if not tokens:
         return [Piece(text, continues=False, literal=False)]
-    parts = [part for part in re.split("(" + "|".join(stand_ins) + ")", text) if part]
-    return [Piece(stand_ins.get(part, part), index > 0, part in stand_ins) for index, part in enumerate(parts)]
+    special, pieces = control_tokens(tokenizer).special, []
+    for part in filter(None, re.split("(" + "|".join(tokens) + ")", text)):
+        token = tokens.get(part)
+        # the tokenizer can leave special tokens unread (split_special_tokens); another one is halved for that
+        halves = [token or part] if token is None or token in special else [token[0], token[1:]]
+        pieces += [Piece(half, bool(pieces) or index > 0, token is not None) for index, half in enumerate(halves)]
+    return pieces
 
 
 def join_pieces(tokenizer, pieces, encodings):

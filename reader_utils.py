@@ -15,6 +15,21 @@ from message_utils import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 FILE_TYPES = ".json, .jsonl, .csv or .parquet"
+# How files that are no text begin, and what a user would have to do
+OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet (unpack it, or save the sheet as CSV)",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet of an old Excel (save it as CSV)",
+    b"\x1f\x8b": "a file packed by gzip (unpack it)",
+    b"BZh": "a file packed by bzip2 (unpack it)",
+    b"\xfd7zXZ": "a file packed by xz (unpack it)",
+    b"\x28\xb5\x2f\xfd": "a file packed by zstd (unpack it)",
+    b"PAR1": "a Parquet file (name it .parquet)",
+    b"%PDF": "a PDF",
+    b"SQLite format 3": "an SQLite database",
+    b"version https://git-lfs": "a pointer to a file in Git LFS (fetch it by git lfs pull)",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
 ROWS_EXPECTED = "expected rows with an instruction and a response"
 
 # Excel and other programs may name the delimiter in a first line of its own
@@ -31,6 +46,8 @@ def read_rows(paths, name, notes, columns=()):
     for path in paths:
         where = name if len(paths) == 1 else f"{name}, {path.name}"
         for number, row in READERS[path.suffix.lower()](path, where, notes, columns):
+            if is_turns(row):
+                row = {"messages": row}
             if not isinstance(row, dict):
                 kind = type(row).__name__
                 raise UserError(f"dataset {where}, row {number}: {kind}, expected an object with named columns")
@@ -40,6 +57,15 @@ def read_rows(paths, name, notes, columns=()):
         raise UserError(f"dataset {name} holds no rows, {ROWS_EXPECTED}")
 
 
+def is_turns(value):
+    """Whether a list is the turns of one conversation, in OpenAI's or ShareGPT's names."""
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(
+        isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
+        for turn in turns
+    )
+
+
 def read_lines(path, name):
     """Yield (line number, text) of a UTF-8 file, without its byte order mark; another encoding is a UserError.
 
@@ -47,6 +73,10 @@ def read_lines(path, name):
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
+            if number == 1 and (
+                kind := next((OTHER_FILES[start] for start in OTHER_FILES if raw.startswith(start)), None)
+            ):
+                raise UserError(f"dataset {name}: found {kind}, expected a file of rows: {FILE_TYPES}")
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
@@ -68,10 +98,16 @@ def read_json_rows(path, name, notes, columns):
     notes.append("JSON")
     text = "".join(line for _, line in read_lines(path, name))
     rows = parse_json(text, lambda line: f"dataset {name}, line {line}")
+    if is_turns(rows) or (
+        isinstance(rows, dict) and any(is_turns(rows.get(key)) for key in ("messages", "conversations"))
+    ):
+        notes.append("one conversation")
+        rows = [rows]
     if isinstance(rows, dict):
         lists = [key for key, value in rows.items() if isinstance(value, list)]
         if len(lists) != 1:
-            raise UserError(f"dataset {name}: a JSON object, expected a list of rows: [{{...}}, {{...}}]")
+            held = f" that holds the lists {', '.join(lists)}" if lists else ""
+            raise UserError(f"dataset {name}: a JSON object{held}, expected a list of rows: [{{...}}, {{...}}]")
         notes.append(f"rows under {lists[0]!r}")
         rows = rows[lists[0]]
     if not isinstance(rows, list):
@@ -165,10 +201,15 @@ def split_returns(text):
 
 
 def detect_dialect(head, delimiters, columns):
-    """Return the (delimiter, quote) under which the header holds most known names, else cuts all lines evenly."""
+    """Return the (delimiter, quote) under which the header holds most known names, else cuts all lines evenly.
+
+    Single quotes count only where they stand around more cells than double quotes do.
+    """
     scores = {}
     for quote in "\"'":
         for delimiter in delimiters:
+            if quote == "'" and count_quoted(head, delimiter, "'") <= count_quoted(head, delimiter, '"'):
+                continue
             try:
                 rows = [row for row in csv.reader(head, delimiter=delimiter, quotechar=quote) if row]
             except csv.Error:
@@ -179,6 +220,13 @@ def detect_dialect(head, delimiters, columns):
             even = len(widths) == 1 and widths != {1}
             scores[delimiter, quote] = (len(header & set(columns)), even, quote == '"', len(header))
     return max(scores, key=scores.get, default=(",", '"'))
+
+
+def count_quoted(lines, delimiter, quote):
+    """How many cells of these lines stand in quotes of this kind."""
+    end = re.escape(delimiter)
+    cell = re.compile(rf"(?:^|(?<={end})){quote}(?:[^{quote}]|{quote}{quote})*{quote}(?=\s*$|{end})")
+    return sum(len(cell.findall(line)) for line in lines)
 
 
 def csv_rows(reader, name, skipped, delimiter):

@@ -15,12 +15,14 @@ COMMON_ANSWER, COMMON_PART = 0.2, 0.5  # shares of the rows from which a repeate
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
-def build_report(read, train, validation, train_rows, validation_rows, max_seq_length):
+def build_report(read, train, validation, train_rows, validation_rows, max_seq_length, uses_reasoning=True):
     """The report as one JSON object.
 
-    `read` is a list of DataReport, `train` and `validation` are Conversations, the rows TokenizedRows of them.
+    `read` is a list of DataReport, `train` and `validation` are Conversations, the rows TokenizedRows of them;
+    `uses_reasoning` tells whether the template has a place for reasoning_content.
     """
-    leaked = np.isin(validation.index["prompt"], train.index["prompt"])
+    prompts = validation.index["prompt"]
+    leaked = np.isin(prompts, train.index["prompt"]) & (prompts != 0)  # whole texts have none
     return {
         "files": [vars(report) for report in read],
         "max_seq_length": max_seq_length,
@@ -28,6 +30,7 @@ def build_report(read, train, validation, train_rows, validation_rows, max_seq_l
         "validation": describe_tokens(validation_rows) if len(validation) else None,
         "validation_prompts_also_trained": tally(validation.index["number"][leaked]),
         "answers": describe_answers(train),
+        "reasoning_not_used": 0 if uses_reasoning else sum(report.reasoning for report in read),
     }
 
 
@@ -54,6 +57,7 @@ def describe_tokens(rows):
         "length_that_cuts_none": int(full.max()),
         "further_sequences": tally(numbers[found["further"] == 1]),
         "answers_with_control_tokens": tally(numbers[found["control"] == 1]),
+        "prompts_with_control_tokens": tally(numbers[found["other_control"] == 1]),
     }
 
 
@@ -131,12 +135,24 @@ def notices(report):
     further = report["training"]["further_sequences"]
     if further["count"]:
         yield (
-            f"the model's template writes earlier answers otherwise than the last one, so {further['count']:,} answers"
-            f" of conversations with several are rows of their own ({list_rows(**further)})"
+            f"the model's template or tokenizer writes earlier answers otherwise than the last one, so"
+            f" {further['count']:,} answers of conversations with several are rows of their own"
+            f" ({list_rows(**further)})"
         )
     control = report["training"]["answers_with_control_tokens"]
     if control["count"]:
         yield f"{control['count']:,} answers hold control tokens, trained as plain text ({list_rows(**control)})"
+    prompted = report["training"]["prompts_with_control_tokens"]
+    if prompted["count"]:
+        yield (
+            f"{prompted['count']:,} prompts hold control tokens or other marks of a chat template, read as plain text"
+            f" ({list_rows(**prompted)}); if the rows were templated already, give the bare texts"
+        )
+    if report["reasoning_not_used"]:
+        yield (
+            f"{report['reasoning_not_used']:,} answers have reasoning_content, which is not used: the model's template,"
+            " at its defaults, has no place for it"
+        )
     if answers["answer"]["share"] >= COMMON_ANSWER:
         yield f"{answers['answer']['share']:.0%} of the training rows have one answer: {answers['answer']['text']!r}"
     for part, what in (("opening", "begin"), ("closing", "end")):

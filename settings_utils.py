@@ -82,7 +82,7 @@ RANGES = {
 }
 
 REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
-OPTIONAL_TEXTS = ("custom_dataset_path", "validation_dataset_path", "run_name")  # None stands for none
+OPTIONAL_TEXTS = ("custom_dataset_path", "validation_dataset_path", "run_name", "system_prompt")  # None stands for none
 AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "auto"
 
 SWITCHES = ("chosen_only", "use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
@@ -108,7 +108,7 @@ SHIPPED = {
 
 # What an adapter was trained with and needs again wherever it is loaded
 # Nothing that chooses where files are read or written: who made an adapter may not choose that on your machine
-BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length")
+BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length", "system_prompt")
 
 
 # Where a run's files lie, and its name: they say nothing of its result
@@ -122,7 +122,7 @@ NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples", "answer
 # The other scripts use these. A script offers a flag for each setting that it uses and for no other; a test fails if it
 # reads a setting that it does not offer.
 TO_USE_AN_ADAPTER = ("base_model_name", "models_dir", "use_4bit_quantization", "use_fp16", "device", "output_dir")
-TO_ANSWER = ("max_new_tokens", "repetition_penalty")
+TO_ANSWER = ("max_new_tokens", "repetition_penalty", "system_prompt")
 USED_SETTINGS = {
     "train.py": tuple(name for name in DEFAULTS if name not in NOT_FOR_TRAINING),
     "evaluate.py": (
@@ -286,7 +286,8 @@ def make_settings(given=None, recorded=None, script="train.py"):
     1. config.py as it ships
     2. CPU_DEMO in config.py, where it applies (demo_settings)
     3. what was edited in config.py, or set in the file that --config names
-    4. recorded: {name: value} of an adapter's record, of which only what the adapter is bound to counts
+    4. recorded: {name: value} of an adapter's record, of which only what the adapter is bound to counts; a
+       SYSTEM_PROMPT in config.py wins over its system text
     5. given: {name: value} of the command line
 
     Of the demo's settings those that the script uses are announced. Raises UserError for a name that is no setting, and
@@ -298,6 +299,8 @@ def make_settings(given=None, recorded=None, script="train.py"):
     given = given or {}
     check_names(given, "unknown settings")
     bound = {name: value for name, value in (recorded or {}).items() if name in BOUND_TO_ADAPTER}
+    if DEFAULTS["system_prompt"] is not None:  # the adapter's is a default: what stands in config.py is the user's wish
+        bound.pop("system_prompt", None)
     for name, value in bound.items():
         check_value(name, value, f"the adapter's settings.json: {name}")
     for name, value in given.items():
@@ -364,6 +367,8 @@ def check_value(name, value, shown):
         raise UserError(f"{shown} is {shortened(value)}, expected one of {', '.join(CHOICES[name])}")
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{shown} holds a NUL character, which no name has; correct it")
+    if name == "system_prompt" and re.search("[\ud800-\udfff]", value or ""):
+        raise UserError(f"{shown} is not UTF-8 text; correct it")
     if name == "run_name" and value is not None and not is_folder_name(value):
         raise UserError(f"{shown} is {shortened(value)}, expected one folder's name, without slashes")
 
@@ -387,7 +392,7 @@ def check_type(name, value, shown):
         switch = 'True, False or "auto"' if name in AUTO_SWITCHES else "True or False"
         wanted = {bool: switch, int: "a whole number", float: "a number", dict: "a dict", str: "a text"}
         raise UserError(f"{shown} is {shortened(value)}, expected {wanted[kind]}; correct it where it was set")
-    if isinstance(value, str) and not value.strip():
+    if isinstance(value, str) and not value.strip() and name != "system_prompt":
         raise UserError(f"{shown} is empty, expected a value; correct it where it was set")
     if name in REQUIRED_TEXTS and value is None:
         raise UserError(f"{shown} is None, expected a name; correct it where it was set")

@@ -1,6 +1,7 @@
 """Conversations to tokenized rows: encoded in batches, cut, checked and kept on disk."""
 
 import json
+import re
 from array import array
 from collections.abc import Sequence
 from contextlib import closing
@@ -18,14 +19,22 @@ from prompt_utils import (
     encode_texts,
     end_token_ids,
     find_end_token,
+    is_whole_text,
     mark_answers,
     writes_one_bos,
+    written_date,
 )
 from worker_utils import count_processes, run_in_processes
 
 # what became of a row, and the numbers that stand for it in an index
 STATUSES = ("kept", "shortened", "answer_cut", "no trainable token")
 KEPT, SHORTENED, ANSWER_CUT, DROPPED = range(4)
+
+# How templates of well-known models mark turns: texts that hold these were templated already
+TEMPLATE_MARKS = re.compile(
+    r"\[/?INST\]|<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<(?:start|end)_of_turn>"
+    r"|<\|(?:system|user|assistant|end)\|>|### (?:Instruction|Response):"
+)
 
 ROWS_A_CALL = 1000  # conversations that the tokenizer is given in one call
 SHARED_ROWS = 10_000  # from so many rows on, several processes share them
@@ -38,8 +47,8 @@ class TokenizedRows(Sequence):
     `index` holds an array of each of INDEX for every row; `all_rows` is the same index with the dropped rows in it.
     """
 
-    # start in the file, tokens, trained tokens, tokens before cutting, row number, status, whether the answers hold
-    # control tokens, whether it is a further sequence of the conversation before it
+    # start in the file, tokens, trained tokens, tokens before cutting, row number, status, whether the answers and
+    # whether other texts hold control tokens, whether it is a further sequence of the conversation before it
     INDEX: ClassVar = {
         "start": "q",
         "length": "q",
@@ -48,6 +57,7 @@ class TokenizedRows(Sequence):
         "row": "q",
         "status": "b",
         "control": "b",
+        "other_control": "b",
         "further": "b",
     }
 
@@ -95,6 +105,7 @@ def tokenize_conversations(
             conversations.fingerprint(),
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.chat_template,
+            written_date(tokenizer),
             tokens,
             max_seq_length,
             transformers.__version__,
@@ -145,17 +156,21 @@ def tokenize_parts(tokenizer, conversations, parts, max_seq_length, source):
             for place, text in enumerate(mark_row(tokenizer, number, messages, end_token, source))
         ]
         kept_ids, kept_trained, values = [np.zeros(0, np.int32)], [np.zeros(0, bool)], []
-        encoded = encode_texts(tokenizer, [text for _, _, text, _ in rows])
-        for (number, messages, text, further), row in zip(rows, encoded, strict=True):
+        before = -1
+        for row in encode_texts(tokenizer, [text for _, _, text, _ in rows]):
+            number, messages, text, further = rows[row.position]
+            further, before = further or row.position == before, row.position
             check_answers(text, end_token, f"{source}, row {number}")
+            whole = is_whole_text(tokenizer, text)
             ids, trained, status = cut_row(row, max_seq_length, tokenizer.bos_token_id)
             if status != DROPPED:
                 may_end = ends if not any("tool_calls" in message for message in messages) else None
-                check_row(ids, trained, status, tokenizer.bos_token_id, may_end, f"{source}, row {number}", one_bos)
+                where = f"{source}, row {number}"
+                check_row(ids, trained, status, tokenizer.bos_token_id, may_end, where, one_bos and not whole, whole)
                 kept_ids.append(ids)
                 kept_trained.append(trained)
             control = holds_control(tokenizer, messages)
-            values.append((len(ids), int(trained[1:].sum()), len(row.ids), number, status, control, further))
+            values.append((len(ids), int(trained[1:].sum()), len(row.ids), number, status, *control, further))
         yield np.concatenate(kept_ids), np.concatenate(kept_trained), list(zip(*values, strict=True))
 
 
@@ -168,9 +183,14 @@ def mark_row(tokenizer, number, messages, end_token, source):
 
 
 def holds_control(tokenizer, messages):
-    """Whether an answer holds control tokens, which are trained as plain text."""
-    pattern = control_tokens(tokenizer)[0]
-    return any(message["role"] == "assistant" and pattern.search(message["content"]) for message in messages)
+    """(whether an answer, whether another text holds control tokens or marks of a template, which are plain text)."""
+    control, found = control_tokens(tokenizer), [False, False]
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        pattern = control.in_answers if is_answer else control.pattern
+        if pattern.search(message["content"]) or TEMPLATE_MARKS.search(message["content"]):
+            found[0 if is_answer else 1] = True
+    return found
 
 
 # ---- Cutting and checking --------------------------------------------------------------------------------------------
@@ -209,7 +229,7 @@ def check_answers(text, end_token, where):
 
     So none of them holds a character of another turn.
     """
-    before = 0
+    before = -1
     for start, end in text.answers:
         answer = text.text[start:end]
         assert before < start < end <= len(text.text), f"{where}: an answer at {start} to {end}, after {before}"
@@ -217,18 +237,18 @@ def check_answers(text, end_token, where):
         before = end
 
 
-def check_row(ids, trained, status, bos_id, end_ids, where, one_bos=False):
+def check_row(ids, trained, status, bos_id, end_ids, where, one_bos=False, whole=False):
     """The promises made of every row: one BOS, trained and untrained tokens, a trained end token.
 
     `end_ids` is None where a call may end with a token of its own. Where a template writes a BOS for each question
-    (`one_bos` is False), only two in a row are wrong.
+    (`one_bos` is False), only two in a row are wrong. In a whole text all tokens may be trained.
     """
     assert not one_bos or (ids == bos_id).sum() == 1, f"{where}: {(ids == bos_id).sum()} BOS tokens"
     if bos_id not in (None, *(end_ids or ())):
         begins = ids == bos_id
         assert not (begins[1:] & begins[:-1]).any(), f"{where}: two BOS tokens in a row"
     assert trained.any(), f"{where}: no trained token"
-    assert not trained.all(), f"{where}: no untrained token"
+    assert whole or not trained.all(), f"{where}: no untrained token"
     last = ids[np.flatnonzero(trained)[-1]]
     ended = status == ANSWER_CUT or end_ids is None or last in end_ids
     assert ended, f"{where}: the end token is not trained"

@@ -83,6 +83,7 @@ def train(settings, dry_run=False, fresh=False):
     """The phases of a run: data, base model, rows, plan, and the run itself."""
     started = time.time()
     data = load_data(settings)
+    settings = settle_system_text(settings, data)
     lock = OutputLock(resolve_path(settings.output_dir))
     if not dry_run:
         lock.check()
@@ -92,6 +93,8 @@ def train(settings, dry_run=False, fresh=False):
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
     start_garbage_collection()
+    date = process_utils.from_first_process(checkpoint_utils.run_date, resolve_path(settings.output_dir), fresh)
+    prompt_utils.set_date(base.tokenizer, date)
     rows = prepare_rows(settings, base, data)
     plan = make_plan(settings, base, rows, arguments)
     if dry_run:
@@ -118,9 +121,25 @@ def load_data(settings):
     if settings.validation_dataset_path is None:
         return Data(*data_utils.split_conversations(conversations, settings.validation_split, settings.seed), [report])
     validation, validation_report = data_utils.load_announced(
-        "Validation data", settings.validation_dataset_path, settings.dataset_columns, cache_dir, settings.chosen_only
+        "Validation data",
+        settings.validation_dataset_path,
+        settings.dataset_columns,
+        cache_dir,
+        settings.chosen_only,
+        or_usual_names=True,
     )
     return Data(data_utils.remove_overlap(conversations, validation), validation, [report, validation_report])
+
+
+def settle_system_text(settings, data):
+    """The settings with the system text that chat begins with: SYSTEM_PROMPT, else what all training rows share."""
+    if settings.system_prompt is not None:
+        return settings
+    shared = data_utils.shared_system_text(data.training)
+    if shared is not None:
+        shown = prompt_utils.shown_text(shared)
+        say(f"System text: all training rows begin with {shown}, so chat with the adapter does too")
+    return settings._replace(system_prompt=shared)
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
@@ -134,8 +153,15 @@ def prepare_rows(settings, base, data):
     with process_utils.first_process_first():
         training = tokenize(settings, base, data.training, "training data")
         validation = tokenize(settings, base, data.validation, "validation data")
+    prompt_utils.check_system_text(base.tokenizer, settings.system_prompt)
     report = report_utils.build_report(
-        data.reports, data.training, data.validation, training, validation, settings.max_seq_length
+        data.reports,
+        data.training,
+        data.validation,
+        training,
+        validation,
+        settings.max_seq_length,
+        prompt_utils.uses_reasoning(base.tokenizer),
     )
     report_utils.print_report(report)
     say(f"Template: {prompt_utils.describe_template(base.tokenizer)}")
@@ -231,7 +257,8 @@ def build_callbacks(settings, tokenizer, validation_set, checkpoints):
     log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
     board = board_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    prompts = [conversation for _, conversation in validation_set[: settings.sample_prompts]]
+    chosen = data_utils.with_questions(validation_set, settings.sample_prompts)
+    prompts = [prompt_utils.begin_with(settings.system_prompt, conversation) for _, conversation in chosen]
     return [
         board_utils.ProgressLine(),
         board,

@@ -4,6 +4,8 @@ import datetime
 import io
 import json
 import os
+import shlex
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -989,3 +991,188 @@ def test_parquet_with_random_bytes_in_it_ends_in_one_line_or_in_rows(rows, place
     place %= len(content)
     content[place : place + len(noise)] = noise
     load_or_refuse("rows.parquet", bytes(content))
+
+
+# ---- Whole texts, one conversation, other names ----------------------------------------------------------------------
+def messages_of(path, **options):
+    return [messages for _, messages in load_conversations(path, **options)[0]]
+
+
+def test_a_column_text_is_read_as_whole_texts_and_announced(write):
+    rows = [{"text": "The lamp.", "url": "x", "id": 1}, {"text": " "}]
+    path = write("rows.jsonl", "\n".join(map(json.dumps, rows)))
+    whole = [[{"role": "text", "content": "The lamp."}]]
+    assert messages_of(path) == whole
+    line = load_conversations(path)[1].line()
+    assert "whole texts: every token is trained" in line
+    assert "not used: url, id" in line
+    assert messages_of(write("b.json", '[{"body": "The lamp."}]'), mapping={"text": "body"}) == whole
+    kept = write("validation.jsonl", json.dumps({"row": 7, "messages": whole[0]}))
+    assert load_conversations(kept, number_column="row")[0][0] == (7, whole[0])
+
+
+def test_a_text_beside_a_column_that_may_be_its_answer_is_not_guessed_at(write):
+    message = refusal(write("rows.csv", "text,label\nfine,good\n"))
+    assert """--dataset_columns '{"instruction": "text", "response": "label"}'""" in message
+    assert """--dataset_columns '{"text": "text"}' trains on whole texts""" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"id": "1", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]],
+    ],
+)
+def test_one_conversation_and_bare_lists_of_turns_are_read(write, content):
+    assert pairs(write("rows.json", json.dumps(content, indent=1))) == [("q", "a")]
+
+
+@pytest.mark.parametrize(
+    ("found", "guess"),
+    [
+        (["frage", "antwort"], {"instruction": "frage", "response": "antwort"}),
+        (["id", "reply", "question text"], {"instruction": "question text", "response": "reply"}),
+        (["a", "b"], {"instruction": "a", "response": "b"}),
+    ],
+)
+def test_columns_that_are_not_known_are_answered_with_the_flag_to_paste(write, found, guess):
+    message = refusal(write("rows.json", json.dumps([dict.fromkeys(found, "x")])))
+    pasted = message.split("name yours, if these are meant: ")[1]
+    flag, value = shlex.split(pasted)
+    assert flag == "--dataset_columns"
+    assert json.loads(value) == guess
+
+
+def test_the_pasted_command_is_the_running_one_with_its_columns(write, monkeypatch):
+    given = [
+        "train.py",
+        "--lora_r",
+        "8",
+        "--dataset_columns",
+        '{"instruction": "x"}',
+        "--custom_dataset_path",
+        "it's.json",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    pasted = refusal(write("rows.json", '[{"frage": "q", "antwort": "a"}]')).split("meant: ")[1]
+    columns = '{"instruction": "frage", "response": "antwort"}'
+    assert shlex.split(pasted) == ["python", *given[:3], *given[5:], "--dataset_columns", columns]
+
+
+def test_a_validation_file_may_have_the_usual_names_in_place_of_the_mapped_ones(write):
+    usual, odd = write("usual.json", JSON_ROWS), write("odd.json", '[{"q": "q", "a": "a"}]')
+    mapping = {"instruction": "q", "response": "a"}
+    assert messages_of(usual, mapping=mapping, or_usual_names=True) == messages_of(odd, mapping=mapping)
+    assert messages_of(odd, mapping=mapping, or_usual_names=True) == messages_of(odd, mapping=mapping)
+    half = write("half.json", '[{"q": "q", "response": "a"}]')
+    with pytest.raises(UserError, match="missing a"):
+        load_conversations(half, mapping, or_usual_names=True)
+    with pytest.raises(UserError, match=r"missing [qa], [qa]"):
+        load_conversations(usual, mapping)
+
+
+# ---- Files that are not what their name says -------------------------------------------------------------------------
+def test_an_unclosed_double_quote_is_not_read_as_single_quoted_csv(write):
+    text = "instruction,response\n\"What is this,An answer\nIt's mine,it's yours\nq,'tis\n"
+    assert "line 2: invalid CSV (a quote is opened and never closed)" in refusal(write("rows.csv", text))
+    mixed = 'instruction,response\n"What, is this","An answer"\n\'q\',r\n"s,t\n'
+    assert "a quote is opened and never closed" in refusal(write("mixed.csv", mixed))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_single_quotes_around_cells_are_taken_off(write, delimiter):
+    lines = ["instruction{d}response", "'a{d} b'{d}'it''s'", "'c'{d}'d'"]
+    text = "\n".join(lines).format(d=delimiter) + "\n"
+    assert pairs(write("rows.csv", text)) == [(f"a{delimiter} b", "it's"), ("c", "d")]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"PK\x03\x04\n", "a zip archive or a spreadsheet"),
+        (b"\x1f\x8b\x08", "packed by gzip"),
+        (b"PAR1", "a Parquet file"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(write, name, start, kind):
+    assert kind in refusal(write(name, start + b"\x00\xff\n"))
+
+
+# ---- What people write beside and inside messages --------------------------------------------------------------------
+def turns_of(write, *turns, **columns):
+    row = {"messages": [{"role": "user", "content": "q"}, *turns, {"role": "assistant", "content": "r"}]} | columns
+    return messages_of(write("rows.jsonl", json.dumps(row)))[0]
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "training", "trainable"])
+@pytest.mark.parametrize(("value", "weight"), [(0, 0), (False, 0), (1, None), (True, None), (None, None), (1.0, None)])
+def test_an_answer_that_is_not_to_be_learned_is_context_only_whatever_the_key(write, key, value, weight):
+    draft = {"role": "assistant", "content": "DRAFT", key: value}
+    assert turns_of(write, draft)[1].get("weight") == weight
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_is_read_under_each_of_its_names(write, key):
+    assert turns_of(write, {"role": "assistant", "content": "a", key: "I count."})[1]["reasoning_content"] == "I count."
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+        ([{"type": "input_text", "text": "a"}], "a"),
+        ({"type": "text", "text": "a"}, "a"),
+        (["a", "b"], "a\nb"),
+    ],
+)
+def test_text_parts_of_each_kind_are_joined(write, content, text):
+    assert turns_of(write, {"role": "user", "content": content})[1]["content"] == text
+
+
+@pytest.mark.parametrize("content", [{"left": 3}, [{"left": 3}], 3, [1, "é"]])
+def test_what_a_tool_returns_may_be_any_json_and_a_users_text_may_not(write, content):
+    assert json.loads(turns_of(write, {"role": "tool", "content": content})[1]["content"]) == content
+    with pytest.raises(UserError, match="is no text"):
+        turns_of(write, {"role": "user", "content": content})
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"), [("USER", "user"), ("Chatbot", "assistant"), ("ipython", "tool"), ("prompter", "user")]
+)
+def test_speakers_are_known_in_any_case(write, speaker, role):
+    assert turns_of(write, {"role": speaker, "content": "a"})[1]["role"] == role
+
+
+def test_messages_may_stand_in_a_table_as_json(write):
+    cell = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]).replace('"', '""')
+    assert pairs(write("rows.csv", f'messages\n"{cell}"\n')) == [("q", "a")]
+
+
+def test_a_system_text_is_not_read_twice(write):
+    system = {"role": "system", "content": "Be brief."}
+    rows = write("rows.json", json.dumps([{"messages": [system, {"role": "user", "content": "q"}]}]))
+    assert "no answer" in refusal(rows)
+    own = {"messages": [system, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = write("rows.jsonl", json.dumps(own | {"system": "Be brief."}))
+    assert [message["role"] for message in messages_of(path)[0]] == ["system", "user", "assistant"]
+    assert "another in the messages" in refusal(write("two.jsonl", json.dumps(own | {"system": "Be long."})))
+
+
+@pytest.mark.parametrize("label", [0, False, "0", "false", "undesirable", "rejected"])
+def test_an_answer_that_is_labelled_bad_is_never_trained(write, label):
+    rows = [
+        {"prompt": "q", "completion": "good", "label": {0: 1, "0": "1"}.get(label, True)},
+        {"prompt": "r", "completion": "BAD", "label": label},
+    ]
+    path = write("rows.jsonl", "\n".join(map(json.dumps, rows)))
+    assert f"row 2: label is {json.dumps(label)}, so its answer would be trained as a good one" in refusal(path)
+    assert [messages[1]["content"] for messages in messages_of(path, chosen_only=True)] == ["good"]
+
+
+def test_input_and_output_alone_are_a_question_and_its_answer(write):
+    assert pairs(write("a.json", '[{"input": "q", "output": "a"}]')) == [("q", "a")]
+    assert pairs(write("b.json", '[{"instruction": "", "input": "q", "output": "a"}]')) == [("q", "a")]

@@ -1,6 +1,7 @@
 """Token ids and labels, exactly: each test here fails on a known trap (TRAPS.md)."""
 
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import model_utils
 import prompt_utils
+from checkpoint_utils import run_date
 from conftest import refusal
 from data_utils import store_conversations
 from message_utils import UserError
@@ -23,9 +25,10 @@ from prompt_utils import (
     encode_texts,
     find_end_token,
     mark_answers,
+    set_date,
     set_thinking,
 )
-from token_utils import mark_trained_tokens, tokenize_conversations
+from token_utils import holds_control, mark_trained_tokens, tokenize_conversations
 
 BOS, EOS = 1, 2  # ids of <s> and </s> in models/tiny-base
 # ChatML, with two reserved tokens of the bundled tokenizer as <|im_start|> and <|im_end|>
@@ -290,7 +293,7 @@ def check_rule(tokenizer, messages):
     found = []
     end_token = find_end_token(tokenizer)
     indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    for text, answers in mark_answers(tokenizer, messages, end_token):
+    for text, answers, *_ in mark_answers(tokenizer, messages, end_token):
         (row,) = encode_texts(tokenizer, [prompt_utils.MarkedText(text, answers)])
         spans = np.zeros(len(row.ids), dtype=bool)
         for start, end in answers:
@@ -399,7 +402,7 @@ def test_whether_the_model_thinks_is_a_default_of_the_saved_template(tokenizer, 
 
 def test_an_answer_of_weight_0_is_read_and_not_trained(chatml):
     turns = [user("q1"), assistant("DRAFT") | {"weight": 0}, user("again"), assistant("a2")]
-    ((text, answers),) = mark_answers(chatml, turns, find_end_token(chatml))
+    ((text, answers, _),) = mark_answers(chatml, turns, find_end_token(chatml))
     assert [text[start:end] for start, end in answers] == ["a2<|reserved_1|>"]
     assert "DRAFT" in text
 
@@ -444,7 +447,7 @@ def test_calls_are_trained_and_definitions_read_where_the_template_knows_them(to
         TOOLS.replace("{{ call.function.arguments | tojson }}", "{{ '' + call.function.arguments }}"),
     ):
         tokenizer.chat_template = template
-        ((text, answers),) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+        ((text, answers, _),) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
         assert [text[start:end] for start, end in answers] == [
             '<call>stock {"item": "lamp"}</call><|reserved_1|>',
             "Three are left.<|reserved_1|>",
@@ -631,3 +634,131 @@ def metaspace_tokenizer(scheme):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = ALPACA_TEMPLATE
     return tokenizer
+
+
+# ---- The date --------------------------------------------------------------------------------------------------------
+HELLO = [{"role": "user", "content": "Hi"}]
+DATED = (
+    "{% macro head(form) %}{{ 'Today: ' + strftime_now(form) + '\\n' }}{% endmacro %}"
+    "{{ head('%d %b %Y, %A') if strftime_now is defined else '' }}"
+) + CHATML
+
+
+def test_the_date_of_a_template_is_the_one_that_was_set_and_is_not_saved(tokenizer, tmp_path):
+    tokenizer.chat_template = DATED
+    now = prompt_utils.render(tokenizer, HELLO, True)
+    set_date(tokenizer, datetime(2024, 2, 29, 23, 59))
+    assert prompt_utils.render(tokenizer, HELLO, True) == "Today: 29 Feb 2024, Thursday\n" + now.split("\n", 1)[1]
+    assert tokenizer.decode(encode_prompt(tokenizer, HELLO)).startswith("Today: 29 Feb 2024, Thursday\n")
+    tokenizer.save_pretrained(tmp_path)
+    assert prompt_utils.render(model_utils.load_tokenizer(tmp_path), HELLO, True) == now
+
+
+def test_rows_are_tokenized_anew_on_another_day_and_only_then(tokenizer, tmp_path):
+    tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + CHATML
+    rows = store_conversations(tmp_path / "rows.jsonl", [(1, [*HELLO, {"role": "assistant", "content": "Hello!"}])])
+
+    def ids(date):
+        set_date(tokenizer, date)
+        return tokenize_conversations(tokenizer, rows, 512, "data", tmp_path / "cache")[0]["input_ids"]
+
+    first = ids(datetime(2024, 2, 29, 8))
+    assert first == ids(datetime(2024, 2, 29, 20)) != ids(datetime(2024, 3, 1))
+    assert len(list((tmp_path / "cache").glob("tokens*"))) == 2
+    assert "29 Feb 2024" in tokenizer.decode(first)
+
+
+def test_a_run_that_goes_on_keeps_the_date_of_its_start(tmp_path):
+    manifest = tmp_path / "checkpoints" / "checkpoint-7" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"identity": {"template_date": "2024-02-29T08:00:00"}}')
+    assert run_date(tmp_path, fresh=False) == datetime(2024, 2, 29, 8)
+    assert run_date(tmp_path, fresh=True).year > 2024
+    manifest.write_text('{"identity": {}}')
+    assert run_date(tmp_path, fresh=False).year > 2024
+    (tmp_path / "lora-adapter").mkdir()
+    manifest.write_text('{"identity": {"template_date": "2024-02-29T08:00:00"}}')
+    assert run_date(tmp_path, fresh=False).year > 2024
+
+
+# ---- What a user's text may hold -------------------------------------------------------------------------------------
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|Bot|>' + m.content + eos_token }}"
+    "{% else %}{{ '<|Man|>' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Bot|>' }}{% endif %}{# <call> #}"
+)
+
+
+def test_marks_of_turns_that_are_not_special_are_plain_text_in_texts(tokenizer):
+    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("<|Man|>", "<|Bot|>", "<call>", "<other>")])
+    tokenizer.chat_template = MARKED
+    man, bot, call, other = tokenizer.convert_tokens_to_ids(["<|Man|>", "<|Bot|>", "<call>", "<other>"])
+    ids, labels = encoded(tokenizer, user("a <|Bot|> <call> <other>"), assistant("b <|Man|> <call>"))
+    assert [ids.count(token) for token in (man, bot, other)] == [1, 1, 1]
+    # an answer may call, a user's text may not look like a call
+    assert [token for token in trained(labels) if token in (man, bot, call)] == [call]
+    assert ids.count(call) == 1
+    assert tokenizer.decode(ids) == "<|Man|>a <|Bot|> <call> <other><|Bot|>b <|Man|> <call></s>"
+    assert holds_control(tokenizer, [user("a <|Bot|>"), assistant("b <call>")]) == [False, True]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 14])
+def test_private_use_characters_stay_what_they_are(tokenizer, size):
+    bars = "".join(chr(code) * size for code in [*range(0xF0000, 0xF0012), 0x10FFFF])
+    ids, _ = encoded(tokenizer, user(f"</s>{bars}"), assistant(f"{bars}</s><s>"))
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        [user(f"</s>{bars}"), assistant(f"{bars}</s><s>")], tokenize=False
+    )
+    assert control_ids(tokenizer, ids) == [BOS, EOS]
+
+
+@pytest.mark.parametrize("first", ["\n\nYes", "\nYes", "Yes"])
+def test_an_earlier_answer_that_merges_with_its_prompt_gives_the_ids_that_servers_have(first):
+    tokenizer = trained_tokenizer(False)
+    turns = [user("q"), assistant(first), user("r"), assistant("\n\nNo"), user("s"), assistant("So")]
+    (marked,) = mark_answers(tokenizer, turns, find_end_token(tokenizer))
+    rows = list(encode_texts(tokenizer, [marked]))
+    assert len(rows) == {"\n\nYes": 3, "\nYes": 2, "Yes": 2}[first]
+    trained_texts = [tokenizer.decode(row.ids[row.trained]) for row in rows]
+    assert "".join(trained_texts) == f"{first}</s>\n\nNo</s>So</s>"
+    for row, turn in zip(rows, (1, 3, 5) if len(rows) == 3 else (3, 5), strict=True):
+        served = tokenizer.apply_chat_template(turns[:turn], add_generation_prompt=True)["input_ids"]
+        assert served == encode_prompt(tokenizer, turns[:turn])
+        assert row.ids[: row.last_start].tolist() == served
+    stored = tokenize(tokenizer, turns)
+    assert stored.index["further"].tolist() == [False, *[True] * (len(rows) - 1)]
+
+
+def test_reasoning_without_a_place_in_the_template_is_not_trained_and_that_is_known(chatml):
+    thinking = assistant("4") | {"reasoning_content": "I count."}
+    (marked,) = mark_answers(chatml, [user("q"), thinking], find_end_token(chatml))
+    assert "I count." not in marked.text
+    assert not prompt_utils.uses_reasoning(chatml)
+    for template in (HYBRID, OPEN_THOUGHT):
+        chatml.chat_template = template
+        assert prompt_utils.uses_reasoning(chatml)
+
+
+def test_a_template_that_cannot_do_without_tools_takes_rows_with_tools(tokenizer):
+    tokenizer.chat_template = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}" + TOOLS
+    assert find_end_token(tokenizer) == "<|reserved_1|>"
+    (marked,) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+    assert len(marked.answers) == 2
+    assert "'NoneType' object is not iterable" in refusal(tokenize, tokenizer, [user("q"), assistant("a")])
+
+
+# ---- Whole texts -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["bundled", "llama-like", "merges newlines"])
+def test_of_a_whole_text_every_token_is_trained_as_plain_text_up_to_eos(tokenizer, name):
+    if name != "bundled":
+        tokenizer = trained_tokenizer(name == "llama-like")
+    text = " The </s> lamp\nstands."
+    (row,) = tokenize(tokenizer, [{"role": "text", "content": text}])
+    assert row["input_ids"] == [BOS, *plain_ids(tokenizer, text), EOS]
+    assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
+
+
+def test_a_whole_text_on_a_tokenizer_without_bos_begins_with_its_first_word(chatml):
+    chatml.bos_token = None
+    (row,) = tokenize(chatml, [{"role": "text", "content": "The lamp"}])
+    assert row["input_ids"] == row["labels"] == [*plain_ids(chatml, "The lamp"), EOS]
