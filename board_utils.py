@@ -6,6 +6,7 @@ import time
 from typing import ClassVar
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
 
 from data_utils import last_answer
@@ -13,6 +14,7 @@ from file_utils import display_path
 from generation_utils import generate_replies
 from message_utils import say
 from progress_utils import format_duration, progress
+from settings_utils import PLACES
 
 TIMED_PROMPTS, TIMED_TOKENS = 8, 8  # by which the speed of answers is rehearsed
 
@@ -48,6 +50,7 @@ class RunBoard(TrainerCallback):
         "eval_loss": "validation/loss",
         "eval_perplexity": "validation/perplexity",
     }
+    FINAL: ClassVar = ("final/validation_loss", "final/training_loss")  # beside the settings in the HParams tab
 
     def __init__(self, log_dir, settings, first_step=0):
         self.first_step = first_step  # what a killed run wrote of later steps is not shown
@@ -62,6 +65,7 @@ class RunBoard(TrainerCallback):
                 self.writer = SummaryWriter(str(self.log_dir), **purge)
                 rows = "\n".join(f"| {name} | {value} |" for name, value in self.settings._asdict().items())
                 self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
+                self.add_hparams()
                 self.writer.flush()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -70,6 +74,29 @@ class RunBoard(TrainerCallback):
                 for name in self.NAMES.keys() & logs.keys():
                     self.writer.add_scalar(self.NAMES[name], logs[name], state.global_step)
                 self.writer.flush()
+
+    def add_hparams(self):
+        """The settings, for the HParams tab. SummaryWriter.add_hparams would show them as a second run.
+
+        TensorBoard shows first the settings in which runs differ, unless a run lists the columns (an "experiment").
+        """
+        shown = {
+            name: value if type(value) in (int, float) else str(value)
+            for name, value in self.settings._asdict().items()
+            if name not in PLACES
+        }
+        _, start, _ = hparams(shown, {})
+        self.writer.file_writer.add_summary(start)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """The figures of the run's end beside its settings: the best validation loss is that of the adapter."""
+        if self.writer is not None:
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            figures = (state.best_metric, losses[-1] if losses else None)
+            with self.kept_going():
+                for name, figure in zip(self.FINAL, figures, strict=True):
+                    if figure is not None:
+                        self.writer.add_scalar(name, figure, state.global_step)
 
     def add_samples(self, prompts, expected, replies, step):
         """Show each prompt with the reply of this step and the answer in the data."""

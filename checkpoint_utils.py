@@ -33,7 +33,7 @@ from model_utils import ADAPTER_WEIGHTS, base_revision, template_content, tokeni
 from process_utils import from_first_process, shared_errors
 from progress_utils import progress
 from run_utils import ADAPTER, CHECKPOINTS, set_aside
-from settings_utils import is_folder_name
+from settings_utils import PLACES, is_folder_name
 
 # In a checkpoint: its manifest and what the Trainer's own state leaves out. Beside the checkpoints: the unfinished one.
 MANIFEST, PROGRESS, STAGING = "manifest.json", "progress.json", "incomplete"
@@ -55,9 +55,10 @@ Resumption = namedtuple("Resumption", "folder step finished best_step progress r
 FREE_SETTINGS = {
     *("base_model_name", "device", "use_fp16", "custom_dataset_path", "validation_dataset_path", "answers_cut_limit"),
     *("chosen_only", "system_prompt"),
-    *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_rows", "eval_samples"),
+    *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts"),
+    *("eval_rows", "eval_samples", "answer_check"),
     *("max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty"),
-    *("output_dir", "logs_dir", "models_dir", "run_name"),
+    *PLACES,
 }
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")

@@ -63,7 +63,8 @@ REPETITION_PENALTY = 1.0  # above 1 discourages repeated words; 1.1 is a mild do
 SYSTEM_PROMPT = None  # system text that conversations begin with; None: the one that all training rows have; "": none
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-EVAL_SAMPLES = 10  # validation rows that base and tuned model answer side by side
+EVAL_SAMPLES = 50  # rows that base and tuned model answer; the figures of answers are over these, more narrow them
+ANSWER_CHECK = "auto"  # what is right: "number", "choice" (a letter) or "json"; "auto": seen from the rows; "off"
 
 # ---- Paths (relative ones start at the project's folder) -------------------------------------------------------------
 OUTPUT_DIR = "output"  # adapter, checkpoints and evaluation

@@ -579,6 +579,7 @@ class Conversations(Sequence):
         "answer": "Q",
         "opening": "Q",
         "closing": "Q",
+        "question": "Q",
         "system": "Q",
     }
 
@@ -628,17 +629,21 @@ def last_answer(messages):
 
 
 def describe(messages):
-    """64-bit digests of the prompt, the last answer, its first four and its last four words, and the system text.
+    """64-bit digests of the prompt, the last answer, its first four and its last four words, the prompt without its
+    system text, and the system text.
 
     They are 0 for what is not there, such as the first four words of a short answer. But for the system text, case and
     white space do not count: prompts that differ in nothing else are the same question.
     """
     last = last_answer(messages)
-    prompt = [word for message in messages[:last] for word in words_of(message).casefold().split()]
+    turns = [words_of(message).casefold().split() for message in messages[:last]]
+    prompt = [word for turn in turns for word in turn]
+    question = prompt[len(turns[0]) :] if turns and messages[0]["role"] == "system" else prompt
     answer = words_of(messages[last]).split()
-    parts = (prompt, answer, answer[:4] if len(answer) >= 8 else (), answer[-4:] if len(answer) >= 8 else ())
+    ends = (answer[:4], answer[-4:]) if len(answer) >= 8 else ((), ())
     system = [messages[0]["content"]] if messages[0]["role"] == "system" else ()
-    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in (*parts, system)]
+    parts = (prompt, answer, *ends, question, system)
+    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
 
 
 def shared_system_text(conversations):

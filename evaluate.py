@@ -1,10 +1,12 @@
-"""Measure an adapter against its base model on the rows that it was not trained on.
+"""Measure an adapter against its base model on rows that it was not trained on.
 
     python evaluate.py                                           # output/lora-adapter on its own validation rows
     python evaluate.py --adapter_path output/checkpoints/checkpoint-40
     python evaluate.py --validation_dataset_path data/other.json
+    python evaluate.py --compare output/lora-adapter output/previous/20261128-101500/lora-adapter
+    python evaluate.py --benchmarks arc_easy --benchmark_limit 200
 
-Writes metrics.json, samples.json and samples.csv to output/evaluation.
+Writes metrics.json, samples.jsonl, samples.csv, rows.csv and report.html to output/evaluation/<run>-<rows>.
 """
 
 import signal
@@ -12,68 +14,113 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
-import random
+import gc
+import platform
+import re
 import sys
+import time
+from collections import namedtuple
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
-from file_utils import check_writable, display_path, write_json
-from message_utils import LateImport, UserError, printable, quiet_libraries, run_script, say, start_garbage_collection
-from run_utils import CACHE, VALIDATION_ROWS, find_adapter
-from settings_utils import build_parser, make_settings, parse_command_line
+from file_utils import check_writable, display_path, resolve_path
+from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from progress_utils import progress
+from run_utils import CACHE, EVALUATION, VALIDATION_ROWS, find_adapter, find_run_folder, read_run_name
+from settings_utils import USED_SETTINGS, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
+benchmark_utils = LateImport("benchmark_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
 engine_runner = LateImport("engine_runner")
+evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
-plan_utils = LateImport("plan_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
-pandas = LateImport("pandas")
+numpy = LateImport("numpy")
+plan_utils = LateImport("plan_utils")
 report_utils = LateImport("report_utils")
+result_utils = LateImport("result_utils")
+score_utils = LateImport("score_utils")
 token_utils = LateImport("token_utils")
 
-BANDS = ((10, "excellent"), (20, "good"), (30, "acceptable"), (float("inf"), "needs improvement"))
+MEASURED_BY = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu", "rouge-score")
+
+# The rows to measure, without those that are left out: Conversations; the name of the rows, which becomes that of a
+# folder, and where they come from; and how many of them the adapter was trained on, of how many it was trained on the
+# prompt with another answer, and how many its run was validated with: None where nobody knows.
+Measured = namedtuple("Measured", "conversations name path trained prompt_trained validated left_out")
 
 
 def main(argv):
     parser = build_parser("evaluate.py", __doc__)
     parser.add_argument("--adapter_path", help="adapter to measure (default: OUTPUT_DIR/lora-adapter)")
+    parser.add_argument(
+        "--include_trained_rows", action="store_true", help="measure on rows that it was trained on too, and say so"
+    )
+    parser.add_argument(
+        "--benchmarks", nargs="+", metavar="TASK", default=(), help="tasks of lm-evaluation-harness, or a task's file"
+    )
+    parser.add_argument("--benchmark_limit", type=int, metavar="ROWS", help="rows of each task (default: all)")
+    parser.add_argument("--compare", nargs="+", metavar="ADAPTER", help="measure two or more adapters on the same rows")
     options, given = parse_command_line(parser, argv)
+    if options.benchmark_limit is not None and (not options.benchmarks or options.benchmark_limit < 1):
+        raise UserError("--benchmark_limit takes the number of rows of each of the --benchmarks; give both, or neither")
     quiet_libraries()
     adapter_path, output_dir = find_adapter(options, given)
-    # an adapter is measured on the rows that its own run held out: they lie beside it, or beside its checkpoints
-    runs = [folder for folder in adapter_path.parents[:2] if (folder / VALIDATION_ROWS).is_file()]
-    run_dir = runs[0] if runs else output_dir
-    evaluate(adapter_path, given, run_dir, target=output_dir if "output_dir" in given else run_dir)
+    if options.compare is None:
+        evaluate(adapter_path, output_dir, given, options)
+    else:
+        compare_adapters(check_compared(options), output_dir, given, options)
 
 
-def evaluate(adapter_path, given, run_dir, target):
-    """The phases: settings, data, model, rows, figures and answers of base and tuned, report."""
+def evaluate(adapter_path, output_dir, given, options):
+    """The phases: settings, rows, model, losses, answers and benchmarks of base and tuned, report."""
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "evaluate.py")
-    cache_dir, target = target / CACHE, target / "evaluation"
-    check_writable(target, "--output_dir")
-    conversations = load_validation_rows(settings, run_dir, cache_dir)
+    # the figures of a run lie beside its adapter, unless another folder is asked for
+    home = output_dir if "output_dir" in given else find_run_folder(adapter_path) or output_dir
+    check_writable(home / EVALUATION, "--output_dir")
+    tasks = find_benchmarks(options.benchmarks)
+    measured = choose_rows(settings, [adapter_path], output_dir, home / CACHE, options.include_trained_rows)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     start_garbage_collection()
-    rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
+    rows = tokenize_rows(tokenizer, measured.conversations, settings, home / CACHE)
     fit_utils.check_rows(model, tokenizer, rows, "validation data")
-    say(f"Measuring base and tuned model on {len(rows)} rows")
-    with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
-        metrics = measure(model, runner, rows)
-    samples = answer_side_by_side(
-        model, tokenizer, data_utils.with_questions(conversations, settings.eval_samples), settings
-    )
-    metrics |= {"adapter": display_path(adapter_path), "base_model": settings.base_model_name}
-    write_report(target, metrics, samples)
-    print_report(target, metrics, samples)
+    scores = measure_losses(model, settings, rows)
+    samples, check = choose_samples(measured.conversations, settings)
+    tuned = measure_answers(model, tokenizer, samples, check, settings, "the tuned model")
+    with model.disable_adapter():
+        base = measure_answers(model, tokenizer, samples, check, settings, "the base model")
+    samples = [sample | {"base": b, "tuned": t} for sample, b, t in zip(samples, base, tuned, strict=True)]
+    metrics = describe(adapter_path, settings, measured) | result_utils.compare(scores, samples, check)
+    if tasks:
+        metrics["benchmarks"] = benchmark_utils.measure(
+            model, tokenizer, tasks, options.benchmark_limit, settings.batch_size
+        )
+    folder = result_utils.write_results(home / EVALUATION, metrics, samples, ("row", "tokens", "base", "tuned"), scores)
+    result_utils.print_report(folder, metrics, samples)
 
 
-def load_validation_rows(settings, run_dir, cache_dir):
-    """The Conversations that the adapter's run held out, or those of VALIDATION_DATASET_PATH."""
+def find_benchmarks(names):
+    """What benchmark_utils.find_tasks makes of the names, or None where there are none."""
+    if names and find_spec("lm_eval") is None:
+        raise UserError("--benchmarks needs lm-evaluation-harness: pip install -r requirements-benchmarks.txt")
+    return benchmark_utils.find_tasks(names) if names else None
 
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained):
+    """The rows to measure, after saying how many of them the adapters were trained on; returns Measured.
+
+    They are those of VALIDATION_DATASET_PATH, or else those that the first adapter's run held out. Rows that one of
+    them was trained on are left out unless include_trained is true.
+    """
+    seen = [evidence_utils.read_seen_rows(path) for path in adapter_paths]
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
-        return data_utils.load_announced(
+        found = data_utils.load_announced(
             "Validation data",
             path,
             columns,
@@ -82,15 +129,70 @@ def load_validation_rows(settings, run_dir, cache_dir):
             system_prompt=settings.system_prompt,
             or_usual_names=True,
         )[0]
-    path = run_dir / VALIDATION_ROWS
-    if not path.exists():
-        raise UserError(
-            f"{display_path(path)} does not exist, so the held-out rows are unknown; train with a validation split, or"
-            " give rows of your own by --validation_dataset_path"
+        name = re.sub(r"[^\w.-]+", "-", Path(path).stem)[:60].strip("-.") or "rows"
+    else:
+        path = find_own_rows(adapter_paths[0], output_dir, seen[0], cache_dir)
+        found, name, path = load_own_rows(path, cache_dir, settings.system_prompt), "validation", display_path(path)
+    who = "the adapter was" if len(adapter_paths) == 1 else "these adapters were"
+    if None in seen:
+        unknown = display_path(adapter_paths[seen.index(None)])
+        say(
+            f"Whether {who} trained on these {len(found):,} rows is unknown: {unknown} carries no"
+            f" {evidence_utils.SEEN_ROWS}"
         )
-    return data_utils.load_conversations(
-        path, cache_dir=cache_dir, number_column="row", system_prompt=settings.system_prompt
-    )[0]
+        return Measured(found, name, path, None, None, None, 0)
+    overlaps = [evidence_utils.find_overlap(each, found) for each in seen]
+    overlap = evidence_utils.Overlap(*map(numpy.logical_or.reduce, zip(*overlaps, strict=True)))
+    trained = int(overlap.trained.sum())
+    say_overlap(len(found), overlap, include_trained, who)
+    if trained == len(found) and not include_trained:
+        raise UserError(
+            f"{who} trained on all {len(found):,} rows of {path}, so they tell nothing of new ones; give"
+            " others by --validation_dataset_path, or measure these by --include_trained_rows"
+        )
+    kept = numpy.ones(len(found), dtype=bool) if include_trained else ~overlap.trained
+    counts = [int(mask[kept].sum()) for mask in overlap]
+    return Measured(found.select(kept), name, path, *counts, 0 if include_trained else trained)
+
+
+def say_overlap(rows, overlap, include_trained, who):
+    """Say how many of the rows an adapter was trained on, and what becomes of them."""
+    trained, prompt_trained = int(overlap.trained.sum()), int(overlap.prompt_trained.sum())
+    what = f"{who} trained on {trained or 'none':{',' if trained else ''}} of them"
+    if trained:
+        fate = "measured too" if include_trained else "left out (--include_trained_rows measures them too)"
+        what += f", which {'is' if trained == 1 else 'are'} {fate}"
+    if prompt_trained:
+        what += f"; on {prompt_trained:,} more of the prompts with another answer"
+    say(f"{rows:,} rows: {what}")
+
+
+def find_own_rows(adapter_path, output_dir, seen, cache_dir):
+    """The file of the rows that the adapter's run held out: beside the adapter, or in OUTPUT_DIR.
+
+    The adapter's digests prove that they are its own. One without digests is believed about what lies beside it.
+    """
+    remedy = "give rows by --validation_dataset_path"
+    folders = [*adapter_path.parents[:2], *([output_dir] if seen else [])]
+    files = [folder / VALIDATION_ROWS for folder in dict.fromkeys(folders) if (folder / VALIDATION_ROWS).is_file()]
+    if seen is None and files:
+        return files[0]
+    if seen is not None and not len(seen.validated):
+        raise UserError(f"the adapter was trained without validation rows; {remedy}")
+    for path in files if seen is not None else ():
+        if evidence_utils.is_own_validation(seen, load_own_rows(path, cache_dir)):
+            return path
+    if files:
+        raise UserError(f"{display_path(files[0])} does not hold the rows that this adapter's run held out; {remedy}")
+    raise UserError(
+        f"no {VALIDATION_ROWS} lies beside {display_path(adapter_path)}, so the rows that its run held out are unknown;"
+        f" {remedy}"
+    )
+
+
+def load_own_rows(path, cache_dir, system_prompt=None):
+    """The Conversations of a run's validation.jsonl, with the numbers that they had in the user's file."""
+    return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row", system_prompt=system_prompt)[0]
 
 
 def tokenize_rows(tokenizer, conversations, settings, cache_dir):
@@ -106,100 +208,166 @@ def tokenize_rows(tokenizer, conversations, settings, cache_dir):
     return rows
 
 
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-def measure(model, runner, rows):
-    """Token-weighted loss and perplexity of base and tuned over the same answers, and a verdict."""
-    tuned = runner.score(rows)
-    with model.disable_adapter():
-        base = runner.score(rows)
-    return compare(base, tuned)
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+def measure_losses(model, settings, rows):
+    """The scores of base and tuned on the same answers, [{"row", "tokens", "base", "tuned"}] in nats, one a row.
+
+    A conversation that was tokenized as several sequences is one row: what its answers share would count twice.
+    """
+    with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
+        tuned = score_with_progress(runner, rows, "the tuned model")
+        with model.disable_adapter():
+            base = score_with_progress(runner, rows, "the base model")
+    scores = {}
+    for number, (base_nll, tokens), (tuned_nll, _) in zip(rows.index["row"].tolist(), base, tuned, strict=True):
+        score = scores.setdefault(number, {"row": number, "tokens": 0, "base": 0.0, "tuned": 0.0})
+        score["tokens"] += tokens
+        score["base"] += base_nll
+        score["tuned"] += tuned_nll
+    return list(scores.values())
 
 
-def compare(base, tuned):
-    """The figures of two models' scores, [(negative log-likelihood in nats, tokens) of each row], and a verdict."""
-    metrics = {"rows": len(base), "answer_tokens": sum(tokens for _, tokens in base)}
-    for name, scores in (("base", base), ("tuned", tuned)):
-        loss = engine_passes.mean_loss(scores)
-        metrics[f"{name}_loss"] = loss
-        metrics[f"{name}_perplexity"] = engine_passes.perplexity(loss)
-        metrics[f"{name}_band"] = band(metrics[f"{name}_perplexity"])
-    low, high = bootstrap_interval(base, tuned)
-    metrics |= {"loss_change_low": low, "loss_change_high": high}
-    metrics["verdict"] = "better" if high < 0 else "worse" if low > 0 else "no different"
-    if len(base) < 5:
-        metrics["verdict"] = "not told apart by so few rows"
-    return metrics
-
-
-def band(perplexity):
-    """The customary name of a perplexity: below 10 excellent, 20 good, 30 acceptable, else needs improvement."""
-    return next(name for limit, name in BANDS if perplexity < limit or limit == float("inf"))
-
-
-def bootstrap_interval(base, tuned, resamples=2000, seed=0):
-    """95 % interval of (tuned loss - base loss) in nats a token, over rows drawn again with replacement."""
-    draw = random.Random(seed)
-    pairs = [(t[0] - b[0], b[1]) for b, t in zip(base, tuned, strict=True)]
-    changes = []
-    for _ in range(resamples):
-        chosen = draw.choices(pairs, k=len(pairs))
-        changes.append(sum(change for change, _ in chosen) / sum(tokens for _, tokens in chosen))
-    changes.sort()
-    return changes[int(0.025 * resamples)], changes[int(0.975 * resamples) - 1]
+def score_with_progress(runner, rows, name):
+    passes = len(engine_passes.pack_rows(rows.index["length"].tolist(), runner.plan.max_pass_tokens))
+    with progress(f"Measuring {name}", total=passes, unit="passes") as bar:
+        return runner.score(rows, before_pass=bar.update)
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
-def answer_side_by_side(model, tokenizer, conversations, settings):
-    """Let base and tuned answer the last question of each conversation; returns one dict a row."""
-    if not conversations:
-        return []
-    ends = [data_utils.last_answer(messages) for _, messages in conversations]
-    prompts = [messages[:end] for (_, messages), end in zip(conversations, ends, strict=True)]
-    say(f"Letting both answer {len(prompts)} of them")
+def choose_samples(conversations, settings):
+    """EVAL_SAMPLES rows from all parts of the file, and by what their answers are right: (samples, check).
+
+    A sample is {"row", "prompt", "messages", "expected"}: the last question's text, the whole prompt, the answer. The
+    check is a key of score_utils.CHECKS, or None.
+    """
+    number = min(settings.eval_samples, len(conversations))
+    samples = []
+    for position in numpy.linspace(0, len(conversations) - 1, number).round():
+        row, messages = conversations[int(position)]
+        if messages[0]["role"] == "text":  # a whole text has no question
+            continue
+        end = data_utils.last_answer(messages)
+        expected = data_utils.words_of(messages[end]).strip()
+        prompt = messages[:end]
+        samples.append({"row": row, "prompt": prompt[-1]["content"], "messages": prompt, "expected": expected})
+    check = score_utils.choose_check(settings.answer_check, [sample["expected"] for sample in samples])
+    if check:
+        say(f"Accuracy: the expected answers {score_utils.CHECKS[check][2]} (ANSWER_CHECK = {settings.answer_check!r})")
+    return samples, check
+
+
+def measure_answers(model, tokenizer, samples, check, settings, name):
+    """The model's likeliest answer to each sample: a dict of text, ended, tokens and what score_answer gives."""
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    limit = {"max_prompt_tokens": settings.max_seq_length}
-    tuned = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)
-    with model.disable_adapter():
-        base = generation_utils.generate_replies(model, tokenizer, prompts, generation, **limit)
+    with progress(f"Answers of {name}", total=len(samples), unit="answers") as bar:
+        replies = generation_utils.generate_replies(
+            model,
+            tokenizer,
+            [sample["messages"] for sample in samples],
+            generation,
+            max_prompt_tokens=settings.max_seq_length,
+            on_reply=lambda index, reply: bar.update(),
+        )
     return [
-        {
-            "row": number,
-            "prompt": messages[end - 1]["content"],
-            "expected": messages[end]["content"],
-            "base": base_reply.text,
-            "tuned": tuned_reply.text,
-        }
-        for (number, messages), end, base_reply, tuned_reply in zip(conversations, ends, base, tuned, strict=True)
+        reply._asdict() | score_utils.score_answer(reply.text, sample["expected"], check)
+        for sample, reply in zip(samples, replies, strict=True)
     ]
 
 
-# ---- Report ----------------------------------------------------------------------------------------------------------
-def write_report(target, metrics, samples):
-    """Write metrics.json, samples.json and samples.csv; cells that a spreadsheet would run as formulas are defused."""
-
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "metrics.json", metrics)
-    write_json(target / "samples.json", samples)
-    table = pandas.DataFrame(samples, columns=["row", "prompt", "expected", "base", "tuned"])
-    texts = table.columns.drop("row")
-    table[texts] = table[texts].map(lambda cell: "'" + cell if cell.startswith(("=", "+", "-", "@", "\t")) else cell)
-    table.to_csv(target / "samples.csv", index=False, encoding="utf-8-sig")
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+def describe(adapter_path, settings, measured):
+    """What was measured with what: the part of metrics.json that names things."""
+    return name_adapter(adapter_path, settings) | describe_measured(settings, measured)
 
 
-def print_report(target, metrics, samples):
-    for sample in samples[:3]:
-        print(f"\nPrompt:   {printable(sample['prompt'])}")
-        print(f"Base:     {printable(sample['base'])}")
-        print(f"Tuned:    {printable(sample['tuned'])}")
-        print(f"Expected: {printable(sample['expected'])}")
-    print(f"\n{metrics['rows']} held-out rows, {metrics['answer_tokens']:,} answer tokens")
-    print("        loss   perplexity")
-    for name in ("base", "tuned"):
-        figures = f"{metrics[f'{name}_loss']:.4f}  {metrics[f'{name}_perplexity']:10.2f}"
-        print(f"{name:<6}{figures}  {metrics[f'{name}_band']}")
-    low, high = metrics["loss_change_low"], metrics["loss_change_high"]
-    print(f"Verdict: the tuned model is {metrics['verdict']} (loss {low:+.3f} to {high:+.3f}, 95 % of resampled rows)")
-    print(f"Written to {display_path(target)}: metrics.json, samples.json, samples.csv", flush=True)
+def name_adapter(adapter_path, settings):
+    return {
+        "run": read_run_name(adapter_path),
+        "adapter": display_path(adapter_path),
+        "base_model": settings.base_model_name,
+    }
+
+
+def describe_measured(settings, measured):
+    """The rows that were measured and how, of one adapter or of several."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "data": {
+            "name": measured.name,
+            "path": str(measured.path),
+            "rows": len(measured.conversations),
+            "sha256": measured.conversations.fingerprint(),
+        },
+        "held_out": measured.trained == 0,
+        "trained_rows_seen": None if measured.trained is None else measured.trained + measured.left_out,
+        "trained_rows_left_out": measured.left_out,
+        "trained_prompts_seen": measured.prompt_trained,
+        "validation_rows_of_the_run": measured.validated,
+        "settings": {name: value for name, value in settings._asdict().items() if name in USED_SETTINGS["evaluate.py"]},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in MEASURED_BY},
+    }
+
+
+# ---- Several adapters ------------------------------------------------------------------------------------------------
+def check_compared(options):
+    """The adapters of --compare as paths; UserError unless there are two or more different ones."""
+    paths = [resolve_path(path) for path in options.compare]
+    if len(paths) < 2 or options.adapter_path is not None or options.benchmarks:
+        raise UserError("--compare takes two or more adapters, without --adapter_path and --benchmarks")
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"--compare names {display_path(path)} twice; give different adapters")
+    return paths
+
+
+def compare_adapters(paths, output_dir, given, options):
+    """The phases of a comparison: settings, rows, the losses and answers of one adapter after the other, report."""
+    settings = [make_settings(given, model_utils.read_recorded_settings(path), "evaluate.py") for path in paths]
+    # one limit for all: cut at different places, the same rows would be different ones
+    longest = max(each.max_seq_length for each in settings)
+    settings = [each._replace(max_seq_length=longest) for each in settings]
+    check_writable(output_dir / EVALUATION, "--output_dir")
+    measured = choose_rows(settings[0], paths, output_dir, output_dir / CACHE, options.include_trained_rows)
+    samples, check = choose_samples(measured.conversations, settings[0])
+    adapters = name_adapters(paths, settings)
+    found = []
+    for path, each, adapter in zip(paths, settings, adapters, strict=True):
+        say(f"Adapter {adapter['run']}: {adapter['adapter']}")
+        found.append(measure_adapter(path, each, measured.conversations, samples, check, output_dir / CACHE))
+        gc.collect()  # its model goes before the next one is loaded
+    metrics, columns, rows = result_utils.compare_scores(
+        adapters, [scores for scores, _ in found], measured.conversations
+    )
+    expected = [sample["expected"] for sample in samples]
+    for adapter, (_, answers) in zip(metrics["adapters"], found, strict=True):
+        adapter |= score_utils.summarize_answers(answers, expected)
+    answers = [
+        dict(zip(columns[2:], each, strict=True)) for each in zip(*(answers for _, answers in found), strict=True)
+    ]
+    samples = [sample | {"answers": each} for sample, each in zip(samples, answers, strict=True)]
+    metrics = {"run": "comparison"} | describe_measured(settings[0], measured) | metrics | {"answer_check": check}
+    folder = result_utils.write_results(output_dir / EVALUATION, metrics, samples, columns, rows)
+    result_utils.print_comparison(folder, metrics)
+
+
+def name_adapters(paths, settings):
+    """What names each adapter in a comparison; of those of one run the folder is told too."""
+    adapters = [name_adapter(path, each) for path, each in zip(paths, settings, strict=True)]
+    names = [adapter["run"] for adapter in adapters]
+    for adapter in adapters:
+        if names.count(adapter["run"]) > 1:
+            adapter["run"] = f"{adapter['run']} in {adapter['adapter']}"
+    return adapters
+
+
+def measure_adapter(adapter_path, settings, conversations, samples, check, cache_dir):
+    """(the scores of base and tuned on all rows, the tuned model's answers to the samples) of one adapter."""
+    model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
+    start_garbage_collection()
+    rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
+    fit_utils.check_rows(model, tokenizer, rows, "validation data")
+    scores = measure_losses(model, settings, rows)
+    return scores, measure_answers(model, tokenizer, samples, check, settings, "the tuned model")
 
 
 if __name__ == "__main__":

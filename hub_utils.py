@@ -26,6 +26,7 @@ SHIPPED_MODELS_DIR = "models"  # MODELS_DIR as config.py ships it
 SUBSTITUTES = {
     "model": "give a local folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base",
     "dataset": "give a local file by --custom_dataset_path",
+    "benchmark": "give a task whose rows are a local file",
 }
 
 
@@ -33,7 +34,7 @@ SUBSTITUTES = {
 def hub_errors(name, remedy="give a causal language model with safetensors weights", kind="model"):
     """Turn a failure to load one model or dataset, from the Hub or a local folder, into a UserError.
 
-    name: as the user gave it. remedy: what to do if what was found cannot be loaded. kind: "model" or "dataset".
+    name: as the user gave it. remedy: what to do if what was found cannot be loaded. kind: one of SUBSTITUTES.
     """
     try:
         yield
@@ -47,7 +48,7 @@ def hub_problem(error, name, kind):
     place = "folder" if kind == "model" else "file"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         switch = "TRANSFORMERS_OFFLINE" if not os.environ.get("HF_HUB_OFFLINE") else "HF_HUB_OFFLINE"
-        if kind == "dataset":
+        if kind != "model":
             return f"{switch} is set, so the Hub is not asked for {name}; unset it or {SUBSTITUTES[kind]}"
         return f"{name} is not in the cache and {switch} is set; unset it or give a local folder"
     if any(re.search("SOCKS proxy|proxy URL", str(cause)) for cause in causes):
@@ -61,7 +62,7 @@ def hub_problem(error, name, kind):
     statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
     status = next(filter(None, statuses), None)
     if status in (401, 403):
-        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+        page = f"https://huggingface.co/{'' if kind == 'model' else 'datasets/'}{name}"
         return (
             f"no local {place} {name}, and the Hub refuses it ({status}): it is gated, private or does not exist; check"
             f" the spelling, or accept its licence at {page} and set HF_TOKEN to a token that may read it"

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
+from evidence_utils import SEEN_ROWS, write_seen_rows
 from export_utils import write_adapter_card
 from file_utils import (
     SHOWN_DIGITS,
@@ -393,39 +394,46 @@ def template_content(tokenizer):
 
 
 # ---- Saved adapters --------------------------------------------------------------------------------------------------
-def save_adapter(model, tokenizer, path, content=None):
+def save_adapter(model, tokenizer, path, content=None, seen=None):
     """Write the adapter, and the tokenizer with its chat template, as safetensors and JSON only.
 
-    content: the base's base_content, which the adapter records; None: nothing is recorded.
+    content: the base's base_content, which the adapter records; None: nothing is recorded. seen: the SeenRows of its
+    run, or None.
     """
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
     model.save_pretrained(path, save_embedding_layers=False)
     tokenizer.save_pretrained(path)
+    if seen is not None:
+        write_seen_rows(path, seen)
     if content:
         write_adapter_identity(Path(path), model.peft_config["default"].base_model_name_or_path, content)
     make_readable(path)
 
 
-def save_finished_adapter(model, base, path, settings, record):
+def save_finished_adapter(model, base, path, settings, record, state, seen=None):
     """Save an adapter with its settings, run record and model card; the folder appears only when it is complete.
 
-    base: the Base that it was trained on.
+    base: the Base that it was trained on. state: the TrainerState, whose log_history has the losses of all steps.
+    seen: the SeenRows of its run.
     """
+    state.best_model_checkpoint = None  # it is an absolute path, and best_global_step says the same
     with staged_folder(path) as staged:
-        save_adapter(model, base.tokenizer, staged, base.content)
+        save_adapter(model, base.tokenizer, staged, base.content, seen)
         write_recorded_settings(staged, settings)
         write_json(staged / "run.json", record)
+        state.save_to_json(staged / "trainer_state.json")
         write_adapter_card(staged, base.tokenizer, settings, record)
 
 
 def write_adapter_identity(folder, name, content):
-    """Record beside an adapter the base model that it was trained on and the tokenizer files that lie there."""
-    write_json(folder / IDENTITY_FILE, {"base_model": f"{name} @ {content}", "files": tokenizer_files(folder)})
+    """Record beside an adapter the base model that it was trained on and the files of its own that lie there."""
+    write_json(folder / IDENTITY_FILE, {"base_model": f"{name} @ {content}", "files": recorded_files(folder)})
 
 
-def tokenizer_files(folder):
-    """{name: hash} of the files that make prompts and answers token ids."""
+def recorded_files(folder):
+    """{name: hash} of the files that make prompts and answers token ids, and of the digests of the rows it has seen."""
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+    names = (*names, SEEN_ROWS)
     paths = [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
     return {path.relative_to(folder).as_posix(): short_hash(path) for path in paths}
 
@@ -440,8 +448,10 @@ def check_adapter_identity(folder, base_name, content):
         say(f"Adapter {shown} has no {IDENTITY_FILE}, so its base model and tokenizer are taken on trust")
         return
     recorded = read_json(folder / IDENTITY_FILE, "the adapter's identity")
-    trained_on, old, files = str(recorded.get("base_model")), recorded.get("files"), tokenizer_files(folder)
+    trained_on, old, files = str(recorded.get("base_model")), recorded.get("files"), recorded_files(folder)
     old = old if isinstance(old, dict) else {}
+    if SEEN_ROWS not in files:  # who gives an adapter away may keep them
+        old.pop(SEEN_ROWS, None)
     if trained_on.rpartition(" @ ")[2] != content:
         raise UserError(
             f"adapter {shown} does not fit its base model {base_name}: it was trained on {trained_on}, whose weights or"

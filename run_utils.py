@@ -12,20 +12,21 @@ import time
 
 from filelock import FileLock, Timeout
 
-from file_utils import display_path, resolve_path, write_json
+from file_utils import display_path, read_json, resolve_path, write_json
 from message_utils import VOICE, UserError, is_first_process, say
-from settings_utils import DEFAULTS
+from settings_utils import DEFAULTS, is_folder_name
 
 # What train.py writes to OUTPUT_DIR
 ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validation.jsonl"
 
 
-DATA_REPORT, CACHE, RUN_LOG = "data_report.json", "cache", "train.log"
+DATA_REPORT, CACHE, RUN_LOG, EVALUATION = "data_report.json", "cache", "train.log", "evaluation"
+RUN_RECORD, MANIFEST = "run.json", "manifest.json"  # in an adapter's folder and in a checkpoint's; both name the run
 
 
 # What belongs to one run of train.py and is moved to OUTPUT_DIR/previous before the next one. The adapter is moved
 # last: as long as it is there, the run counts as finished, even if the moving is interrupted.
-RUN_OUTPUTS = (CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, RUN_LOG, "evaluation", "merged-model", ADAPTER)
+RUN_OUTPUTS = (CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, RUN_LOG, EVALUATION, "merged-model", ADAPTER)
 
 
 def find_adapter(options, given):
@@ -34,6 +35,26 @@ def find_adapter(options, given):
     if options.adapter_path is not None and not options.adapter_path.strip():
         raise UserError("--adapter_path is empty; give an adapter's folder, or leave it out")
     return resolve_path(options.adapter_path or output_dir / ADAPTER), output_dir
+
+
+def find_run_folder(adapter_path):
+    """The output folder of the run that an adapter or a checkpoint lies in, or None where it was moved out of it."""
+    outputs = (DATA_REPORT, VALIDATION_ROWS)
+    folders = [path for path in adapter_path.parents[:2] if any((path / name).is_file() for name in outputs)]
+    return folders[0] if folders else None
+
+
+def read_run_name(adapter_path):
+    """The name of the run that an adapter is of, with its step for a checkpoint; fit for the name of a folder."""
+    checkpoint = (adapter_path / MANIFEST).is_file()
+    path = adapter_path / (MANIFEST if checkpoint else RUN_RECORD)
+    record = read_json(path, "the record of the run") if path.is_file() else {}
+    name = record.get("run_name" if checkpoint else "run")
+    if not isinstance(name, str) or not is_folder_name(name):
+        name = adapter_path.name or "adapter"
+    elif checkpoint:
+        name = f"{name}-{adapter_path.name}"
+    return name
 
 
 def set_aside(output_dir, names, kept=()):

@@ -88,6 +88,7 @@ AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "a
 
 SWITCHES = ("chosen_only", "use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
 CHOICES = {
+    "answer_check": ("auto", "number", "choice", "json", "off"),
     "device": ("cuda", "cpu"),
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
     "optimizer": ("adamw_torch", "paged_adamw_8bit"),
@@ -111,9 +112,13 @@ SHIPPED = {
 BOUND_TO_ADAPTER = ("base_model_name", "use_4bit_quantization", "use_fp16", "max_seq_length", "system_prompt")
 
 
+# Where a run's files lie, and its name: they say nothing of its result
+PLACES = ("output_dir", "logs_dir", "models_dir", "run_name")
+
+
 # ---- Which script uses which settings --------------------------------------------------------------------------------
 # train.py uses every setting of config.py but these; a new setting is one of train.py unless it is named here
-NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples")
+NOT_FOR_TRAINING = ("do_sample", "temperature", "top_p", "eval_samples", "answer_check")
 
 # The other scripts use these. A script offers a flag for each setting that it uses and for no other; a test fails if it
 # reads a setting that it does not offer.
@@ -124,7 +129,8 @@ USED_SETTINGS = {
     "evaluate.py": (
         *TO_USE_AN_ADAPTER,
         *TO_ANSWER,
-        *("validation_dataset_path", "dataset_columns", "chosen_only", "max_seq_length", "batch_size", "eval_samples"),
+        *("validation_dataset_path", "dataset_columns", "chosen_only", "max_seq_length", "batch_size"),
+        *("eval_samples", "answer_check"),
     ),
     "merge.py": (
         *("models_dir", "device", "output_dir", "batch_size"),

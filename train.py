@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import namedtuple
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 
 from file_utils import (
@@ -53,6 +54,7 @@ board_utils = LateImport("board_utils")
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
+evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
 hub_utils = LateImport("hub_utils")
@@ -277,12 +279,25 @@ def open_checkpoints(settings, base, identity, fresh):
     resumption = None
     if not (output_dir / ADAPTER).exists():  # else the run there had finished
         resumption = process_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
-    run_name = settings.run_name or (resumption and resumption.run_name) or time.strftime("%Y%m%d-%H%M%S")
+    run_name = process_utils.from_first_process(choose_run_name, settings, resumption)
     trainable = model_utils.count_parameters(base.shapes)[1]
     folder = output_dir / CHECKPOINTS
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
     checkpoints.check_space()
     return checkpoints
+
+
+def choose_run_name(settings, resumption):
+    """The run's name in TensorBoard. A run that goes on keeps its own; one that earlier logs have gets a number."""
+    if resumption:
+        return resumption.run_name
+    wanted = settings.run_name or time.strftime("%Y%m%d-%H%M%S")
+    logs_dir = resolve_path(settings.logs_dir)
+    names = chain([wanted], (f"{wanted[:60]}-{number}" for number in count(2)))
+    name = next(name for name in names if not ((logs_dir / name).is_dir() and any((logs_dir / name).iterdir())))
+    if name != wanted:
+        say(f"{display_path(logs_dir / wanted)} holds the logs of an earlier run; this run is named {name}")
+    return name
 
 
 def prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started):
@@ -294,8 +309,8 @@ def prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, s
     process_utils.from_first_process(
         prepare_output, settings, data.validation, rows.report, checkpoints.resumption, log
     )
-    times = plan_utils.RunTimes(began=started)
-    return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks, times)
+    times, seen = plan_utils.RunTimes(began=started), evidence_utils.note_rows(data.training, data.validation)
+    return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks, times, seen)
 
 
 def build_sample_answers(settings, tokenizer, validation_set, board=None):
@@ -357,7 +372,9 @@ def finish(trainer, settings, base, rows, started):
     record = build_record(trainer, rows, checkpoints.started if checkpoints.resumption else started)
     adapter_dir = resolve_path(settings.output_dir) / ADAPTER
     with storage_errors("the adapter", f"{checkpoints.last()}; mend that, and {checkpoint_utils.AGAIN}"):
-        model_utils.save_finished_adapter(trainer.model, base, adapter_dir, settings, record)
+        model_utils.save_finished_adapter(
+            trainer.model, base, adapter_dir, settings, record, trainer.state, trainer.seen
+        )
     print_summary(settings, adapter_dir, record)
 
 
@@ -366,6 +383,7 @@ def build_record(trainer, rows, started):
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return {
+        "run": trainer.checkpoints.run_name,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "seconds": round(time.time() - started, 1),
         "steps": state.global_step,

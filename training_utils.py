@@ -66,7 +66,8 @@ class LoraTrainer(Trainer):
     processes learn of each other's signals with the flags of a step, so that it may take two steps more.
 
     checkpoints: None where nothing can be saved. base_content: of the base model, which each saved adapter records.
-    all_validation_rows: where the evaluations measure only some of them. times: the RunTimes of the run.
+    all_validation_rows: where the evaluations measure only some of them. times: the RunTimes of the run. seen: the
+    SeenRows of the run, which each saved adapter carries.
     """
 
     def __init__(
@@ -77,13 +78,14 @@ class LoraTrainer(Trainer):
         base_content=None,
         all_validation_rows=None,
         times=None,
+        seen=None,
         **kwargs,
     ):
         # UserList: the Trainer would search a plain list of rows for tensors, token by token
         super().__init__(*args, data_collator=UserList, **kwargs)
         self.runner = StepRunner(self.model, plan or StepPlan(), self.accelerator)
         self.check = StepCheck(self.runner)
-        self.checkpoints, self.base_content = checkpoints, base_content
+        self.checkpoints, self.base_content, self.seen = checkpoints, base_content, seen
         self.all_validation_rows, self.final_loss = all_validation_rows, None
         self.times = times or RunTimes()
         self.bar = progress("Training")
@@ -392,7 +394,7 @@ class LoraTrainer(Trainer):
         """Write adapter and tokenizer only: the Trainer's training_args.bin is a pickle that can hold a Hub token."""
         if self.args.should_save:  # the first process alone: two would write into the same files
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_adapter(self.model, self.processing_class, output_dir, self.base_content)
+            save_adapter(self.model, self.processing_class, output_dir, self.base_content, self.seen)
 
     def _load_best_model(self):
         """Take the weights of the best checkpoint that is whole; the state, and with it the record, says which."""
@@ -568,11 +570,11 @@ def choose_optimizer(settings, device):
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 
-def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks=(), times=None):
+def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks=(), times=None, seen=None):
     """A LoraTrainer of a model with its adapter.
 
     base: a model_utils.Base. rows: its `training`, `validation` and `evaluated` are TokenizedRows. plan: its
-    `arguments` are the TrainingArguments, its `steps` are a StepPlan. times: RunTimes.
+    `arguments` are the TrainingArguments, its `steps` are a StepPlan. times: RunTimes. seen: the SeenRows of the run.
     """
     trainer = LoraTrainer(
         model=model,
@@ -586,6 +588,7 @@ def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks
         base_content=base.content,
         all_validation_rows=rows.validation if len(rows.evaluated) < len(rows.validation) else None,
         times=times,
+        seen=seen,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -152,7 +152,7 @@ def test_evaluate_without_validation_rows_names_the_flag_that_gives_some(call, o
     adapter = save_adapter_config(tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").touch()  # the rows are looked for before the weights are read
     done = call("evaluate.py", "--adapter_path", adapter, *output)
-    check_refusal(done, tmp_path / "output/validation.jsonl", "--validation_dataset_path")
+    check_refusal(done, "no validation.jsonl lies beside", adapter, "--validation_dataset_path")
 
 
 def test_inference_refuses_an_empty_instruction(call, output):

@@ -440,7 +440,7 @@ def test_a_tokenizer_with_several_templates_trains_goes_on_and_is_evaluated(
     template = found / "lora-adapter/additional_chat_templates/tool_use.jinja"
     assert template.read_text() == "{{ messages }}"
     evaluate.main(["--adapter_path", str(found / "lora-adapter"), "--device", "cpu", "--eval_samples", "1"])
-    assert (found / "evaluation/metrics.json").is_file()
+    assert (found / "evaluation/run-validation/metrics.json").is_file()
     inference.main(["Hi", "--adapter_path", str(found / "lora-adapter"), "--device", "cpu", "--max_new_tokens", "2"])
     template.write_text("{{ 1 }}")
     assert "tool_use.jinja" in refusal(load_trained_model, found / "lora-adapter")

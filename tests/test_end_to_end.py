@@ -30,7 +30,7 @@ def trained(run, tmp_path_factory):
 def metrics(run, trained):
     done = run("evaluate.py", "--output_dir", trained[0], cold=True)
     assert done.returncode == 0, done.stderr
-    return json.loads((trained[0] / "evaluation/metrics.json").read_text()), done
+    return json.loads((trained[0] / "evaluation/demo-validation/metrics.json").read_text()), done
 
 
 def test_the_demo_announces_itself_trains_and_says_what_to_type_next(trained):
@@ -52,14 +52,14 @@ def test_the_demo_announces_itself_trains_and_says_what_to_type_next(trained):
 
 def test_the_tuned_perplexity_is_at_most_half_of_the_bases(metrics):
     figures, _ = metrics
-    assert figures["tuned_perplexity"] <= figures["base_perplexity"] / 2
+    assert figures["tuned"]["perplexity"] <= figures["base"]["perplexity"] / 2
     assert figures["verdict"] == "better"
     assert figures["rows"] == 20
 
 
 def test_evaluation_agrees_with_the_validation_loss_of_training(trained, metrics):
     record = json.loads((trained[0] / "lora-adapter/run.json").read_text())
-    assert metrics[0]["tuned_loss"] == pytest.approx(record["validation_loss"], rel=1e-5)
+    assert metrics[0]["tuned"]["loss"] == pytest.approx(record["validation_loss"], rel=1e-5)
 
 
 def test_the_held_out_rows_are_not_among_the_training_rows(trained):
@@ -70,18 +70,21 @@ def test_the_held_out_rows_are_not_among_the_training_rows(trained):
 
 
 def test_the_voice_of_the_data_shows_in_the_tuned_answers_only(metrics, trained):
-    samples = json.loads((trained[0] / "evaluation/samples.json").read_text())
-    assert len(samples) == 10
-    voiced = [row for row in samples if "Larkfield" in row["tuned"] or "Wren" in row["tuned"]]
-    assert len(voiced) >= 8
-    assert not [row for row in samples if "Larkfield" in row["base"]]
+    file = trained[0] / "evaluation/demo-validation/samples.jsonl"
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(samples) == 20
+    voiced = [row for row in samples if "Larkfield" in row["tuned"]["text"] or "Wren" in row["tuned"]["text"]]
+    assert len(voiced) >= 16
+    assert not [row for row in samples if "Larkfield" in row["base"]["text"]]
+    assert metrics[0]["tuned"]["ended"] > metrics[0]["base"]["ended"]
+    assert metrics[0]["difference"]["chrf"]["low"] > 0
 
 
 def test_the_samples_are_written_as_csv_too(metrics, trained):
-    with open(trained[0] / "evaluation/samples.csv", encoding="utf-8-sig", newline="") as file:
+    with open(trained[0] / "evaluation/demo-validation/samples.csv", encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["row", "prompt", "expected", "base", "tuned"]
-    assert len(rows) == 10
+    assert list(rows[0])[:5] == ["row", "prompt", "expected", "base", "tuned"]
+    assert len(rows) == 20
     assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "-", "@"))]
 
 

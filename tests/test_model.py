@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, MistralConfig, TrainerState
 
 import model_utils
 from conftest import TINY_BASE
@@ -562,7 +562,7 @@ def test_a_finished_adapter_holds_no_pickle_and_can_be_read_by_others(base, tmp_
     previous = os.umask(0o022)
     try:
         model = make_model(base)
-        save_finished_adapter(model, base_record(base), tmp_path / "adapter", SETTINGS, run_record())
+        save_finished_adapter(model, base_record(base), tmp_path / "adapter", SETTINGS, run_record(), TrainerState())
     finally:
         os.umask(previous)
     files = {path.name: path for path in (tmp_path / "adapter").iterdir()}
@@ -575,9 +575,11 @@ def test_a_finished_adapter_holds_no_pickle_and_can_be_read_by_others(base, tmp_
 def test_an_adapter_whose_saving_fails_does_not_appear_under_its_name(base, tmp_path):
     model, record = make_model(base), base_record(base)
     with pytest.raises(TypeError):
-        save_finished_adapter(model, record, tmp_path / "adapter", SETTINGS, run_record() | {"steps": object()})
+        save_finished_adapter(
+            model, record, tmp_path / "adapter", SETTINGS, run_record() | {"steps": object()}, TrainerState()
+        )
     assert not (tmp_path / "adapter").exists()
-    save_finished_adapter(model, record, tmp_path / "adapter", SETTINGS, run_record())
+    save_finished_adapter(model, record, tmp_path / "adapter", SETTINGS, run_record(), TrainerState())
     assert not (tmp_path / "adapter.incomplete").exists()
 
 

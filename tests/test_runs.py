@@ -5,13 +5,16 @@ import math
 import re
 import shlex
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import board_utils
+import page_utils
 import train
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from settings_utils import DEFAULTS, Settings
@@ -83,13 +86,53 @@ def test_what_to_type_next_can_be_pasted(dataset, tmp_path, capsys):
 def test_tensorboard_holds_the_curves_the_samples_and_the_settings(undisturbed):
     board = EventAccumulator(str(undisturbed().parent / "logs" / "run")).Reload()
     scalars = set(board.Tags()["scalars"])
-    assert scalars == set(board_utils.RunBoard.NAMES.values())
+    assert scalars == {*board_utils.RunBoard.NAMES.values(), *board_utils.RunBoard.FINAL}
     for name in scalars:
         assert all(math.isfinite(event.value) for event in board.Scalars(name)), name
     texts = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]}
     assert {"settings", "samples"} <= texts
     settings_text = board.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| lora_dropout | 0.1 |" in settings_text
+
+
+def test_the_hparams_tab_holds_settings_and_final_figures_and_no_second_run(undisturbed):
+    out = undisturbed()
+    logs = out.parent / "logs"
+    assert [path.name for path in logs.rglob("*") if path.is_dir()] == ["run"]
+    board = EventAccumulator(str(logs / "run")).Reload()
+    content = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["lora_dropout"].number_value == pytest.approx(0.1)
+    assert hparams["use_dora"].string_value == "False"
+    record = json.loads((out / "lora-adapter/run.json").read_text())
+    (best,) = board.Scalars("final/validation_loss")
+    assert best.value == pytest.approx(record["validation_loss"], rel=1e-5)
+
+
+def test_a_name_that_earlier_logs_have_gets_a_number(tmp_path, capsys):
+    settings = Settings(**DEFAULTS)._replace(logs_dir=str(tmp_path), run_name="mine")
+    assert train.choose_run_name(settings, None) == "mine"
+    (tmp_path / "mine").mkdir()
+    assert train.choose_run_name(settings, None) == "mine"  # no logs in it
+    for name in ("mine", "mine-2"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "events").touch()
+    assert train.choose_run_name(settings, None) == "mine-3"
+    assert "this run is named mine-3" in capsys.readouterr().err
+    assert train.choose_run_name(settings, SimpleNamespace(run_name="mine-2")) == "mine-2"
+
+
+def test_the_losses_of_all_steps_lie_beside_the_adapter(undisturbed):
+    adapter = undisturbed() / "lora-adapter"
+    state = json.loads((adapter / "trainer_state.json").read_text())
+    record = json.loads((adapter / "run.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert losses[record["best_step"]] == pytest.approx(record["validation_loss"], rel=1e-5)
+    assert state["best_model_checkpoint"] is None  # a path of this machine
+    assert record["run"] == "run"
+    shown = page_utils.read_run(adapter)
+    assert f"lowest at step {record['best_step']}" in page_utils.describe_curves(shown["history"], 1)["says"]
+    assert page_utils.describe_data(shown["data_report"])["sets"]["training"]["rows"] == 22
 
 
 def test_no_pickle_but_the_optimizers_own_and_no_training_arguments_are_saved(undisturbed):

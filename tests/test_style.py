@@ -112,10 +112,14 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "base_only",
         "input_file",
         "output_file",
+        "compare",
         "adapter_path",
         "help",
         "logdir",
         "num_processes",
+        "include_trained_rows",
+        "benchmarks",
+        "benchmark_limit",
         "dist",
         "into",
         # vLLM's, and of the converter to GGUF
@@ -162,4 +166,4 @@ def test_requirements_are_pinned_exactly():
     for name in ("requirements.txt", "tests/requirements.txt"):
         for line in (PROJECT / name).read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
-                assert re.fullmatch(r"[a-z-]+==[0-9.]+(; python_version .*)?", line), line
+                assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+(; python_version .*)?", line), line

@@ -1,0 +1,70 @@
+"""Evidence: digests of the rows that an adapter was trained on and validated with, and what they say of other rows.
+
+An adapter's folder carries them in seen_rows.safetensors: 16 bytes a row, from which no text can be read. Who has a row
+can tell by them whether the adapter has seen it; without the file nothing is claimed of any row.
+"""
+
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from file_utils import display_path
+from message_utils import UserError
+
+SEEN_ROWS = "seen_rows.safetensors"  # beside an adapter's weights
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no answer's digest is lost in the product
+
+# Sorted 64-bit digests, without repetition: of the rows (prompt and answer) and of the prompts alone that were trained,
+# and of the rows by whose loss the run chose its best step. System texts do not count: a question is the same
+# with each.
+SeenRows = namedtuple("SeenRows", "trained trained_prompts validated")
+# A mask for the rows that were trained on, for those of which only the prompt was, and for the run's validation rows
+Overlap = namedtuple("Overlap", "trained prompt_trained validated")
+
+
+def digest_rows(conversations):
+    """A 64-bit digest of each row's prompt and last answer; of the prompt, case and white space do not count."""
+    return conversations.index["question"] + conversations.index["answer"] * MIX
+
+
+def note_rows(training, validation):
+    """The SeenRows of a run that is trained on these Conversations and validated with those."""
+    return SeenRows(
+        np.unique(digest_rows(training)), np.unique(training.index["question"]), np.unique(digest_rows(validation))
+    )
+
+
+def find_overlap(seen, conversations):
+    """The Overlap of Conversations with the rows that an adapter has seen."""
+    rows = digest_rows(conversations)
+    trained = np.isin(rows, seen.trained)
+    prompt_trained = ~trained & np.isin(conversations.index["question"], seen.trained_prompts)
+    return Overlap(trained, prompt_trained, np.isin(rows, seen.validated))
+
+
+def is_own_validation(seen, conversations):
+    """Whether Conversations are the rows that the adapter's run was validated with, all of them and no others."""
+    return len(seen.validated) > 0 and np.array_equal(np.unique(digest_rows(conversations)), seen.validated)
+
+
+def write_seen_rows(folder, seen):
+    """Write SeenRows into an adapter's folder."""
+    save_file(seen._asdict(), Path(folder) / SEEN_ROWS)
+
+
+def read_seen_rows(folder):
+    """The SeenRows of an adapter, or None where its folder holds none: then nobody knows what it has seen."""
+    path = Path(folder) / SEEN_ROWS
+    if not path.is_file():
+        return None
+    try:
+        found = load_file(path)
+        return SeenRows(**{name: found[name].astype(np.uint64, casting="equiv") for name in SeenRows._fields})
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{display_path(path)} is damaged ({type(error).__name__}: {error}); restore it, or remove it: then it is"
+            " unknown which rows the adapter has seen"
+        ) from None
