@@ -52,27 +52,40 @@ INSTANCES = "instances"  # a column of {"input", "output"} objects that share on
 ROLES = {
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "system": "system",
     "developer": "system",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
 
 # What a row may hold beside its texts, and what it means
-CALLS = "function_call"  # the speaker of a call in ShareGPT, and the key of a call in OpenAI's first format
+CALLS = "function_call"  # the key of a call in OpenAI's first format
+CALLERS = (CALLS, "tool_call")  # the speakers of a call in ShareGPT
 TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-LABELS = ("label", "kto_tag")  # true or false: whether the answer is a good one, as KTO has it
+LABELS = ("label", "kto_tag")  # whether the answer is a good one, as KTO has it
+GOOD, BAD = ("true", "1", "desirable", "chosen", "good"), ("false", "0", "undesirable", "rejected", "bad")
+WEIGHTS = ("weight", "loss", "train", "training", "trainable")  # 0 or false: an answer that is not learned
+REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers has it
+TEXT_PARTS = ("text", "input_text", "output_text")
 PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
 TURN_KEYS = {
-    *("role", "from", "content", "value", "weight", "tools", "tool_calls", CALLS, "reasoning_content", "tool_call_id"),
-    *MEDIA,
+    *("role", "from", "content", "value", "tools", "tool_calls", CALLS, "tool_call_id"),
+    *(*WEIGHTS, *REASONING, *MEDIA),
 }
 
 
@@ -149,7 +162,10 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
     text = columns.pop("text", None)
-    if {"instruction", *(("response",) if answered else ())} <= set(columns):
+    needed = {"response"} if answered else set()
+    if "instruction" not in columns and {"input", *needed} <= set(columns):
+        columns = {"instruction": columns.pop("input"), **columns}
+    if {"instruction", *needed} <= set(columns):
         return columns
     if text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
         return {"text": text}
@@ -162,7 +178,8 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
 
 def advise_mapping(found):
     """The command that names the columns, with a guess at which are meant, to be pasted into a shell."""
-    left, guess = list(found), {}
+    left = [column for column in found if column.lower() not in ABOUT_TEXTS and not column.lower().endswith("_id")]
+    guess = {}
     for part, hints in HINTS.items():
         alike = [column for column in left if any(hint in column.lower() for hint in hints)]
         guess[part] = next(iter(alike), None)
@@ -240,7 +257,12 @@ def to_conversation(row, columns, where, report):
     if "chosen" in columns:
         conversation += read_chosen(row, where, report)
     elif "messages" in columns:
-        conversation += read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+        turns = read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+        if conversation and turns and turns[0]["role"] == "system":
+            if turns[0]["content"] != system:
+                raise UserError(f"{where}: a system text in column {columns['system']!r} and another in the messages")
+            conversation = []
+        conversation += turns
     else:
         response = message_text(row, columns, "response", where)
         report.thoughts += "</think>" in response
@@ -251,7 +273,7 @@ def to_conversation(row, columns, where, report):
 def read_question(row, columns, where):
     """The user's message of an instruction and the input that may belong to it."""
     instruction, extra = (message_text(row, columns, part, where) for part in ("instruction", "input"))
-    return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction}
+    return {"role": "user", "content": "\n\n".join(text for text in (instruction, extra) if text.strip())}
 
 
 def read_chosen(row, where, report):
@@ -274,6 +296,7 @@ def read_chosen(row, where, report):
 
 def read_turns(turns, column, where, report):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
+    turns = parse_text(turns)  # a CSV file holds them as JSON
     if not isinstance(turns, list):
         raise UserError(f"{where}, column {column!r}: expected a list of messages")
     if [turn.get("role") for turn in turns if isinstance(turn, dict)] == ["text"]:  # as the held-out rows are kept
@@ -299,35 +322,46 @@ def read_turns(turns, column, where, report):
 def read_message(turn, where):
     """One turn as a message, with the keys that have a meaning here in a fixed order."""
     speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(speaker, str) or speaker not in ROLES:
+    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
         raise UserError(f"{where}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
     check_media(turn, where)
     calls = read_calls(turn, where)
     content = turn.get("content", turn.get("value"))
-    if speaker == CALLS and not calls and isinstance(content, str):
+    if speaker in CALLERS and not calls and isinstance(content, str):
         calls = parse_calls(content, where)
         content = None if calls else content
-    text = "" if content is None and calls else join_parts(content, where)
-    message = {"role": ROLES[speaker], "content": text}
+    text = "" if content is None and calls else join_parts(content, where, role)
+    message = {"role": role, "content": text}
     if calls:
         message["tool_calls"] = calls
-    for key in ("reasoning_content", "tool_call_id"):
+    for key in ("tool_call_id", *REASONING):
         if turn.get(key) not in (None, ""):
-            message[key] = require_text(turn[key], f"{where}, {key}")
-    if turn.get("weight") not in (None, 0, 1):
-        raise UserError(f"{where}: weight {turn['weight']!r}, expected 0 (read, not trained) or 1")
-    if turn.get("weight") == 0 and message["role"] == "assistant":
-        message["weight"] = 0
+            message.setdefault(
+                "reasoning_content" if key in REASONING else key, require_text(turn[key], f"{where}, {key}")
+            )
+    for key in WEIGHTS:
+        if turn.get(key) not in (None, 0, 1):
+            raise UserError(f"{where}: {key} {turn[key]!r}, expected 0 (read, not trained) or 1")
+        if turn.get(key) == 0 and role == "assistant":
+            message["weight"] = 0
     return message
 
 
-def join_parts(content, where):
-    """The text of a message: a text, or OpenAI's list of parts, whose texts are joined by line breaks."""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+def join_parts(content, where, role):
+    """The text of a message: a text, or OpenAI's list of parts, whose texts are joined by line breaks.
+
+    What a tool has returned may be any JSON, which then is the text.
+    """
+    if isinstance(content, str) or content is None:
         return require_text(content, where)
-    if others := sorted({str(part.get("type")) for part in content if part.get("type") != "text"}):
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in as_list(content)]
+    typed = all(isinstance(part, dict) and "type" in part for part in parts)
+    if not typed:
+        return json.dumps(content, ensure_ascii=False) if role == "tool" else require_text(content, where)
+    if others := sorted({str(part["type"]) for part in parts if part["type"] not in TEXT_PARTS}):
         raise UserError(f"{where}: a part of type {', '.join(others)}, expected texts only; remove those rows")
-    return "\n".join(require_text(part.get("text"), where) for part in content)
+    return "\n".join(require_text(part.get("text"), where) for part in parts)
 
 
 def check_media(found, where):
@@ -410,9 +444,9 @@ def as_list(value):
 def find_label(row, columns):
     """(column, whether the answer is a good one) of a row that is labelled, else (None, None)."""
     for column in LABELS:
-        value = str(row.get(column)).lower() if isinstance(row.get(column), (bool, str)) else None
-        if value in ("true", "false") and column not in columns.values():
-            return column, value == "true"
+        value = str(row.get(column)).lower()
+        if value in GOOD + BAD and column not in columns.values():
+            return column, value in GOOD
     return None, None
 
 
@@ -464,13 +498,13 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
             label, good = find_label(row, report.columns)
             if good is False and not chosen_only:
                 raise UserError(
-                    f"{where}: {label} is false, so its answer would be trained as a good one; add --chosen_only true"
-                    f" to leave such rows out, or remove the column {label}"
+                    f"{where}: {label} is {json.dumps(row[label])}, so its answer would be trained as a good one; add"
+                    f" --chosen_only true to leave such rows out, or remove the column {label}"
                 )
             conversation = to_conversation(row, report.columns, where, report)
             report.rows += 1
             used |= {label} | {column for column in TOOL_COLUMNS if conversation and "tools" in conversation[0]}
-            if reason := f"{label} is false" if good is False else reason_to_drop(conversation):
+            if reason := f"{label} is {json.dumps(row[label])}" if good is False else reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:
                 report.several_turns += [message["role"] for message in conversation].count("user") > 1

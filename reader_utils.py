@@ -19,13 +19,16 @@ FILE_TYPES = ".json, .jsonl, .csv or .parquet"
 OTHER_FILES = {
     b"PK\x03\x04": "a zip archive or a spreadsheet (unpack it, or save the sheet as CSV)",
     b"\xd0\xcf\x11\xe0": "a spreadsheet of an old Excel (save it as CSV)",
-    b"\x1f\x8b": "packed by gzip (unpack it)",
-    b"BZh": "packed by bzip2 (unpack it)",
-    b"\xfd7zXZ": "packed by xz (unpack it)",
-    b"\x28\xb5\x2f\xfd": "packed by zstd (unpack it)",
+    b"\x1f\x8b": "a file packed by gzip (unpack it)",
+    b"BZh": "a file packed by bzip2 (unpack it)",
+    b"\xfd7zXZ": "a file packed by xz (unpack it)",
+    b"\x28\xb5\x2f\xfd": "a file packed by zstd (unpack it)",
     b"PAR1": "a Parquet file (name it .parquet)",
     b"%PDF": "a PDF",
     b"SQLite format 3": "an SQLite database",
+    b"version https://git-lfs": "a pointer to a file in Git LFS (fetch it by git lfs pull)",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
 }
 ROWS_EXPECTED = "expected rows with an instruction and a response"
 
@@ -73,7 +76,7 @@ def read_lines(path, name):
             if number == 1 and (
                 kind := next((OTHER_FILES[start] for start in OTHER_FILES if raw.startswith(start)), None)
             ):
-                raise UserError(f"dataset {name} is {kind} inside, whatever its name says; expected text: {FILE_TYPES}")
+                raise UserError(f"dataset {name}: found {kind}, expected a file of rows: {FILE_TYPES}")
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:

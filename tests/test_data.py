@@ -1100,3 +1100,79 @@ def test_single_quotes_around_cells_are_taken_off(write, delimiter):
 )
 def test_a_file_of_another_kind_is_named(write, name, start, kind):
     assert kind in refusal(write(name, start + b"\x00\xff\n"))
+
+
+# ---- What people write beside and inside messages --------------------------------------------------------------------
+def turns_of(write, *turns, **columns):
+    row = {"messages": [{"role": "user", "content": "q"}, *turns, {"role": "assistant", "content": "r"}]} | columns
+    return messages_of(write("rows.jsonl", json.dumps(row)))[0]
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "training", "trainable"])
+@pytest.mark.parametrize(("value", "weight"), [(0, 0), (False, 0), (1, None), (True, None), (None, None), (1.0, None)])
+def test_an_answer_that_is_not_to_be_learned_is_context_only_whatever_the_key(write, key, value, weight):
+    draft = {"role": "assistant", "content": "DRAFT", key: value}
+    assert turns_of(write, draft)[1].get("weight") == weight
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_is_read_under_each_of_its_names(write, key):
+    assert turns_of(write, {"role": "assistant", "content": "a", key: "I count."})[1]["reasoning_content"] == "I count."
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+        ([{"type": "input_text", "text": "a"}], "a"),
+        ({"type": "text", "text": "a"}, "a"),
+        (["a", "b"], "a\nb"),
+    ],
+)
+def test_text_parts_of_each_kind_are_joined(write, content, text):
+    assert turns_of(write, {"role": "user", "content": content})[1]["content"] == text
+
+
+@pytest.mark.parametrize("content", [{"left": 3}, [{"left": 3}], 3, [1, "é"]])
+def test_what_a_tool_returns_may_be_any_json_and_a_users_text_may_not(write, content):
+    assert json.loads(turns_of(write, {"role": "tool", "content": content})[1]["content"]) == content
+    with pytest.raises(UserError, match="is no text"):
+        turns_of(write, {"role": "user", "content": content})
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"), [("USER", "user"), ("Chatbot", "assistant"), ("ipython", "tool"), ("prompter", "user")]
+)
+def test_speakers_are_known_in_any_case(write, speaker, role):
+    assert turns_of(write, {"role": speaker, "content": "a"})[1]["role"] == role
+
+
+def test_messages_may_stand_in_a_table_as_json(write):
+    cell = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]).replace('"', '""')
+    assert pairs(write("rows.csv", f'messages\n"{cell}"\n')) == [("q", "a")]
+
+
+def test_a_system_text_is_not_read_twice(write):
+    system = {"role": "system", "content": "Be brief."}
+    rows = write("rows.json", json.dumps([{"messages": [system, {"role": "user", "content": "q"}]}]))
+    assert "no answer" in refusal(rows)
+    own = {"messages": [system, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = write("rows.jsonl", json.dumps(own | {"system": "Be brief."}))
+    assert [message["role"] for message in messages_of(path)[0]] == ["system", "user", "assistant"]
+    assert "another in the messages" in refusal(write("two.jsonl", json.dumps(own | {"system": "Be long."})))
+
+
+@pytest.mark.parametrize("label", [0, False, "0", "false", "undesirable", "rejected"])
+def test_an_answer_that_is_labelled_bad_is_never_trained(write, label):
+    rows = [
+        {"prompt": "q", "completion": "good", "label": {0: 1, "0": "1"}.get(label, True)},
+        {"prompt": "r", "completion": "BAD", "label": label},
+    ]
+    path = write("rows.jsonl", "\n".join(map(json.dumps, rows)))
+    assert f"row 2: label is {json.dumps(label)}, so its answer would be trained as a good one" in refusal(path)
+    assert [messages[1]["content"] for messages in messages_of(path, chosen_only=True)] == ["good"]
+
+
+def test_input_and_output_alone_are_a_question_and_its_answer(write):
+    assert pairs(write("a.json", '[{"input": "q", "output": "a"}]')) == [("q", "a")]
+    assert pairs(write("b.json", '[{"instruction": "", "input": "q", "output": "a"}]')) == [("q", "a")]
