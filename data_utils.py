@@ -25,8 +25,9 @@ import numpy as np
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
+from progress_utils import progress
 from prompt_utils import begin_with
-from reader_utils import read_rows
+from reader_utils import check_beginning, expected_rows, read_rows
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
@@ -475,7 +476,16 @@ def is_trained(message):
     return message["role"] in ("assistant", "text") and message.get("weight") != 0
 
 
-def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False, or_usual_names=False):
+def read_conversations(
+    paths,
+    name,
+    mapping,
+    report,
+    number_column=None,
+    chosen_only=False,
+    or_usual_names=False,
+    on_row=lambda: None,
+):
     """Yield (row number, conversation) of every row that can be trained on; counts the others in the report.
 
     The first row decides the columns; optional ones may first appear later. With `number_column` the rows of
@@ -485,6 +495,7 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
     known |= {str(column).strip().lower() for column in mapping.values()}
     notes, seen, used = [], {}, {number_column, "rejected" if chosen_only else None}
     for place, nested in read_rows(paths, name, notes, known):
+        on_row()
         number = nested.get(number_column) if number_column else place
         number = number if isinstance(number, int) and abs(number) < 2**63 else place
         for row in expand_instances(nested, f"dataset {name}, row {place}"):
@@ -674,17 +685,24 @@ def load_conversations(
         temporary = tempfile.TemporaryDirectory()
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
+    for path in paths:
+        check_beginning(path, name)
     code = Path(__file__).with_name("reader_utils.py")
     parts = json.dumps(
         [mapping, number_column, chosen_only, system_prompt, or_usual_names, [path.suffix for path in paths]]
     )
-    key = sha256([parts, *paths, Path(__file__), code])
+    with progress(f"Hashing {name}"):
+        key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)
-        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only, or_usual_names)
-        rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
-        conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
+        with progress("Reading", expected_rows(paths), "rows") as bar:
+            rows = read_conversations(
+                paths, name, mapping, report, number_column, chosen_only, or_usual_names, bar.update
+            )
+            rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
+            stored = store_conversations(folder / "conversations.jsonl", rows)
+        conversations = drop_duplicates(stored, report)
         report.kept = len(conversations)
         if not report.kept:
             raise UserError(f"{report.line()}; no row is left to train on")

@@ -61,11 +61,12 @@ def is_first_process():
 
 
 class Voice:
-    """What say() does beside printing; `aside` is set by progress_utils, and moves bars out of the way."""
+    """What say() does beside printing; the rooms whose matter it is set `aside` and `note`."""
 
     def __init__(self):
         self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
-        self.aside = contextlib.nullcontext
+        self.aside = contextlib.nullcontext  # moves progress bars out of the way
+        self.note = None  # note(line): keeps it in a run's log
 
 
 VOICE = Voice()
@@ -84,6 +85,13 @@ def say(message, each_process=False, styled=False):
         VOICE.spoken_at = time.monotonic()
         with VOICE.aside():
             print(shown, file=sys.stderr, flush=True)
+        note(shown)
+
+
+def note(message):
+    """Keep a message in the run's log, where there is one. What say() prints is kept."""
+    if VOICE.note:
+        VOICE.note(message)
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
@@ -100,7 +108,8 @@ class LateImport:
 
     def __getattr__(self, attribute):
         if self._name not in sys.modules:
-            with ctrl_c_leaves_at_once():
+            progress = importlib.import_module("progress_utils").progress  # it builds on this room
+            with progress("Loading the libraries"), ctrl_c_leaves_at_once():
                 importlib.import_module(self._name)
         return getattr(importlib.import_module(self._name), attribute)
 
@@ -256,12 +265,23 @@ def leave_process_group():
         distributed.destroy_process_group()
 
 
+# How the bars of a library are switched off
+LIBRARY_BARS = {
+    "huggingface_hub.utils": "disable_progress_bars",
+    "transformers.utils.logging": "disable_progress_bar",
+    "datasets.utils": "disable_progress_bars",
+}
+
+
 def quiet_libraries():
     """Silence notices of the libraries that need no action of the user; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is not set, tokenizers warns at every fork
     # the project has bars of its own, and none where nobody looks
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for module, switch in LIBRARY_BARS.items():  # of a library that is imported already
+        if module in sys.modules:
+            getattr(sys.modules[module], switch)()
     # bitsandbytes prints it where its optional CPU kernels are not installed; its built-in ones are correct
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # huggingface_hub prints it for datasets whose README has no header

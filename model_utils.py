@@ -36,8 +36,9 @@ from file_utils import (
     write_json,
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
-from hub_utils import hub_errors, locate_model, model_folder, models_cache
+from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
 from message_utils import UserError, quiet_libraries, say
+from progress_utils import progress
 from prompt_utils import (
     ALPACA_TEMPLATE,
     announce_system_text,
@@ -181,7 +182,8 @@ class Base(NamedTuple):
 
 def find_base(settings):
     """Find the base model and prepare the device for it; returns a Base."""
-    models_dir, device = models_cache(settings.models_dir), resolve_device(settings.device)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
+    device = resolve_device(settings.device)
     grow_gpu_memory(device)
     dtype = choose_dtype(device, settings.use_fp16)
     path = locate_model(settings.base_model_name, models_dir)
@@ -218,7 +220,9 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
         say("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here")
     if quantization_config is not None and device.type == "mps":
         raise UserError("4-bit quantization needs CUDA or the CPU; add --use_4bit_quantization false or --device cpu")
-    with hub_errors(path):
+    if not Path(path).is_dir():
+        download_weights(path, models_dir)
+    with hub_errors(path), progress(f"Loading {path}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
@@ -254,7 +258,7 @@ def keep_four_bits_trainable(model):
 
 def load_settings_base(settings):
     """Load the base model that the settings name, as they say: device, number format and quantization."""
-    models_dir = models_cache(settings.models_dir)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
     path = locate_model(settings.base_model_name, models_dir)
     device = resolve_device(settings.device)
     dtype = choose_dtype(device, settings.use_fp16)
@@ -346,6 +350,12 @@ def weight_files(folder):
     if index.is_file():
         return [folder / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())]
     return [path for path in [folder / "model.safetensors"] if path.is_file()]
+
+
+def weights_at_hand(folder):
+    """Whether all safetensors files that transformers would load from a folder lie there."""
+    paths = weight_files(folder)
+    return bool(paths) and all(path.is_file() for path in paths)
 
 
 def tensor_beginnings(path):
@@ -520,7 +530,7 @@ def load_trained_model(adapter_path, settings=None):
     base = load_settings_base(settings)
     fit_pad_token(tokenizer, base, choose_pad_token)
     check_prompt(base, tokenizer)
-    content = base_content(base.name_or_path, models_cache(settings.models_dir))
+    content = base_content(base.name_or_path, models_cache(settings.models_dir, settings.base_model_name))
     check_adapter_identity(folder, settings.base_model_name, content)
     announce_system_text(tokenizer, settings.system_prompt)
     model = load_adapter(base, folder).eval()
@@ -535,7 +545,7 @@ def load_adapters_tokenizer(folder, settings):
     """
     if has_tokenizer(folder) or (folder / SETTINGS_FILE).is_file():
         return load_tokenizer(str(folder))
-    models_dir = models_cache(settings.models_dir)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
     tokenizer = load_tokenizer(locate_model(settings.base_model_name, models_dir), models_dir)
     say(f"Adapter {display_path(folder)} holds no tokenizer; its base model's is used, with that one's chat template")
     return tokenizer
@@ -584,19 +594,21 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
     check_mergeable(model)
     size = model.dtype.itemsize * sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
     check_space(target, size, "the merged model", "free some, or merge into a folder on another disk")
-    base = reload_base(model, models_cache(models_dir or DEFAULTS["models_dir"]))
+    base = reload_base(model, models_dir or DEFAULTS["models_dir"])
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
     set_peft_model_state_dict(with_adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
-    expected = probe_loss(with_adapter, tokenizer)
-    merged = with_adapter.merge_and_unload(safe_merge=True)
-    found = probe_loss(merged, tokenizer)
+    with progress("Merging"):
+        expected = probe_loss(with_adapter, tokenizer)
+        merged = with_adapter.merge_and_unload(safe_merge=True)
+        found = probe_loss(merged, tokenizer)
     if not abs(found - expected) < 0.05:
         raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
     merged.config.use_cache = True
     prepare_generation_config(merged.generation_config, tokenizer)
-    with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
+    refused = storage_errors("the merged model", "free some space and merge again")
+    with progress("Saving the merged model"), refused, staged_folder(target) as staged:
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         base_name = model.peft_config["default"].base_model_name_or_path
@@ -626,6 +638,7 @@ def shape_of(parameter):
 def reload_base(model, models_dir):
     """Load the adapter's base model without quantization, on the model's GPU if it has room, else on the CPU."""
     name = model.peft_config["default"].base_model_name_or_path
+    models_dir = models_cache(models_dir, name)
     path = locate_model(name, models_dir)
     device = model.device
     if device.type == "cuda":

@@ -71,6 +71,7 @@ RANGES = {
     "seed": (0, 2**32 - 1),
     "logging_steps": (1, 1_000_000_000),
     "eval_steps": (1, 1_000_000_000),
+    "eval_rows": (0, 1_000_000_000),
     "save_total_limit": (1, 1_000_000),
     "early_stopping_patience": (0, 1_000_000),
     "sample_prompts": (0, 1_000),
