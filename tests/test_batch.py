@@ -97,7 +97,9 @@ def test_every_row_is_answered_beside_what_was_given_in_its_order(answer, fake, 
     assert "你好" in (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} >= {"prompts.jsonl", "answers.jsonl"}
     assert not (tmp_path / "answers.jsonl.unfinished").exists()
-    assert "10 answers, 9 ended by themselves, 1 were cut at 40 tokens; written to " in capsys.readouterr().err
+    assert (
+        "9 of 10 answers ended by themselves; the others were cut at 40 tokens. Written to " in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"index": 0, "rep', b'{"index": 0, "reply": "x", "ended": true, "tokens": 1}'])
