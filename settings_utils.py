@@ -126,6 +126,11 @@ USED_SETTINGS = {
         *TO_ANSWER,
         *("validation_dataset_path", "dataset_columns", "chosen_only", "max_seq_length", "batch_size", "eval_samples"),
     ),
+    "merge.py": (
+        *("models_dir", "device", "output_dir", "batch_size"),
+        *("do_sample", "temperature", "top_p", "repetition_penalty"),
+        *("validation_dataset_path", "dataset_columns", "chosen_only"),
+    ),
     "inference.py": (
         *TO_USE_AN_ADAPTER,
         *TO_ANSWER,

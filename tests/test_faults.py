@@ -521,16 +521,18 @@ def test_a_torn_file_of_validation_rows_is_written_anew_when_the_run_goes_on(con
 
 
 def test_a_merge_that_the_disk_has_no_room_for_is_one_line_and_leaves_nothing(small_disk, undisturbed):
+    (small_disk / "other").write_bytes(bytes(4 * 2**20))
     model, tokenizer = load_trained_model(undisturbed(base_model_name=TINY_BASE) / "lora-adapter")
     message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
-    assert "the merged model needs 3" in message
+    assert "the merged model needs 15" in message
     assert "or merge into a folder on another disk" in message
-    assert list(small_disk.iterdir()) == []
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
 
 
 def test_a_disk_that_fills_up_in_a_merge_is_one_line_and_leaves_nothing(small_disk, undisturbed, monkeypatch):
+    (small_disk / "other").write_bytes(bytes(4 * 2**20))
     monkeypatch.setattr("model_utils.check_space", lambda *args: None)
     model, tokenizer = load_trained_model(undisturbed(base_model_name=TINY_BASE) / "lora-adapter")
     message = refusal(merge_and_save_model, model, tokenizer, small_disk / "merged")
     assert message.startswith("the merged model could not be saved: ")
-    assert list(small_disk.iterdir()) == []
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
