@@ -39,8 +39,8 @@ def answer_file(model, tokenizer, settings, adapter_path, source, target, cache_
             file.writelines(to_json(row | journal.replies[index]) + "\n" for index, row in enumerate(rows))
         journal.remove()
     ended = sum(reply["ended"] for reply in journal.replies.values())
-    cut = f", {len(rows) - ended:,} were cut at {settings.max_new_tokens:,} tokens" if ended < len(rows) else ""
-    say(f"{len(rows):,} answers, {ended:,} ended by themselves{cut}; written to {display_path(target)}")
+    cut = f"; the others were cut at {settings.max_new_tokens:,} tokens" if ended < len(rows) else ""
+    say(f"{ended:,} of {len(rows):,} answers ended by themselves{cut}. Written to {display_path(target)}")
 
 
 def answer_missing(model, tokenizer, settings, prompts, missing, journal):

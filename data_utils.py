@@ -163,9 +163,10 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
     text = columns.pop("text", None)
-    if "instruction" not in columns and {"input", "response"} <= set(columns):
+    needed = {"response"} if answered else set()
+    if "instruction" not in columns and {"input", *needed} <= set(columns):
         columns = {"instruction": columns.pop("input"), **columns}
-    if {"instruction", *(("response",) if answered else ())} <= set(columns):
+    if {"instruction", *needed} <= set(columns):
         return columns
     if text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
         return {"text": text}

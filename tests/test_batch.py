@@ -33,6 +33,7 @@ ROWS = [
     {"prompt": "seven", "chosen": "good", "rejected": "bad"},
     {"messages": [TALK[0], CALL, {"role": "tool", "content": "found"}, TALK[1]], "tools": TOOLS},
     {"instruction": "one", "id": 8},
+    {"input": "ten"},
 ]
 ASKED = [
     ["one"],
@@ -44,6 +45,7 @@ ASKED = [
     ["seven"],
     ["Hi", "", "found"],
     ["one"],
+    ["ten"],
 ]
 
 
@@ -88,14 +90,16 @@ def answer(fake, tokenizer, tmp_path):
 def test_every_row_is_answered_beside_what_was_given_in_its_order(answer, fake, tmp_path, capsys):
     written = answer()
     assert [[message["content"] for message in prompt] for prompt in reversed(fake.asked)] == ASKED
-    assert fake.asked[1][0]["tools"] == TOOLS
+    assert fake.asked[2][0]["tools"] == TOOLS
     for row, found, asked in zip(ROWS, written, ASKED, strict=True):
         text = "; ".join(asked)
         assert found == row | {"reply": f"re {text}", "ended": "two" not in text, "tokens": len(text)}
     assert "你好" in (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} >= {"prompts.jsonl", "answers.jsonl"}
     assert not (tmp_path / "answers.jsonl.unfinished").exists()
-    assert "9 answers, 8 ended by themselves, 1 were cut at 40 tokens; written to " in capsys.readouterr().err
+    assert (
+        "9 of 10 answers ended by themselves; the others were cut at 40 tokens. Written to " in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"index": 0, "rep', b'{"index": 0, "reply": "x", "ended": true, "tokens": 1}'])
@@ -113,8 +117,8 @@ def test_a_killed_run_goes_on_where_it_was(answer, fake, tmp_path, torn, capsys)
     assert len(fake.asked) == len(ROWS)  # none was asked twice
     assert not journal.exists()
     shown = capsys.readouterr().err
-    assert "4 of 9 answers are kept; the same command goes on" in shown
-    assert "Going on: 4 of 9 answers are there" in shown
+    assert "4 of 10 answers are kept; the same command goes on" in shown
+    assert "Going on: 4 of 10 answers are there" in shown
 
 
 @pytest.mark.parametrize(
