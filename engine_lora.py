@@ -6,10 +6,12 @@ and without copies.
 """
 
 from collections import Counter
+from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from types import MethodType
 
 import torch
+from bitsandbytes.functional import get_4bit_type
 from peft.tuners.lora import LoraLayer
 from torch.library import custom_op
 
@@ -51,6 +53,80 @@ if triton:
             value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
             value = tl.where(bits >= threshold, value * scale, 0.0)
             tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
+
+    @triton.jit
+    def _few_rows_kernel(
+        x,
+        packed,
+        absmax,
+        levels,
+        absmax2,
+        offset,
+        sums,
+        inputs,
+        outputs,
+        ROWS: tl.constexpr,
+        OUTPUTS: tl.constexpr,
+        SPLITS: tl.constexpr,
+        DECODE: tl.constexpr,
+    ):
+        # one program: some outputs of all rows, over one part of the inputs; a weight is read once, as four bits
+        output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        row, lane = tl.arange(0, ROWS), tl.arange(0, 32)
+        known = output < outputs
+        blocks = inputs // 64  # in a row of the weight
+        part = tl.cdiv(blocks, SPLITS)
+        begin = tl.program_id(1) * part
+        shift = tl.load(offset)
+        total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        kind = x.dtype.element_ty
+        for number in tl.range(begin, tl.minimum(begin + part, blocks), num_stages=3):
+            block = output * blocks + number
+            byte = tl.load(packed + block.to(tl.int64)[:, None] * 32 + lane[None, :], mask=known[:, None], other=0)
+            level = tl.load(absmax + block, mask=known, other=0).to(tl.int32)
+            scale = tl.load(levels + level) * tl.load(absmax2 + block // 256, mask=known, other=0.0) + shift
+            where = (number * 32 + lane)[:, None] * ROWS + row[None, :]
+            first, second = tl.load(x + where), tl.load(x + inputs // 2 * ROWS + where)
+            high, low = tl.inline_asm_elementwise(
+                DECODE, "=r,=r,=r,=r,r", [byte], dtype=(kind, kind), is_pure=True, pack=4
+            )
+            total += tl.dot(low, second, tl.dot(high, first)) * scale[:, None]
+        where = (tl.program_id(1) * outputs + output)[:, None] * ROWS + row[None, :]
+        tl.store(sums + where, total, mask=known[:, None] & (row < ROWS)[None, :])
+
+    @triton.jit
+    def _few_rows_end_kernel(
+        sums,
+        down,
+        b,
+        bias,
+        out,
+        rows,
+        outputs,
+        down_row,
+        rank,
+        ROWS: tl.constexpr,
+        OUTPUTS: tl.constexpr,
+        SPLITS: tl.constexpr,
+        RANKS: tl.constexpr,
+        BIAS: tl.constexpr,
+    ):
+        # one program: adds up the parts of some outputs, the adapter's share and the bias
+        output, row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
+        inside = (output < outputs)[:, None] & (row < rows)[None, :]
+        total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(sums + (split * outputs + output)[:, None] * ROWS + row[None, :], mask=inside, other=0.0)
+        if RANKS:
+            lane = tl.arange(0, RANKS)
+            up = (output < outputs)[:, None] & (lane < rank)[None, :]
+            up = tl.load(b + output[:, None] * rank + lane[None, :], mask=up, other=0.0)
+            low = (row < rows)[None, :] & (lane < rank)[:, None]
+            low = tl.load(down + row[None, :] * down_row + lane[:, None], mask=low, other=0.0)
+            total = tl.dot(up, low, total)
+        if BIAS:
+            total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + row[None, :] * outputs + output[:, None], total.to(out.dtype.element_ty), mask=inside)
 
 
 # ---- Frozen weights --------------------------------------------------------------------------------------------------
@@ -96,6 +172,112 @@ def matrices(frozen, copies, inputs):
             yield frozen[start].to(copy.dtype)
         else:
             yield dequantize(frozen[start : start + kind], copy.new_empty(len(copy), inputs))
+
+
+# ---- Frozen weights and few rows -------------------------------------------------------------------------------------
+FEW_ROWS = 64
+
+
+def few_rows_linear(x, layers):
+    """The outputs of frozen layers that read x, (rows, inputs), for few rows: the weights' way through memory is all.
+
+    layers: of each its frozen_tensors, its bias or None, and its adapter: down, (rows, rank), and b, (outputs, rank),
+    where down @ b.T is added, or None twice. On CUDA NF4 weights are read as they are, and never dequantized in memory.
+    """
+    fused = x.is_cuda and triton and x.dtype in (torch.bfloat16, torch.float16)
+    fused = fused and 0 < len(x) <= FEW_ROWS and x.shape[1] % 64 == 0
+    laid_out = lay_out(x) if fused and any(len(frozen) > 1 for frozen, *_ in layers) else None
+    outs = []
+    for frozen, bias, down, b in layers:
+        if laid_out is not None and len(frozen) > 1:
+            outs.append(_nf4_linear(x, laid_out, frozen, bias, down, b))
+            continue
+        outputs = len(frozen[0]) if len(frozen) == 1 else frozen[0].numel() * 2 // x.shape[1]
+        weight = frozen[0].to(x.dtype) if len(frozen) == 1 else dequantize(frozen, x.new_empty(outputs, x.shape[1]))
+        out = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+        outs.append(out if down is None else out.addmm_(down, b.T))
+    return outs
+
+
+def lay_out(x):
+    """x, (rows, inputs), as the kernel reads it: (2, inputs / 2, 16, 32 or 64), the even inputs before the odd ones.
+
+    What lies beyond the rows is left as it is; it comes to outputs that nobody reads.
+    """
+    rows, inputs = x.shape
+    out = x.new_empty(2, inputs // 2, max(16, triton.next_power_of_2(rows)))
+    out[:, :, :rows].copy_(x.view(rows, inputs // 2, 2).permute(2, 1, 0))
+    return out
+
+
+def _nf4_linear(x, laid_out, frozen, bias, down, b):
+    (rows, inputs), width = x.shape, laid_out.shape[2]
+    outputs = frozen[0].numel() * 2 // inputs
+    splits = 8 if inputs <= 8192 else 16
+    sums = torch.empty(splits, outputs, width, dtype=torch.float32, device=x.device)
+    _few_rows_kernel[(triton.cdiv(outputs, 64), splits)](
+        laid_out,
+        *frozen[:5],
+        sums,
+        inputs,
+        outputs,
+        ROWS=width,
+        OUTPUTS=64,
+        SPLITS=splits,
+        DECODE=nf4_decoding(x.dtype),
+        num_warps=2,  # this and the other sizes: the fastest of some hundred on an H200
+    )
+    out = x.new_empty(rows, outputs)
+    rank = 0 if b is None else b.shape[1]
+    _few_rows_end_kernel[(triton.cdiv(outputs, 64),)](
+        sums,
+        out if b is None else down,
+        out if b is None else b,
+        out if bias is None else bias,
+        out,
+        rows,
+        outputs,
+        0 if b is None else down.stride(0),
+        rank,
+        ROWS=width,
+        OUTPUTS=64,
+        SPLITS=splits,
+        RANKS=max(16, triton.next_power_of_2(rank)) if rank else 0,
+        BIAS=bias is not None,
+        num_warps=4,
+    )
+    return out
+
+
+@lru_cache
+def nf4_decoding(dtype):
+    """PTX that turns four bytes of NF4 into four first and four second values of a 16-bit number format.
+
+    A lookup in memory for each value would take longer than reading the weights. prmt picks bytes out of two registers,
+    each by three bits: so the table of 16 values is four registers of their low bytes and four of their high ones.
+    """
+    values = get_4bit_type("nf4", device="cpu").to(dtype).view(torch.uint8).view(16, 2)
+    lines = ["{ .reg .b32 pairs, index, upper, a, b, bytes0, bytes1;"]
+    for half in range(2):
+        lines += [
+            f"shr.b32 pairs, $4, {16 * half};",
+            "and.b32 index, pairs, 0x7777;",  # of eight values
+            "shr.b32 upper, pairs, 1;",
+            "and.b32 upper, upper, 0x4444;",  # the fourth bit: of which eight
+            "or.b32 upper, upper, 0x3210;",
+        ]
+        for byte in range(2):
+            table = [
+                int.from_bytes(bytes(values[start : start + 4, byte].tolist()), "little") for start in (0, 4, 8, 12)
+            ]
+            lines += [
+                f"{{ .reg .b32 t<4>; {' '.join(f'mov.b32 t{i}, {word};' for i, word in enumerate(table))}",
+                "prmt.b32 a, t0, t1, index; prmt.b32 b, t2, t3, index;",
+                f"prmt.b32 bytes{byte}, a, b, upper; }}",
+            ]
+        # the values come in the order low half, high half of each byte; the high half is the first value
+        lines += [f"prmt.b32 ${half}, bytes0, bytes1, 0x7351;", f"prmt.b32 ${2 + half}, bytes0, bytes1, 0x6240;"]
+    return "\n".join([*lines, "}"])
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
@@ -262,17 +444,18 @@ class FastLora:
     numbers, so that a checkpointed layer that is computed again meets the same masks.
 
     compute_once: a function that lets the model compute once, by which the layers that read the same tensor are found.
-    patches: what the layers are changed through.
+    patches: what the layers are changed through. replying: to compute replies instead, without dropout.
     """
 
-    def __init__(self, model, compute_once, patches):
+    def __init__(self, model, compute_once, patches, replying=False):
         lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         layers = [layer for layer in lora_layers if is_plain(layer)]
         self.covers_all = len(layers) == len(lora_layers)
         shared = share_inputs(model, layers, compute_once)
         self.seeds = torch.zeros(len(shared), dtype=torch.int64, device=model.device)
         self.groups = [
-            LoraGroup(group, self.seeds[number : number + 1], model.dtype) for number, group in enumerate(shared)
+            LoraGroup(group, self.seeds[number : number + 1], model.dtype, replying)
+            for number, group in enumerate(shared)
         ]
         for group in self.groups:
             for number, layer in enumerate(group.layers):
@@ -313,8 +496,8 @@ class LoraGroup:
     They share a dropout mask, which has the same distribution for each layer as a mask of its own.
     """
 
-    def __init__(self, layers, seed, dtype):
-        self.layers = layers
+    def __init__(self, layers, seed, dtype, replying=False):
+        self.layers, self.replying = layers, replying
         self.a = [layer.lora_A["default"].weight for layer in layers]
         self.b = [layer.lora_B["default"].weight for layer in layers]
         self.scaled_a = torch.cat([weight.detach() for weight in self.a]).to(dtype)
@@ -323,7 +506,8 @@ class LoraGroup:
         self.biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
         self.stored = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
         self.frozen = self.stored
-        self.seed, self.dropout, self.scaling = seed, dropout_of(layers[0]), layers[0].scaling["default"]
+        self.seed, self.scaling = seed, layers[0].scaling["default"]
+        self.dropout = 0.0 if replying else dropout_of(layers[0])
         self.waiting = None  # the tensor that was read, and the outputs of all layers, until the last has taken its own
 
     def set_dequantized(self, dequantized):
@@ -334,6 +518,8 @@ class LoraGroup:
 
     def compute(self, x):
         """The outputs of all layers."""
+        if self.replying and x.shape[-2] == 1:
+            return self.compute_few(x)
         outputs, _ = torch.ops.lora.linear(
             x.to(self.scaled_a.dtype),
             self.a,
@@ -348,12 +534,23 @@ class LoraGroup:
         )
         return outputs
 
+    def compute_few(self, x):
+        """The same for one token of each row, x (rows, 1, inputs)."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.scaled_a.dtype)
+        down, kind = rows @ self.scaled_a.T, len(self.stored) // len(self.layers)
+        biases = self.biases or [None] * len(self.layers)
+        layers = [
+            (self.stored[kind * number : kind * (number + 1)], bias, down[:, rank], copy)
+            for number, (copy, rank, bias) in enumerate(zip(self.fast_b, ranks(self.fast_b), biases, strict=True))
+        ]
+        return [out.view(*x.shape[:-1], -1) for out in few_rows_linear(rows, layers)]
+
 
 def lora_forward(layer, x, *args, **kwargs):
-    """The forward of a LoRA layer: the fused operation while the layer trains, peft's own otherwise."""
-    if not layer.training or layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x, *args, **kwargs)
+    """The forward of a LoRA layer: the fused operation while the layer trains or replies, peft's own otherwise."""
     group, number = layer.fast_group, layer.fast_number
+    if layer.training == group.replying or layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x, *args, **kwargs)
     if number == 0 or group.waiting is None or group.waiting[0] is not x:
         group.waiting = (x, group.compute(x))
     out = group.waiting[1][number]

@@ -1,20 +1,23 @@
 """Replies: in batches for evaluation, streamed for chat. Shared by train.py, evaluate.py and inference.py."""
 
-from collections import namedtuple
-from contextlib import contextmanager
+import contextlib
+from collections import defaultdict, namedtuple
+from functools import lru_cache, partial
+from queue import Queue
 from threading import Thread
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import GenerationConfig, TextStreamer
 
-from engine_passes import autocast
-from message_utils import UserError, printable
+from engine_passes import autocast, transformers_model
+from engine_replies import MAX_SLOTS, Decoder, cache_bytes
+from message_utils import UserError, printable, say
 from prompt_utils import encode_prompt, end_token_ids
 from token_utils import newest_positions
 
 # A reply's text; whether it ended by itself (at a stop token) or was cut; and how many tokens the model wrote.
 Reply = namedtuple("Reply", "text ended tokens")
-BATCH = 8
 
 
 def build_generation_config(tokenizer, settings):
@@ -32,7 +35,7 @@ def build_generation_config(tokenizer, settings):
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def generating(model):
     """Compute replies without gradients, in half precision, and without cuDNN's attention.
 
@@ -56,19 +59,12 @@ def trim_history(prompt_ids, limit, bos_id):
 
 def prompt_limit(model, max_new_tokens):
     """Tokens of prompt that leave room for the reply within the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None) or 2**20
-    return max(context - max_new_tokens, context // 4)
+    return max(context(model) - max_new_tokens, context(model) // 4)
 
 
-def left_pad(prompts, pad_id, device):
-    """Batch prompts of token ids with padding on the left, where generation needs it; (rows, longest) each."""
-    longest = max(len(ids) for ids in prompts)
-    input_ids = [[pad_id] * (longest - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-    return {
-        "input_ids": torch.tensor(input_ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+def context(model):
+    """How many tokens a model's positions reach."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
 
 
 def read_reply(tokenizer, ids, end_ids):
@@ -84,6 +80,7 @@ def ends(generation_config):
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
+# ---- Many replies ----------------------------------------------------------------------------------------------------
 def generate_replies(
     model, tokenizer, conversations, generation_config, max_prompt_tokens=2**20, on_reply=lambda index, reply: None
 ):
@@ -97,26 +94,128 @@ def generate_replies(
     prompts = [
         trim_history(encode_prompt(tokenizer, messages), limit, tokenizer.bos_token_id) for messages in conversations
     ]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     replies = [None] * len(prompts)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        batch = left_pad([prompts[index] for index in chosen], tokenizer.pad_token_id, model.device)
-        with generating(model):
-            output = model.generate(**batch, generation_config=generation_config)
-        for index, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            replies[index] = read_reply(tokenizer, ids, ends(generation_config))
-            on_reply(index, replies[index])
+    for index, ids in write_replies(model, prompts, generation_config):
+        replies[index] = read_reply(tokenizer, ids, ends(generation_config))
+        on_reply(index, replies[index])
     return replies
 
 
-class stream_reply:
-    """Iterate over a reply in printable chunks as it is generated; afterwards `reply` is the Reply.
+def write_replies(model, prompts, generation_config):
+    """Yield (a prompt's index, the token ids of its reply), the longest prompts first; prompts: token ids of each.
 
-    close() stops the model after its token. A prompt beyond the model's context is a UserError: nothing is cut off it.
+    Out of memory halves the number of rows that are computed together, and what was not yielded is computed again.
+    """
+    left = dict(enumerate(prompts))
+    tokens = max(map(len, prompts), default=0) + generation_config.max_new_tokens
+    slots = choose_slots(model, len(prompts), tokens)
+    while left:
+        decoder = None
+        try:
+            decoder = try_decoder(model, generation_config, slots, tokens)
+            write = partial(write_by_decoder, decoder) if decoder else partial(write_by_generate, model, slots)
+            for index, ids in write(left, generation_config):
+                del left[index]
+                yield index, ids
+        except torch.OutOfMemoryError:
+            if slots == 1:
+                raise
+        finally:
+            if decoder:
+                decoder.close()
+        if left:
+            slots //= 2
+            say(f"Out of memory in replies; going on with {slots} at once")
+
+
+def choose_slots(model, count, tokens):
+    """How many rows of so many tokens are computed together: what a GPU's free memory holds, with room to spare."""
+    slots = min(count, MAX_SLOTS)
+    if model.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused
+        slots = min(slots, int(0.6 * free / (tokens * cache_bytes(transformers_model(model)))))
+    return max(slots, 1)
+
+
+def try_decoder(model, generation_config, slots, tokens):
+    """A Decoder of the model as it is now, or None where transformers' generate has to serve, which is said once."""
+    try:
+        return Decoder(model, generation_config, slots, tokens)
+    except NotImplementedError as error:
+        say_slower(str(error))
+        return None
+
+
+@lru_cache
+def say_slower(reason):
+    say(f"Replies are written by transformers' generate, which is slower: {reason}")
+
+
+def write_by_decoder(decoder, prompts, generation_config):
+    """As write_replies, of prompts {index: token ids}."""
+    indices, found = list(prompts), defaultdict(list)
+    for number, tokens, done in decoder.write(
+        list(prompts.values()), generation_config.max_new_tokens, ends(generation_config)
+    ):
+        found[number] += tokens
+        if done:
+            yield indices[number], found.pop(number)
+
+
+def write_by_generate(model, slots, prompts, generation_config):
+    """As write_replies, of prompts {index: token ids}, in batches padded on the left."""
+    order = sorted(prompts, key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), slots):
+        chosen = order[start : start + slots]
+        batch = left_pad([prompts[index] for index in chosen], generation_config.pad_token_id, model.device)
+        with generating(model):
+            output = model.generate(**batch, generation_config=generation_config)
+        yield from zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
+
+
+def left_pad(prompts, pad_id, device):
+    """Batch prompts of token ids with padding on the left, where generation needs it; (rows, longest) each."""
+    longest = max(len(ids) for ids in prompts)
+    input_ids = [[pad_id] * (longest - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+# ---- One reply, as it is written -------------------------------------------------------------------------------------
+class Decoders:
+    """The decoder of a chat, kept from reply to reply while it fits; close() gives its memory back."""
+
+    def __init__(self):
+        self.kept = self.decoder = None
+
+    def get(self, model, generation_config, tokens):
+        """A Decoder of one slot of at least so many tokens, or None where transformers' generate has to serve."""
+        adapters = [layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        kept = id(model), adapters, generation_config.to_dict()
+        if kept != self.kept or (self.decoder and self.decoder.length < tokens):
+            self.close()
+            length = min(max(2 * tokens, 1024), context(model))
+            self.kept, self.decoder = kept, try_decoder(model, generation_config, 1, max(length, tokens))
+        return self.decoder
+
+    def close(self):
+        if self.decoder:
+            self.decoder.close()
+        self.kept = self.decoder = None
+
+
+class stream_reply:
+    """Iterate over a reply in printable chunks as it is written; afterwards `reply` is the Reply.
+
+    close() stops the model after its token. decoders: keeps what the next reply can use too. A prompt beyond the
+    model's context is a UserError: nothing is cut off it.
     """
 
-    def __init__(self, model, tokenizer, messages, generation_config):
+    def __init__(self, model, tokenizer, messages, generation_config, decoders=None):
         prompt, limit = encode_prompt(tokenizer, messages), prompt_limit(model, generation_config.max_new_tokens)
         if len(prompt) > limit:
             raise UserError(
@@ -124,7 +223,7 @@ class stream_reply:
                 f" {generation_config.max_new_tokens:,} of the reply; shorten it, or lower --max_new_tokens"
             )
         self.reply = None
-        self.chunks = self._stream(model, tokenizer, prompt, generation_config)
+        self.chunks = self._stream(model, tokenizer, prompt, generation_config, decoders)
 
     def __iter__(self):
         return self
@@ -135,37 +234,81 @@ class stream_reply:
     def close(self):
         self.chunks.close()
 
-    def _stream(self, model, tokenizer, prompt, generation_config):
-        batch = left_pad([prompt], tokenizer.pad_token_id, model.device)
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, outputs, failures = StopFlag(), [], []
-
-        def generate():
+    def _stream(self, model, tokenizer, prompt, generation_config, decoders):
+        ids, end_ids, text = [], ends(generation_config), Text(tokenizer, skip_special_tokens=True)
+        with contextlib.ExitStack() as stack:
+            if decoders is None:
+                decoders = stack.enter_context(contextlib.closing(Decoders()))
+            decoder = decoders.get(model, generation_config, len(prompt) + generation_config.max_new_tokens)
+            if decoder:
+                written = decoder.write([prompt], generation_config.max_new_tokens, end_ids)
+                tokens = (token for _, some, _ in written for token in some)
+            else:
+                tokens = generate_tokens(model, prompt, generation_config)
+            stack.enter_context(contextlib.closing(tokens))
             try:
-                with generating(model):
-                    outputs.append(
-                        model.generate(
-                            **batch, generation_config=generation_config, streamer=streamer, stopping_criteria=[stop]
-                        )
-                    )
-            except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread below
-                failures.append(error)
+                for token in tokens:
+                    ids.append(token)
+                    if token not in end_ids:
+                        yield from text.add(token)
+                yield from text.finish()
             finally:
-                streamer.end()
+                self.reply = read_reply(tokenizer, ids, end_ids)
 
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
+
+class Text(TextStreamer):
+    """Turns tokens into printable text, as soon as more tokens cannot change it."""
+
+    def add(self, token):
+        self.ready = []
+        self.put(torch.tensor([token]))
+        return self.ready
+
+    def finish(self):
+        self.ready = []
+        self.end()
+        return self.ready
+
+    def on_finalized_text(self, text, stream_end=False):
+        if text:
+            self.ready.append(printable(text))
+
+
+def generate_tokens(model, prompt, generation_config):
+    """Yield the tokens that transformers' generate writes after a prompt, from a thread that stops with the caller."""
+    batch = left_pad([prompt], generation_config.pad_token_id, model.device)
+    tokens, stop, failures = Queue(), StopFlag(), []
+
+    class Put:
+        """What generate calls a streamer: it gets the prompt, of shape (1, tokens), then each token, (1,)."""
+
+        def put(self, value):
+            if value.dim() == 1:
+                tokens.put(value.item())
+
+        def end(self):
+            pass
+
+    def generate():
         try:
-            for chunk in streamer:
-                if chunk:
-                    yield printable(chunk)
+            with generating(model):
+                streaming = {"streamer": Put(), "stopping_criteria": [stop]}
+                model.generate(**batch, generation_config=generation_config, **streaming)
+        except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread below
+            failures.append(error)
         finally:
-            stop.set = True
-            thread.join()
-            if outputs:
-                self.reply = read_reply(tokenizer, outputs[0][0, len(prompt) :].tolist(), ends(generation_config))
-        if failures:
-            raise failures[0]
+            tokens.put(None)
+
+    thread = Thread(target=generate, name="replies", daemon=True)
+    thread.start()
+    try:
+        while (token := tokens.get()) is not None:
+            yield token
+    finally:
+        stop.set = True
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 class StopFlag:

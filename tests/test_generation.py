@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import inference
 from conftest import TINY_BASE
 from generation_utils import (
     build_generation_config,
@@ -33,11 +32,20 @@ def conversation(text):
     return [{"role": "user", "content": text}]
 
 
-def test_replies_in_a_batch_are_those_of_single_prompts(model, tokenizer, monkeypatch):
+@pytest.fixture
+def no_decoder(monkeypatch):
+    """A model that transformers' generate has to serve."""
+    monkeypatch.setattr("generation_utils.try_decoder", lambda *args: None)
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_replies_in_a_batch_are_those_of_single_prompts(model, tokenizer, monkeypatch, request, decoder):
+    if not decoder:
+        request.getfixturevalue("no_decoder")
     generation = build_generation_config(tokenizer, SETTINGS)
     alone = [generate_replies(model, tokenizer, [conversation(text)], generation)[0] for text in PROMPTS]
     assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation) == alone
-    monkeypatch.setattr("generation_utils.BATCH", 2)
+    monkeypatch.setattr("generation_utils.MAX_SLOTS", 2)
     assert generate_replies(model, tokenizer, [conversation(text) for text in PROMPTS], generation) == alone
     assert len(set(alone)) == 3
 
@@ -48,7 +56,10 @@ def test_a_batch_is_padded_on_the_left_and_the_padding_masked():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_a_streamed_reply_is_the_reply(model, tokenizer):
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_streamed_reply_is_the_reply(model, tokenizer, request, decoder):
+    if not decoder:
+        request.getfixturevalue("no_decoder")
     generation = build_generation_config(tokenizer, SETTINGS)
     expected = generate_replies(model, tokenizer, [conversation(PROMPTS[0])], generation)[0]
     stream = stream_reply(model, tokenizer, conversation(PROMPTS[0]), generation)
@@ -58,7 +69,7 @@ def test_a_streamed_reply_is_the_reply(model, tokenizer):
     assert len(chunks) > 1
 
 
-def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monkeypatch):
+def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monkeypatch, no_decoder):
     forward, calls = model.forward, []
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     generation = build_generation_config(tokenizer, SETTINGS._replace(max_new_tokens=900))
@@ -67,11 +78,13 @@ def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monke
     next(stream)
     stream.close()
     assert len(calls) < 100
-    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(generate)")]
+    assert not [thread for thread in threading.enumerate() if thread.name == "replies"]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_replies_do_without_cudnns_attention_which_is_allowed_again_afterwards(model, tokenizer, monkeypatch, streamed):
+def test_replies_do_without_cudnns_attention_which_is_allowed_again_afterwards(
+    model, tokenizer, monkeypatch, no_decoder, streamed
+):
     seen, generate = [], model.generate
     monkeypatch.setattr(
         model,
@@ -88,7 +101,7 @@ def test_replies_do_without_cudnns_attention_which_is_allowed_again_afterwards(m
     assert before is torch.backends.cuda.cudnn_sdp_enabled() is True
 
 
-def test_an_error_while_generating_reaches_the_caller(model, tokenizer, monkeypatch):
+def test_an_error_while_generating_reaches_the_caller(model, tokenizer, monkeypatch, no_decoder):
     monkeypatch.setattr(model, "generate", lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(stream_reply(model, tokenizer, conversation("Hi"), build_generation_config(tokenizer, SETTINGS)))
@@ -117,6 +130,7 @@ def test_greedy_settings_carry_no_sampling_options(tokenizer):
         ("title \x1b]0;owned\x07", "title ]0;owned"),
         ("back\x08\x08\rover", "backover"),
         ("eight-bit \x9b31m", "eight-bit 31m"),
+        ("\u202etxt.exe\u202c \u2066a\u2069", "txt.exe a"),  # the direction of writing turned over
         ("é 你好 🙂", "é 你好 🙂"),
     ],
 )
@@ -142,63 +156,3 @@ def test_a_prompt_longer_than_the_context_is_answered(model, tokenizer):
     text = "word " * 3000
     assert len(encode_prompt(tokenizer, conversation(text))) > 1024
     assert isinstance(generate_replies(model, tokenizer, [conversation(text)], generation)[0].text, str)
-
-
-# ---- Chat, with a fake keyboard and a fake model ---------------------------------------------------------------------
-def chat_with(monkeypatch, tokenizer, lines):
-    """Type these lines into the chat; returns the conversations that the model was given."""
-    keyboard, asked = iter(lines), []
-
-    def type_line(prompt=""):
-        line = next(keyboard, None)
-        if line is None:
-            raise EOFError
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    def reply(loaded, messages):
-        asked.append([message["content"] for message in messages])
-        return f"answer {len(asked)}"
-
-    monkeypatch.setattr("builtins.input", type_line)
-    inference.chat(inference.Loaded(None, tokenizer, SETTINGS), reply)
-    return asked
-
-
-def test_with_our_template_each_instruction_stands_alone_until_history_is_switched_on(monkeypatch, tokenizer):
-    asked = chat_with(monkeypatch, tokenizer, ["one", "two", "/history", "three", "four", "/clear", "five"])
-    assert asked == [["one"], ["two"], ["three"], ["three", "answer 3", "four"], ["five"]]
-
-
-def test_with_a_template_of_its_own_a_model_remembers(monkeypatch, tokenizer):
-    tokenizer.chat_template = "{{ messages }}"
-    assert chat_with(monkeypatch, tokenizer, ["one", "two"]) == [["one"], ["one", "answer 1", "two"]]
-
-
-def test_blank_lines_and_commands_are_not_sent_to_the_model(monkeypatch, tokenizer, capsys):
-    assert chat_with(monkeypatch, tokenizer, ["", "  ", "/help", "/what", "hello", "/quit", "late"]) == [["hello"]]
-    shown = capsys.readouterr().err
-    assert "/clear" in shown
-    assert "Unknown command /what" in shown
-
-
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), EOFError()])
-def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_quietly(monkeypatch, tokenizer, end):
-    assert chat_with(monkeypatch, tokenizer, ["hello", end, "late"]) == [["hello"]]
-
-
-def test_ctrl_c_during_a_reply_ends_the_reply_and_not_the_chat(monkeypatch, tokenizer, capsys):
-    closed = []
-
-    def stream(*args):
-        try:
-            yield "half an "
-            raise KeyboardInterrupt
-        finally:
-            closed.append(True)
-
-    monkeypatch.setattr("generation_utils.stream_reply", stream)
-    assert inference.print_reply(inference.Loaded(None, tokenizer, SETTINGS), conversation("Hi")) == "half an"
-    assert closed
-    assert "[stopped]" in capsys.readouterr().err

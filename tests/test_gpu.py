@@ -1,5 +1,6 @@
 """What only a CUDA GPU can show. Skipped, with the reason, where there is none."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,17 +13,20 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
 import engine_lora
 import engine_passes
+import generation_utils
 from conftest import PROJECT, TINY_BASE, small_run
 from engine_passes import Kernels, score_rows
+from engine_replies import Decoder
 from engine_runner import StepRunner
 from message_utils import Stopped
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
 from plan_utils import StepPlan
 from settings_utils import DEFAULTS, Settings
+from test_replies import FAMILIES, GREEDY, generated, make_prompts, tiny, written
 from tiny import state_of
 from training_utils import LoraTrainer
 
@@ -369,3 +373,76 @@ def test_two_gpus_train_like_one_with_the_same_rows_to_a_step(flags, run, datase
             assert word not in done.stderr
         losses[name] = last_losses(tmp_path / name)
     assert losses["two"] == pytest.approx(losses["one"], rel=0.01)
+
+
+# ---- Replies ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])
+def test_four_bit_layers_compute_few_rows_as_if_dequantized(rows, dtype):
+    draw = torch.Generator().manual_seed(rows)
+    inputs, outputs, rank = 192, 320, 12
+    layer = bnb.nn.Linear4bit(inputs, outputs, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+    layer = layer.to(CUDA)
+    frozen = engine_lora.frozen_tensors(layer)
+    weight = engine_lora.dequantize(frozen, torch.empty(outputs, inputs, device=CUDA)).float()
+    x, down, b, bias = (
+        torch.randn(shape, generator=draw).to(CUDA, dtype)
+        for shape in ((rows, inputs), (rows, rank), (outputs, rank), (outputs,))
+    )
+    plain, whole = engine_lora.few_rows_linear(x, [(frozen, None, None, None), (frozen, bias, down, b)])
+    expected = x.float() @ weight.T
+    assert (plain - expected).norm() < 0.005 * expected.norm()
+    expected += down.float() @ b.float().T + bias.float()
+    assert (whole - expected).norm() < 0.005 * expected.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recorded_steps_write_the_tokens_of_generate(name):
+    """In float32, where rounding does not choose tokens; with experts that the host chooses, generate writes them."""
+    model, prompts = tiny(name).to(CUDA), make_prompts()
+    expected = [generated(model, prompt, GREEDY).tolist() for prompt in prompts]
+    assert dict(generation_utils.write_replies(model, prompts, GREEDY)) == dict(enumerate(expected))
+    if name != "mixtral":
+        assert written(model, prompts, GREEDY) == expected
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_recorded_steps_of_a_four_bit_model_are_as_exact_as_its_own(adapter):
+    """Both compute in half precision; they are compared with float32 on the same weights."""
+    model, prompts = four_bit_model().eval(), make_prompts((30, 7, 200))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data, std=0.02)
+    with contextlib.nullcontext() if adapter else model.disable_adapter(), torch.no_grad():
+        with Decoder(model, GREEDY, 3, 256) as decoder:
+            decoder.begin(dict(enumerate(prompts)))
+            decoder.clock.zero_()
+            chosen = decoder.tokens[:, 0].tolist()
+            decoder.replay()
+            found = decoder.logits.float()
+        rows = [torch.tensor([[*prompt, token]], device=CUDA) for prompt, token in zip(prompts, chosen, strict=True)]
+        with torch.autocast("cuda", model.dtype):
+            plain = torch.stack([model(ids).logits[0, -1].float() for ids in rows])
+        model.float()
+        for layer in model.modules():
+            if isinstance(layer, bnb.nn.Linear4bit):
+                layer.compute_dtype = torch.float32
+        exact = torch.stack([model(ids).logits[0, -1] for ids in rows])
+    assert (found - exact).norm() < 1.5 * (plain - exact).norm() + 0.002 * exact.norm()
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_recorded_steps_draw_anew_each_time():
+    model = tiny("llama").to(CUDA)
+    generation = GenerationConfig(max_new_tokens=40, do_sample=True, temperature=1.0, top_p=0.99, pad_token_id=0)
+    replies = written(model, [[5, 6, 7]] * 4, generation, slots=2)
+    assert len({tuple(reply) for reply in replies}) == 4
+    assert len(set(replies[0])) > 20
+
+
+def test_replies_leave_no_memory_behind():
+    model, allocated = tiny("llama").to(CUDA), []
+    for _ in range(5):  # the first may load what libraries keep
+        written(model, make_prompts(), GREEDY, slots=4, length=4096)
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[1] == allocated[-1]

@@ -68,7 +68,7 @@ def test_the_figures_of_tokenized_rows_are_exact():
         "length_that_cuts_none": 300,
         "further_sequences": {"count": 1, "rows": [6]},
         "answers_with_control_tokens": {"count": 3, "rows": [2, 4, 9]},
-        "prompts_with_control_tokens": {"count": 1, "rows": ROWS_PLACEHOLDER},
+        "prompts_with_control_tokens": {"count": 1, "rows": [11]},
     }
     # 290 / 16 = 18.1 tokens to a bar
     assert histogram == {"counts": [5, 1, 1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0], "up_to": 290, "longer": 1}
@@ -386,7 +386,8 @@ def test_of_all_rows_one_of_usual_length_is_the_example(tokenizer, capsys):
 def test_a_stderr_without_utf_8_gets_plain_bars_and_no_traceback(run, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{**row, "response": "naïve ☃"} for row in ROWS]))
     flags = ("--custom_dataset_path", tmp_path / "rows.json", "--output_dir", tmp_path / "out")
-    done = run("train.py", "--dry_run", *flags, "--logs_dir", tmp_path / "logs", PYTHONIOENCODING="ascii")
+    flags += ("--logs_dir", tmp_path / "logs")
+    done = run("train.py", "--dry_run", *flags, cold=True, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr.isascii()

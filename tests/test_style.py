@@ -110,13 +110,24 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "config",
         "demo",
         "base_only",
+        "input_file",
+        "output_file",
         "adapter_path",
         "help",
         "logdir",
         "num_processes",
         "dist",
+        "into",
+        # vLLM's, and of the converter to GGUF
+        "served-model-name",
+        "enable-lora",
+        "max-lora-rank",
+        "lora-modules",
+        "chat-template",
+        "outfile",
+        "outtype",
     }
-    flags = set(re.findall(r"--([a-z0-9_]+)", README)) - own
+    flags = set(re.findall(r"--([a-z][a-z0-9_-]*)", README)) - own
     assert flags
     assert flags <= set(DEFAULTS)
     settings = set(re.findall(r"`([A-Z][A-Z0-9_]{3,})`", README)) - {"HF_TOKEN", "CPU_DEMO"}

@@ -1,0 +1,167 @@
+"""The decoder: greedy tokens are those of transformers' generate, sampled ones have the same distribution."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MixtralConfig,
+)
+
+import generation_utils
+from engine_replies import Decoder, has_slots
+from tiny import CONFIGS, TINY, make_model
+
+FAMILIES = CONFIGS | {
+    "gemma 3": Gemma3TextConfig(**TINY, head_dim=8, sliding_window=7, query_pre_attn_scalar=8),
+    "mixtral": MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2),
+}
+GREEDY = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0)
+
+
+def tiny(name):
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name])).eval()
+
+
+def make_prompts(lengths=(3, 21, 9, 14, 1), seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 300, (length,), generator=draw).tolist() for length in lengths]
+
+
+def generated(model, prompt, generation, ends=()):
+    """What transformers' generate writes after one prompt by itself."""
+    ids = torch.tensor([prompt]).to(model.device)
+    generation = copy.deepcopy(generation)
+    generation.eos_token_id = list(ends) or [-1]
+    return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)[0, len(prompt) :]
+
+
+def written(model, prompts, generation, slots=2, ends=(), length=64):
+    replies = [[] for _ in prompts]
+    with Decoder(model, generation, slots, length) as decoder:
+        for index, tokens, done in decoder.write(prompts, generation.max_new_tokens, set(ends)):
+            replies[index] += tokens
+            assert done == (len(replies[index]) == generation.max_new_tokens or tokens[-1] in ends)
+    return replies
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_are_those_of_generate(name):
+    model, prompts = tiny(name), make_prompts()
+    assert has_slots(model)
+    expected = [generated(model, prompt, GREEDY).tolist() for prompt in prompts]
+    assert written(model, prompts, GREEDY) == expected
+    assert len({tuple(reply) for reply in expected}) > 1
+
+
+def test_a_reply_ends_at_a_stop_token_and_its_slot_is_given_to_the_next_prompt():
+    model, prompts = tiny("llama"), make_prompts((3, 21, 9, 14, 1, 8, 8))
+    ends = {generated(model, prompts[0], GREEDY)[4].item(), generated(model, prompts[3], GREEDY)[9].item()}
+    expected = [generated(model, prompt, GREEDY, ends).tolist() for prompt in prompts]
+    for slots in (1, 3):
+        assert written(model, prompts, GREEDY, slots, ends) == expected
+    assert min(map(len, expected)) < 20 == max(map(len, expected))
+
+
+def test_repetition_is_penalised_as_generate_does():
+    model, prompts = tiny("mistral"), make_prompts()
+    generation = GenerationConfig(max_new_tokens=20, do_sample=False, repetition_penalty=1.7, pad_token_id=0)
+    expected = [generated(model, prompt, generation).tolist() for prompt in prompts]
+    assert written(model, prompts, generation) == expected
+    assert expected != [generated(model, prompt, GREEDY).tolist() for prompt in prompts]
+
+
+def test_sampled_tokens_have_the_distribution_of_generate():
+    model, prompt = tiny("llama"), make_prompts((9,))[0]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(12)  # a few likely tokens, some of which top_p leaves out
+    generation = GenerationConfig(
+        max_new_tokens=1, do_sample=True, temperature=0.8, top_p=0.7, top_k=0, eos_token_id=None, pad_token_id=0
+    )
+    draws = 3000
+    torch.manual_seed(0)
+    ids = torch.tensor([prompt] * draws)
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)[:, -1]
+    with Decoder(model, generation, 64, 16) as decoder:
+        found = [tokens[0] for _, tokens, _ in decoder.write([prompt] * draws, 1, set())]
+    theirs = torch.bincount(theirs, minlength=300) / draws
+    ours = torch.bincount(torch.tensor(found), minlength=300) / draws
+    assert 2 <= (theirs > 0).sum() < 100
+    assert ((theirs > 0.01) == (ours > 0.01))[theirs > 0.02].all()
+    assert (theirs - ours).abs().sum() < 0.1
+
+
+def test_the_model_is_as_it_was_and_random_numbers_are_left_alone():
+    model = make_model("qwen3")  # in training mode
+    before = {name: (id(module), set(vars(module))) for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    written(model, make_prompts((5, 8)), GREEDY)
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert before == {name: (id(module), set(vars(module))) for name, module in model.named_modules()}
+
+
+def test_the_cache_goes_with_its_decoder_and_not_with_the_garbage():
+    model = tiny("llama")
+    gc.disable()
+    try:
+        with Decoder(model, GREEDY, 2, 64) as decoder:
+            keys = weakref.ref(decoder.cache.layers[0].keys)
+            assert keys() is not None
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+def test_an_adapter_is_used_where_it_is_switched_on():
+    model, prompts = make_model("mistral").eval(), make_prompts((5, 8))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(10)
+    tuned = written(model, prompts, GREEDY)
+    assert tuned == [generated(model, prompt, GREEDY).tolist() for prompt in prompts]
+    with model.disable_adapter():
+        base = written(model, prompts, GREEDY)
+        assert base == [generated(model, prompt, GREEDY).tolist() for prompt in prompts]
+    assert base != tuned
+
+
+def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch, capsys):
+    model, prompts, tried = tiny("llama"), make_prompts((3, 5, 4, 2, 6)), []
+    begin = Decoder.begin
+
+    def fail_beyond_one(decoder, wanted):
+        if decoder.slots > 1 and len(tried) > 1:
+            raise torch.OutOfMemoryError
+        tried.append(decoder.slots)
+        return begin(decoder, wanted)
+
+    expected = dict(generation_utils.write_replies(model, prompts, GREEDY))
+    monkeypatch.setattr(Decoder, "begin", fail_beyond_one)
+    for _ in range(2):  # at first while rows are written, then from the beginning
+        assert dict(generation_utils.write_replies(model, prompts, GREEDY)) == expected
+    assert "Out of memory in replies; going on with 1 at once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [MambaConfig, Llama4TextConfig])
+def test_other_caches_are_left_to_generate_which_is_said(config, capsys):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    more = {} if config is MambaConfig else {"attention_chunk_size": 8} | TINY | {"num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(config(**sizes | more)).eval()
+    generation_utils.say_slower.cache_clear()
+    found = dict(generation_utils.write_replies(model, make_prompts((4, 6)), GREEDY))
+    assert [len(found[index]) for index in (0, 1)] == [20, 20]
+    assert "Replies are written by transformers' generate, which is slower" in capsys.readouterr().err
+
+
+def test_no_prompts_have_no_replies():
+    assert dict(generation_utils.write_replies(tiny("llama"), [], GREEDY)) == {}
