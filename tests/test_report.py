@@ -68,7 +68,7 @@ def test_the_figures_of_tokenized_rows_are_exact():
         "length_that_cuts_none": 300,
         "further_sequences": {"count": 1, "rows": [6]},
         "answers_with_control_tokens": {"count": 3, "rows": [2, 4, 9]},
-        "prompts_with_control_tokens": {"count": 1, "rows": [11]},
+        "prompts_with_control_tokens": {"count": 1, "rows": [10]},
     }
     # 290 / 16 = 18.1 tokens to a bar
     assert histogram == {"counts": [5, 1, 1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0], "up_to": 290, "longer": 1}
