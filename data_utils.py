@@ -217,15 +217,16 @@ def check_mapping(found, mapping, name, answered=True):
     required = alone or {"instruction", "response"}
     allowed = required | set(optional_parts(mapping))
     required -= set() if answered else {"response"}
-    problem = None
+    problem, advice = None, ""
     if not required <= set(mapping) <= allowed:
         problem = "expected the keys instruction and response, perhaps input and system; or messages; or text"
     elif missing := [str(mapping[part]) for part in sorted(required) if mapping[part] not in found]:
-        problem = f"missing {', '.join(missing)}; {advise_mapping(found)}"
+        problem, advice = f"missing {', '.join(missing)}", f"; {advise_mapping(found)}"
     elif any(not isinstance(column, str) for column in mapping.values()):
         problem = "expected the names of columns"
     if problem:
-        raise UserError(f"dataset {name}: --dataset_columns {mapping}: {problem}; columns found: {', '.join(found)}")
+        columns = f"columns found: {', '.join(found)}"
+        raise UserError(f"dataset {name}: --dataset_columns {mapping}: {problem}; {columns}{advice}")
 
 
 def require_text(value, what):

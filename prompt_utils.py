@@ -113,7 +113,9 @@ def render_probe(tokenizer, messages, add_generation_prompt):
     """Render a conversation of our own, with a tool for templates that fail without any."""
     try:
         return render(tokenizer, messages, add_generation_prompt)
-    except UserError:
+    except UserError as error:
+        if "did not end" in str(error):
+            raise
         first, *others = messages
         with suppress(UserError):
             return render(tokenizer, [first | {"tools": PROBE_TOOLS}, *others], add_generation_prompt)
@@ -347,9 +349,10 @@ def choose_stand_ins(tokenizer, messages):
     A control token that a user wrote is replaced, while the template is at work, by a run of one private-use character
     that is as long as it. None of these characters stands in the texts or in the template.
     """
-    texts = str(tokenizer.chat_template) + json.dumps(messages, ensure_ascii=False)
     first, count = FIRST_STAND_IN, len(control_tokens(tokenizer).tokens)
-    for code in sorted(set(map(ord, PRIVATE_USE.findall(texts)))):
+    texts = [str(tokenizer.chat_template)]
+    texts += [m["content"] if len(m) == 2 else json.dumps(m, ensure_ascii=False) for m in messages]
+    for code in sorted({ord(found) for text in texts for found in PRIVATE_USE.findall(text)}):
         if code < first + count:
             first = code + 1
     if first + count > 0x110000:

@@ -203,7 +203,8 @@ def holds_control(tokenizer, messages):
     for message in messages:
         is_answer = message["role"] == "assistant"
         pattern = control.in_answers if is_answer else control.pattern
-        if pattern.search(message["content"]) or TEMPLATE_MARKS.search(message["content"]):
+        text = message["content"]
+        if pattern.search(text) or (any(start in text for start in ("[", "<", "###")) and TEMPLATE_MARKS.search(text)):
             found[0 if is_answer else 1] = True
     return found
 

@@ -622,7 +622,7 @@ def test_an_unknown_speaker_is_refused_with_row_and_message(write, turn):
     assert "assistant" in message
 
 
-@pytest.mark.parametrize("content", [None, 5, ["x"], [{"type": "image"}], "\udfff"])
+@pytest.mark.parametrize("content", [None, 5, ["x", 5], [{"type": "image"}], "\udfff"])
 def test_a_message_that_is_no_text_is_refused_with_row_and_message(write, content):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
     assert "row 1, message 2" in refusal(write("rows.json", json.dumps([{"messages": turns}])))

@@ -601,8 +601,8 @@ def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(tokenizer):
 def test_an_end_token_that_takes_the_line_break_along_is_trained_in_every_turn(tokenizer):
     tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", rstrip=True, special=True)})
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
     )
     turns = [user("a"), assistant("first"), user("b"), assistant("second")]
     ids, labels = encoded(tokenizer, *turns)

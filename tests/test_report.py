@@ -49,6 +49,7 @@ def test_the_figures_of_tokenized_rows_are_exact():
         "full_length": full_length,
         "row": np.array([31, 4, 5, 6, 9, 8, 12, 11, 10, 40, 2]),
         "control": np.array([0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1]),
+        "other_control": np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]),
         "further": np.array([0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
     }
     index = {"length": np.minimum(full_length, LIMIT)[kept], "trained": np.array([1, 2, 3, 4, 5, 6, 7, 8, 9])}
@@ -67,6 +68,7 @@ def test_the_figures_of_tokenized_rows_are_exact():
         "length_that_cuts_none": 300,
         "further_sequences": {"count": 1, "rows": [6]},
         "answers_with_control_tokens": {"count": 3, "rows": [2, 4, 9]},
+        "prompts_with_control_tokens": {"count": 1, "rows": [10]},
     }
     # 290 / 16 = 18.1 tokens to a bar
     assert histogram == {"counts": [5, 1, 1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0], "up_to": 290, "longer": 1}

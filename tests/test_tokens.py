@@ -145,8 +145,8 @@ def test_odd_texts_and_control_tokens_get_the_same_ids_in_batches_of_any_size(na
 def test_an_end_token_that_takes_the_line_break_along_is_trained_and_nothing_behind_it(tokenizer):
     tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", lstrip=True, rstrip=True, special=True)})
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
     )
     rows = [[user("a"), assistant("first \n"), user("b"), assistant("second")]]
     ((ids, mask, _),) = encode_rows(tokenizer, rows)
