@@ -1,45 +1,41 @@
 """What a training shows of itself: a line for each logged loss, TensorBoard, sample answers."""
 
 import contextlib
-import sys
+import copy
+import time
 from typing import ClassVar
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from data_utils import last_answer
 from file_utils import display_path
 from generation_utils import generate_replies
 from message_utils import say
+from progress_utils import format_duration, progress
 from settings_utils import PLACES
 
+TIMED_PROMPTS, TIMED_TOKENS = 8, 8  # by which the speed of answers is rehearsed
 
-class ProgressLine(ProgressCallback):
-    """One dense line for each logged loss and each evaluation, above a progress bar if stderr is a terminal."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
-        self.current_step = 0
+class ProgressLine(TrainerCallback):
+    """One dense line for each logged loss and each evaluation, with the time that went by and what is left of it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
+        if not state.is_world_process_zero:
             return
         if "loss" in logs:
             line = (
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-                f"  gradient {logs.get('grad_norm', 0):.2f}  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
+                f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  gradient {logs.get('grad_norm', 0):.2f}"
+                f"  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
             )
         elif "eval_loss" in logs:
-            line = (
-                f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
-                f"  perplexity {logs['eval_perplexity']:.2f}"
-            )
+            line = f"validation loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
         else:
             return
-        self.training_bar.write(line, file=sys.stderr)
+        elapsed, left = (format_duration(logs[name]) for name in ("elapsed_seconds", "seconds_left"))
+        say(f"step {state.global_step}/{state.max_steps}  {line}  {elapsed}, {left} left")
 
 
 class RunBoard(TrainerCallback):
@@ -115,6 +111,11 @@ class RunBoard(TrainerCallback):
         if self.writer is not None:
             with self.kept_going():
                 self.add_final_figures(state)
+
+    def close(self):
+        """Write what waits, and end the writer's thread; however the training ended."""
+        if self.writer is not None:
+            with self.kept_going():
                 self.writer.close()
             self.writer = None
 
@@ -147,9 +148,26 @@ class SampleAnswers(TrainerCallback):
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero or not self.prompts:
             return
-        model.eval()
-        replies = generate_replies(
-            model, self.tokenizer, self.prompts, self.generation_config, max_prompt_tokens=self.max_prompt_tokens
-        )
+        with progress("Answering", len(self.prompts), "prompts") as bar:
+            replies = self.answer(model, self.prompts, self.generation_config, lambda index, reply: bar.update())
         texts = [reply.text for reply in replies]
         self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, texts, state.global_step)
+
+    def answer(self, model, prompts, generation_config, on_reply=lambda index, reply: None):
+        model.eval()
+        return generate_replies(model, self.tokenizer, prompts, generation_config, self.max_prompt_tokens, on_reply)
+
+    def rehearse(self, model):
+        """Seconds that the answers of an evaluation will take: as long as those in the data, a few tokens are timed."""
+        prompts = self.prompts[:TIMED_PROMPTS]
+        seconds = []
+        for tokens in (1, 1 + TIMED_TOKENS):  # the first reads the prompts
+            config = copy.deepcopy(self.generation_config)
+            config.max_new_tokens, config.eos_token_id = tokens, None
+            started = time.perf_counter()
+            self.answer(model, prompts, config)
+            seconds.append(time.perf_counter() - started)
+        lengths = [len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1 for answer in self.expected]
+        longest = min(max(lengths), self.generation_config.max_new_tokens)
+        a_token = max(0, seconds[1] - seconds[0]) / TIMED_TOKENS
+        return (seconds[0] + a_token * (longest - 1)) * len(self.prompts) / len(prompts)

@@ -31,6 +31,7 @@ from file_utils import (
 from message_utils import UserError, say
 from model_utils import ADAPTER_WEIGHTS, base_revision, template_content, tokenizer_content, write_recorded_settings
 from process_utils import from_first_process, shared_errors
+from progress_utils import progress
 from run_utils import ADAPTER, CHECKPOINTS, set_aside
 from settings_utils import PLACES, is_folder_name
 
@@ -54,7 +55,8 @@ Resumption = namedtuple("Resumption", "folder step finished best_step progress r
 FREE_SETTINGS = {
     *("base_model_name", "device", "use_fp16", "custom_dataset_path", "validation_dataset_path", "answers_cut_limit"),
     *("chosen_only", "system_prompt"),
-    *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_samples", "answer_check"),
+    *("gradient_checkpointing", "logging_steps", "save_total_limit", "sample_prompts", "eval_rows", "eval_samples"),
+    "answer_check",
     *("max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty"),
     *PLACES,
 }
@@ -69,6 +71,8 @@ def training_identity(settings, base, rows, arguments):
     An interrupted run goes on only with a command of the same identity.
     """
     shaping = {name: value for name, value in settings._asdict().items() if name not in FREE_SETTINGS}
+    if len(rows.evaluated) < len(rows.validation):  # which of them are measured can decide which checkpoint is the best
+        shaping["evaluated_rows"] = rows_content(rows.evaluated)
     return shaping | {
         "base_model": f"{settings.base_model_name} @ {base_revision(base.path, base.models_dir)}",
         "tokenizer": tokenizer_content(base.tokenizer),
@@ -243,7 +247,8 @@ def find_resumption(output_dir, identity, fresh):
     folder = output_dir / CHECKPOINTS
     if fresh:
         return None
-    newest, skipped = find_newest(folder)
+    with progress("Verifying checkpoints"):
+        newest, skipped = find_newest(folder)
     for path, reason in skipped:
         say(f"Skipped {display_path(path)}: {reason}")
     if (folder / STAGING).exists():
@@ -255,7 +260,7 @@ def find_resumption(output_dir, identity, fresh):
     path, manifest = newest
     check_identity(output_dir, manifest, identity)
     check_states(path)
-    losses, progress = read_history(path, manifest["step"])
+    losses, counters = read_history(path, manifest["step"])
     if skipped:
         moved = set_aside(output_dir, [f"{CHECKPOINTS}/{old.name}" for old, _ in skipped])
         say(f"What was skipped lies in {display_path(moved)}")
@@ -264,7 +269,7 @@ def find_resumption(output_dir, identity, fresh):
         manifest["step"],
         manifest["finished"],
         best_whole_step(folder, manifest["best_step"], losses, manifest["step"]),
-        progress,
+        counters,
         manifest["run_name"],
     )
     say(f"Going on with the interrupted run from {display_path(path)}; --fresh would start a new one")
@@ -308,8 +313,8 @@ def read_history(folder, step):
     try:
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         losses = validation_losses(state)
-        progress = read_json(folder / PROGRESS, "the checkpoint's progress")
-        numbers = [*losses.values(), *(progress[name] for name in ("seconds", "loss_since_log", "last_logged_step"))]
+        counters = read_json(folder / PROGRESS, "the checkpoint's progress")
+        numbers = [*losses.values(), *(counters[name] for name in ("seconds", "loss_since_log", "last_logged_step"))]
         if state.global_step != step or not all(isinstance(number, (int, float)) for number in numbers):
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
@@ -317,7 +322,7 @@ def read_history(folder, step):
             f"{display_path(folder)} does not hold what train.py saves in trainer_state.json and {PROGRESS}; remove it"
             " to go on from the checkpoint before it, or add --fresh to start anew"
         ) from None
-    return losses, progress
+    return losses, counters
 
 
 def validation_losses(state):
@@ -391,7 +396,7 @@ class Checkpoints:
         check_space(self.folder, needed, "the run", "free some, or give another folder with --output_dir")
 
     @contextlib.contextmanager
-    def save(self, state, finished, progress):
+    def save(self, state, finished, counters):
         """All processes fill <staging>/checkpoint-<step> in the block. Afterwards it is a checkpoint.
 
         If one process fails, all of them raise its error, nothing of the new checkpoint is left, and those before it
@@ -402,7 +407,7 @@ class Checkpoints:
             from_first_process(self.prepare, step, staged)
             with self.shared_storage_errors(step):
                 yield
-            from_first_process(self.complete, state, finished, progress, staged)
+            from_first_process(self.complete, state, finished, counters, staged)
         self.saved_step = step
         state.best_model_checkpoint = str(self.path(state.best_global_step)) if state.best_global_step else None
 
@@ -433,14 +438,14 @@ class Checkpoints:
             staged.callback(shutil.rmtree, self.staging, ignore_errors=True)
             staged.enter_context(staged_folder(self.path(step), self.staging / f"checkpoint-{step}"))
 
-    def complete(self, state, finished, progress, staged):
+    def complete(self, state, finished, counters, staged):
         """Seal the checkpoint, give it its name, verify it, and only then delete older ones."""
         step = state.global_step
         folder, target = self.staging / f"checkpoint-{step}", self.path(step)
         with self.storage_errors(step):
             state.best_model_checkpoint = None  # it is an absolute path, and best_global_step says the same
             state.save_to_json(folder / "trainer_state.json")
-            write_json(folder / PROGRESS, progress | {"seconds": round(time.time() - self.started, 1)})
+            write_json(folder / PROGRESS, counters | {"seconds": round(time.time() - self.started, 1)})
             write_recorded_settings(folder, self.settings)
             facts = {"step": step, "best_step": state.best_global_step, "finished": finished}
             seal(folder, self.identity, **facts, run_name=self.run_name)

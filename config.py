@@ -1,4 +1,4 @@
-"""Every setting of the project. Edit the values here, or give any of them as a flag for one run:
+"""Every setting of the project. Edit the values here, or give one as a flag of a script that uses it, for one run:
 
     python train.py --lora_r 8 --num_epochs 1
     python train.py --config experiment.py          # a file with some of these values, which win over those here
@@ -50,6 +50,7 @@ SEED = 42  # fixes the split, the order of rows, the adapter's first weights and
 LOGGING_STEPS = 5  # optimizer steps between two logged losses
 EVAL_STEPS = 50  # optimizer steps between two evaluations; a checkpoint is saved at each
 SAVE_TOTAL_LIMIT = 2  # checkpoints kept on disk: the best and the newest
+EVAL_ROWS = 500  # validation rows measured at each evaluation, chosen by SEED; the best checkpoint's on all. 0: all
 EARLY_STOPPING_PATIENCE = 0  # stop after this many evaluations without a better validation loss; 0: never
 SAMPLE_PROMPTS = 3  # validation prompts that are answered at each evaluation and shown in TensorBoard; 0: none
 

@@ -25,8 +25,9 @@ import numpy as np
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, say
+from progress_utils import progress
 from prompt_utils import begin_with
-from reader_utils import read_rows
+from reader_utils import check_beginning, expected_rows, read_rows
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
@@ -100,6 +101,7 @@ class DataReport:
     unused_keys: list = field(default_factory=list)  # keys of messages that are not used
     context_only: int = 0  # answers of weight 0
     thoughts: int = 0  # answers with a thought before them
+    several_turns: int = 0  # rows of more than one question
     reasoning: int = 0  # those of them that have it as reasoning_content
     rows: int = 0
     kept: int = 0
@@ -138,16 +140,17 @@ def list_rows(count, rows):
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
-def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False):
+def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, answered=True):
     """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
 
     Of whole texts {"text": column}; of preferences {"chosen": "chosen"}, where the user asked for the chosen answers.
+    With answered=False the response may be missing.
 
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question). With
     `or_usual_names` they are looked for too where no column of the mapping is there.
     """
     if mapping and not (or_usual_names and not set(map(str, mapping.values())) & set(found)):
-        check_mapping(found, mapping, name)
+        check_mapping(found, mapping, name, answered)
         return dict(mapping)
     columns = match_columns(found, COLUMN_NAMES)
     if set(PREFERENCE) <= set(found):
@@ -162,7 +165,7 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False):
     text = columns.pop("text", None)
     if "instruction" not in columns and {"input", "response"} <= set(columns):
         columns = {"instruction": columns.pop("input"), **columns}
-    if {"instruction", "response"} <= set(columns):
+    if {"instruction", *(("response",) if answered else ())} <= set(columns):
         return columns
     if text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
         return {"text": text}
@@ -207,11 +210,12 @@ def match_columns(found, parts):
     return {part: columns[0] for part, columns in present.items() if columns}
 
 
-def check_mapping(found, mapping, name):
+def check_mapping(found, mapping, name, answered=True):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
     alone = {"messages", "text"} & set(mapping)
     required = alone or {"instruction", "response"}
     allowed = required | set(optional_parts(mapping))
+    required -= set() if answered else {"response"}
     problem = None
     if not required <= set(mapping) <= allowed:
         problem = "expected the keys instruction and response, perhaps input and system; or messages; or text"
@@ -471,7 +475,16 @@ def is_trained(message):
     return message["role"] in ("assistant", "text") and message.get("weight") != 0
 
 
-def read_conversations(paths, name, mapping, report, number_column=None, chosen_only=False, or_usual_names=False):
+def read_conversations(
+    paths,
+    name,
+    mapping,
+    report,
+    number_column=None,
+    chosen_only=False,
+    or_usual_names=False,
+    on_row=lambda: None,
+):
     """Yield (row number, conversation) of every row that can be trained on; counts the others in the report.
 
     The first row decides the columns; optional ones may first appear later. With `number_column` the rows of
@@ -481,6 +494,7 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
     known |= {str(column).strip().lower() for column in mapping.values()}
     notes, seen, used = [], {}, {number_column, "rejected" if chosen_only else None}
     for place, nested in read_rows(paths, name, notes, known):
+        on_row()
         number = nested.get(number_column) if number_column else place
         number = number if isinstance(number, int) and abs(number) < 2**63 else place
         for row in expand_instances(nested, f"dataset {name}, row {place}"):
@@ -503,6 +517,7 @@ def read_conversations(paths, name, mapping, report, number_column=None, chosen_
             if reason := f"{label} is {json.dumps(row[label])}" if good is False else reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:
+                report.several_turns += [message["role"] for message in conversation].count("user") > 1
                 yield number, conversation
     report.format = ", ".join(dict.fromkeys(notes))
     columns = dict.fromkeys(column for row in seen for column in row)
@@ -518,6 +533,34 @@ def expand_instances(row, where):
         raise UserError(f"{where}, column {INSTANCES!r}: expected a list of objects with input and output")
     shared = {column: value for column, value in row.items() if column != INSTANCES}
     return [shared | instance for instance in instances]
+
+
+def read_unanswered(dataset, mapping, cache_dir):
+    """Yield (row number, the row as it was given, its messages) of every row, whether it has an answer or not.
+
+    Rows may have any shape that training reads; no row is dropped. Raises UserError for a row without a text to answer.
+    """
+    name, paths = find_files(dataset, Path(cache_dir) / "hub")
+    known = {name for names in COLUMN_NAMES.values() for name in names} | set(map(str, mapping.values()))
+    for place, nested in read_rows(paths, name, [], known):
+        where = f"dataset {name}, row {place}"
+        for row in expand_instances(nested, where):
+            columns = find_columns(list(row), mapping, name, chosen_only=True, answered=False)
+            check_media({key: value for key, value in row.items() if key not in columns.values()}, where)
+            answered = "instruction" not in columns or row.get(columns.get("response")) is not None
+            if not answered:
+                columns.pop("response", None)
+            conversation = to_conversation(row, columns, where, DataReport(name))
+            conversation = conversation if answered else conversation[:-1]
+            if not unanswered(conversation) or any(map(is_empty, unanswered(conversation))):
+                raise UserError(f"{where}: no question, or an empty text, which cannot be answered; write or remove it")
+            yield place, row, conversation
+
+
+def unanswered(conversation):
+    """A conversation without the answers at its end: what a model is asked."""
+    asked = [index for index, message in enumerate(conversation, start=1) if message["role"] in ("user", "tool")]
+    return conversation[: asked[-1]] if asked else []
 
 
 # ---- Conversations on disk -------------------------------------------------------------------------------------------
@@ -646,17 +689,24 @@ def load_conversations(
         temporary = tempfile.TemporaryDirectory()
         cache_dir = temporary.name
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
+    for path in paths:
+        check_beginning(path, name)
     code = Path(__file__).with_name("reader_utils.py")
     parts = json.dumps(
         [mapping, number_column, chosen_only, system_prompt, or_usual_names, [path.suffix for path in paths]]
     )
-    key = sha256([parts, *paths, Path(__file__), code])
+    with progress(f"Hashing {name}"):
+        key = sha256([parts, *paths, Path(__file__), code])
 
     def build(folder):
         report = DataReport(name)
-        rows = read_conversations(paths, name, mapping, report, number_column, chosen_only, or_usual_names)
-        rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
-        conversations = drop_duplicates(store_conversations(folder / "conversations.jsonl", rows), report)
+        with progress("Reading", expected_rows(paths), "rows") as bar:
+            rows = read_conversations(
+                paths, name, mapping, report, number_column, chosen_only, or_usual_names, bar.update
+            )
+            rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
+            stored = store_conversations(folder / "conversations.jsonl", rows)
+        conversations = drop_duplicates(stored, report)
         report.kept = len(conversations)
         if not report.kept:
             raise UserError(f"{report.line()}; no row is left to train on")

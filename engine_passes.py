@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from progress_utils import progress
 from prompt_utils import IGNORED
 
 try:
@@ -397,19 +398,24 @@ def mixes_rows(model, kernels, longest_row=1):
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def score_rows(model, rows, max_pass_tokens, kernels=PLAIN, before_pass=lambda: None):
-    """Return [(negative log-likelihood in nats, trained tokens) for each row], however the rows are cut into passes."""
+def score_rows(model, rows, max_pass_tokens, kernels=PLAIN, before_pass=lambda: None, what="Evaluating"):
+    """Return [(negative log-likelihood in nats, trained tokens) for each row], however the rows are cut into passes.
+
+    what: the name under which its progress is shown.
+    """
     scores = [None] * len(rows)
     model.eval()
-    for indices in pack_rows([len(row["input_ids"]) for row in rows], max_pass_tokens):
-        before_pass()
-        group = [rows[index] for index in indices]
-        with autocast(model):
-            losses, row_of_target = pass_losses(model, group, kernels)
-        sums = torch.zeros(len(group), dtype=torch.float64)
-        sums.index_add_(0, row_of_target.cpu(), losses.cpu().double())
-        for index, row, total in zip(indices, group, sums.tolist(), strict=True):
-            scores[index] = (total, count_trained_tokens([row]))
+    with progress(what, len(rows), "rows") as bar:
+        for indices in pack_rows([len(row["input_ids"]) for row in rows], max_pass_tokens):
+            before_pass()
+            group = [rows[index] for index in indices]
+            with autocast(model):
+                losses, row_of_target = pass_losses(model, group, kernels)
+            sums = torch.zeros(len(group), dtype=torch.float64)
+            sums.index_add_(0, row_of_target.cpu(), losses.cpu().double())
+            for index, row, total in zip(indices, group, sums.tolist(), strict=True):
+                scores[index] = (total, count_trained_tokens([row]))
+            bar.update(len(group))
     return scores
 
 

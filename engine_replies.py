@@ -6,7 +6,7 @@ rounding. A model that it does not fit is found by trying, and transformers gene
 
 import sys
 from collections import deque, namedtuple
-from functools import partial
+from functools import lru_cache, partial
 from types import MethodType
 
 import torch
@@ -446,7 +446,8 @@ class Decoder:
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=device)
         self.log = torch.zeros(self.chunk, slots, dtype=torch.long, device=device)
         self.clock = torch.zeros(1, dtype=torch.long, device=device)
-        self.warpers, self.seen, self.graph, self.patches = LogitsProcessorList(), None, None, Patches()
+        self.warpers, self.patches = LogitsProcessorList(), Patches()
+        self.seen = self.graph = self.replay = self.logits = None
         if generation.do_sample:
             self.warpers.append(TemperatureLogitsWarper(generation.temperature))
             self.warpers.append(TopPLogitsWarper(generation.top_p))
@@ -465,7 +466,8 @@ class Decoder:
     def close(self):
         if self.graph is not None:
             self.graph.reset()
-        self.graph = self.replay = self.cache = self.logits = None
+        self.cache.layers.clear()  # its layers know it, so that its memory would wait for the garbage collector
+        self.graph = self.replay = self.logits = None
         self.patches.close()
 
     def __enter__(self):
@@ -534,7 +536,7 @@ class Decoder:
         self.replay = self.step
         if not self.on_gpu:
             return
-        wanted, stream, graph = self.logits[: len(tokens)], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        wanted, stream, graph = self.logits[: len(tokens)], recording_stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with self._computing(SLOTS), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -699,6 +701,12 @@ class Decoder:
             launched.event.synchronize()
         columns = launched.tokens.T.tolist()
         return [(slot, columns[slot]) for slot in launched.rows]
+
+
+@lru_cache
+def recording_stream():
+    """The stream on which all steps are recorded: for each stream cuBLAS takes memory that it never gives back."""
+    return torch.cuda.Stream()
 
 
 def has_slots(base):

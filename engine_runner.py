@@ -453,6 +453,23 @@ class StepRunner:
         self.release_gradients()
         return Rehearsal(count_tokens(group), seconds, earlier_seconds)
 
+    def time_passes(self, rows, enough):
+        """(tokens, seconds) of passes over these rows, at least one, and more until `enough` seconds went by; no trace.
+
+        The longest pass was rehearsed before, so that kernels are loaded.
+        """
+        cuda, tokens, seconds = self.base.device.type == "cuda", 0, 0.0
+        passes = pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens)
+        with torch.random.fork_rng([self.base.device] if cuda else []):
+            for indices in passes:
+                group, started = [rows[index] for index in indices], time.perf_counter()
+                self.forward_backward(group, 1e-3).item()
+                tokens, seconds = tokens + count_tokens(group), seconds + time.perf_counter() - started
+                if seconds >= enough:
+                    break
+        self.release_gradients()
+        return tokens, seconds
+
     def _compare_with_plain_passes(self, rows):
         """Do without compiled layers and recorded passes unless these rows' gradients are those of plain passes."""
 
@@ -475,10 +492,10 @@ class StepRunner:
         self.release()  # the longest pass is to be recorded first, whose memory then serves the others
 
     # ---- Scores and clipping ----
-    def score(self, rows, before_pass=lambda: None, max_pass_tokens=None):
+    def score(self, rows, before_pass=lambda: None, max_pass_tokens=None, what="Evaluating"):
         """score_rows by the plan's kernels, in passes of its size unless another is given."""
         size = self.plan.max_pass_tokens if max_pass_tokens is None else max_pass_tokens
-        return score_rows(self.model, rows, size, self.plan.kernels, before_pass)
+        return score_rows(self.model, rows, size, self.plan.kernels, before_pass, what)
 
     def clip(self, max_norm):
         """Scale the gradients so that they are no longer than max_norm together; returns their norm before that."""

@@ -5,13 +5,14 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
 from file_utils import PROJECT_DIR, display_path, resolve_input, resolve_path
 from message_utils import UserError, say
+from progress_utils import progress, silent_bar
 from reader_utils import FILE_TYPES, SUFFIXES
 
 # The exceptions in which the Hub and the libraries that load from it report a failure
@@ -118,11 +119,16 @@ def locate_model(name, models_dir):
     return name
 
 
-def models_cache(models_dir):
-    """The folder of models of the Hub: MODELS_DIR; left as it ships, it gives way to HF_HUB_CACHE and HF_HOME."""
-    if models_dir == SHIPPED_MODELS_DIR and os.environ.keys() & {"HF_HUB_CACHE", "HF_HOME"}:
+def models_cache(models_dir, name):
+    """The folder for a model of the Hub: MODELS_DIR; left as it ships, it gives way to HF_HUB_CACHE and HF_HOME.
+
+    A model that was downloaded to MODELS_DIR before is used from there all the same.
+    """
+    folder = resolve_path(models_dir)
+    elsewhere = models_dir == SHIPPED_MODELS_DIR and os.environ.keys() & {"HF_HUB_CACHE", "HF_HOME"}
+    if elsewhere and not any(folder.glob(f"models--{'--'.join(Path(name).parts)}/snapshots/*/config.json")):
         return Path(HF_HUB_CACHE)
-    return resolve_path(models_dir)
+    return folder
 
 
 def model_folder(name, models_dir):
@@ -130,6 +136,13 @@ def model_folder(name, models_dir):
     if Path(name).is_dir():
         return Path(name)
     return Path(try_to_load_from_cache(name, "config.json", cache_dir=models_dir)).parent
+
+
+def download_weights(name, models_dir):
+    """Download a model's safetensors files, unless they are in the cache; what else it has is loaded with it."""
+    files = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+    with hub_errors(name), progress(f"Downloading {name}", unit="bytes") as bar:
+        snapshot_download(name, cache_dir=models_dir, allow_patterns=files, tqdm_class=silent_bar(bar))
 
 
 # ---- Datasets --------------------------------------------------------------------------------------------------------
@@ -200,5 +213,7 @@ def download_from_hub(dataset, cache_dir):
         paths = []
         for file in map(HfFileSystem().resolve_path, found[split]):
             place = {"repo_type": "dataset", "revision": file.revision, "cache_dir": cache_dir}
-            paths.append(Path(hf_hub_download(file.repo_id, file.path_in_repo, **place)))
+            with progress(f"Downloading {file.path_in_repo}", unit="bytes") as bar:
+                place["tqdm_class"] = silent_bar(bar)
+                paths.append(Path(hf_hub_download(file.repo_id, file.path_in_repo, **place)))
         return paths

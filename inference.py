@@ -2,6 +2,8 @@
 
     python inference.py                                        # chat; /help lists the commands
     python inference.py "Explain how photosynthesis works"     # one answer to stdout, then exit
+    python inference.py - < letter.txt                         # the same, the whole input being the instruction
+    python inference.py --input_file prompts.jsonl --output_file answers.jsonl    # a file of them; goes on if killed
     python inference.py --demo                                 # predefined examples
     python inference.py --base_only                            # the base model, without the adapter
 
@@ -15,16 +17,18 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import sys
 from collections import namedtuple
-from contextlib import closing, suppress
+from pathlib import Path
 
+from file_utils import check_writable, display_path, expand_home, read_json
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
-from run_utils import find_adapter
+from run_utils import CACHE, find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
+batch_utils = LateImport("batch_utils")
+chat_utils = LateImport("chat_utils")
 data_utils = LateImport("data_utils")
 fit_utils = LateImport("fit_utils")
-generation_utils = LateImport("generation_utils")
 hub_utils = LateImport("hub_utils")
 model_utils = LateImport("model_utils")
 prompt_utils = LateImport("prompt_utils")
@@ -39,38 +43,71 @@ DEMO_PROMPTS = (
     "Write a short thank-you note to a friend.",
     "My order has not arrived yet. What should I do?",
 )
-HELP = """/help     this list
-/clear    forget the conversation
-/history  remember earlier turns, or stop doing so
-/quit     leave (also Ctrl-D); Ctrl-C stops an answer"""
+CHAT_INPUTS = "chat-inputs"  # in OUTPUT_DIR: what was typed in chats
+SEVERAL_TURNS = 0.1  # share of an adapter's rows with several questions from which a chat keeps the earlier turns
 
 
 def main(argv):
     parser = build_parser("inference.py", __doc__)
-    parser.add_argument("instruction", nargs="?", help="answer this once and exit")
+    parser.add_argument("instruction", nargs="?", help="answer this once and exit; -: what comes from stdin")
     parser.add_argument("--demo", action="store_true", help="answer the predefined examples and exit")
     parser.add_argument("--base_only", action="store_true", help="talk to the base model, without the adapter")
     parser.add_argument("--adapter_path", help="adapter to talk to (default: OUTPUT_DIR/lora-adapter)")
+    parser.add_argument("--input_file", help="answer all rows of this file: any format and shape that training reads")
+    parser.add_argument("--output_file", help="where the answers of --input_file are written, a .jsonl file")
     options, given = parse_command_line(parser, argv)
-    if options.instruction is not None:
-        check_instruction(options.instruction)
     quiet_libraries()
-    adapter_path, _ = find_adapter(options, given)
+    adapter_path, output_dir = find_adapter(options, given)
+    instruction = find_instruction(options.instruction)
+    target = find_output_file(options)
     loaded = load(adapter_path, given, options.base_only)
     start_garbage_collection()
     torch.manual_seed(loaded.settings.seed)
-    if options.instruction is not None:
-        print_reply(loaded, [{"role": "user", "content": options.instruction}])
+    adapter_path = None if options.base_only else adapter_path
+    if target is not None:
+        batch_utils.answer_file(*loaded, adapter_path, options.input_file, target, output_dir / CACHE)
+    elif instruction is not None:
+        print_reply(loaded, instruction)
     elif options.demo:
         run_demo(loaded)
     else:
-        chat(loaded)
+        chat(loaded, adapter_path, output_dir)
 
 
-def check_instruction(text):
-    """Raise UserError for an instruction that is blank or no text (bytes that are not UTF-8)."""
-    if not data_utils.require_text(text, "the instruction").strip():
+def find_instruction(text):
+    """The instruction of the command line, or stdin's whole text for "-"; UserError if it is blank or no text."""
+    if text == "-":
+        text = read_stdin()
+    if text is not None and not data_utils.require_text(text, "the instruction").strip():
         raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
+    return text
+
+
+def read_stdin():
+    """All of stdin, without the line break at its end."""
+    if sys.stdin is None:
+        raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
+    try:
+        return sys.stdin.read().removeprefix("\ufeff").rstrip("\n")
+    except UnicodeDecodeError:
+        raise UserError("the input is not UTF-8 text; save it as UTF-8 and try again") from None
+
+
+def find_output_file(options):
+    """The path of --output_file, or None without --input_file; nothing may lie there yet."""
+    if options.input_file is None and options.output_file is None:
+        return None
+    if options.input_file is None or options.output_file is None:
+        raise UserError("--input_file and --output_file belong together; give both")
+    if options.instruction is not None or options.demo:
+        raise UserError("--input_file is answered alone; leave out the instruction or --demo")
+    if not options.output_file.endswith(".jsonl"):
+        raise UserError(f"--output_file {options.output_file}: answers are JSON Lines; give a name that ends in .jsonl")
+    target = Path(expand_home(options.output_file)).absolute()
+    if target.exists():
+        raise UserError(f"{display_path(target)} exists already; move it away, or give another --output_file")
+    check_writable(target.parent, "--output_file")
+    return target
 
 
 def load(adapter_path, given, base_only):
@@ -82,79 +119,50 @@ def load(adapter_path, given, base_only):
     settings = make_settings(given, recorded, "inference.py")
     say(f"Base model: {settings.base_model_name}, no adapter")
     model = model_utils.load_settings_base(settings)
-    tokenizer = model_utils.load_tokenizer(model.name_or_path, hub_utils.models_cache(settings.models_dir))
+    models_dir = hub_utils.models_cache(settings.models_dir, settings.base_model_name)
+    tokenizer = model_utils.load_tokenizer(model.name_or_path, models_dir)
     fit_utils.fit_pad_token(tokenizer, model, model_utils.choose_pad_token)
     fit_utils.check_prompt(model, tokenizer)
     prompt_utils.announce_system_text(tokenizer, settings.system_prompt)
     return Loaded(model, tokenizer, settings)
 
 
-def print_reply(loaded, messages):
-    """Stream one reply to stdout and return it; Ctrl-C ends the reply, not the program."""
+# ---- One answer, the examples, the chat ------------------------------------------------------------------------------
+def print_reply(loaded, instruction):
+    """Stream the answer to an instruction to stdout."""
     model, tokenizer, settings = loaded
-    generation = generation_utils.build_generation_config(tokenizer, settings)
-    messages = prompt_utils.begin_with(settings.system_prompt, messages)
-    chunks = []
-    with closing(generation_utils.stream_reply(model, tokenizer, messages, generation)) as stream:
-        try:
-            for chunk in stream:
-                chunk = chunk if chunks else chunk.lstrip()
-                if chunk:
-                    chunks.append(chunk)
-                    print(chunk, end="", flush=True)
-        except KeyboardInterrupt:
-            say(" [stopped]")
-    print(flush=True)
-    return "".join(chunks).strip()
+    messages = prompt_utils.begin_with(settings.system_prompt, [{"role": "user", "content": instruction}])
+    chat_utils.print_answer(model, tokenizer, messages, settings)
 
 
 def run_demo(loaded):
     for prompt in DEMO_PROMPTS:
         print(f"\nYou:   {prompt}\nModel: ", end="", flush=True)
-        print_reply(loaded, [{"role": "user", "content": prompt}])
+        print_reply(loaded, prompt)
 
 
-def chat(loaded, answer=print_reply):
-    """Read, answer, repeat, until /quit or the end of the input.
-
-    Earlier turns are remembered where the tokenizer came with a chat template of its own; our Alpaca template is mostly
-    trained on single turns, so there it is off until /history.
-    """
-    messages, keep_history = [], loaded.tokenizer.chat_template != prompt_utils.ALPACA_TEMPLATE
+def chat(loaded, adapter_path, output_dir):
+    """Talk until /exit or the end of the input; adapter_path is None for the base model alone."""
     if sys.stdin is None:
         raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end the chat
-    with suppress(ImportError):
-        import readline  # noqa: F401  only a chat wants the arrow keys that it gives to input(); Windows has its own
-    interactive = sys.stdin.isatty()
-    say(f"Type an instruction; /help lists the commands. Earlier turns are {'kept' if keep_history else 'not kept'}.")
-    while True:
-        try:
-            text = input("\nYou:   " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            say("")
-            return
-        if text in ("/quit", "/exit"):
-            return
-        if text == "/help":
-            say(HELP)
-        elif text == "/clear":
-            messages = []
-            say("The conversation is forgotten.")
-        elif text == "/history":
-            messages, keep_history = [], not keep_history
-            say(f"Earlier turns are {'kept' if keep_history else 'not kept'} from now on.")
-        elif text.startswith("/"):
-            say(f"Unknown command {text.split()[0]}; /help lists the commands")
-        elif text:
-            earlier = messages if keep_history else []
-            messages = [*earlier, {"role": "user", "content": text}]
-            if interactive:
-                print("Model: ", end="", flush=True)
-            reply = answer(loaded, messages)
-            # a template refuses two questions in a row, so one that was stopped before any answer is forgotten
-            messages = [*messages, {"role": "assistant", "content": reply}] if reply else earlier
+    keeps_turns = knows_turns(loaded.tokenizer, adapter_path)
+    kept = "Earlier turns are kept." if keeps_turns else "Each question stands alone; /history keeps earlier turns."
+    say(f"Type a question; /help lists the commands.\n{kept}")
+    chat_utils.Chat(*loaded, keeps_turns=keeps_turns, history_file=output_dir / CHAT_INPUTS).run()
+
+
+def knows_turns(tokenizer, adapter_path):
+    """Whether a model has learned conversations of several turns.
+
+    A chat template of its own says so. Ours is given to base models, which know them only if the adapter's rows had
+    some, as its run recorded.
+    """
+    if tokenizer.chat_template != prompt_utils.ALPACA_TEMPLATE:
+        return True
+    if adapter_path is None or not (adapter_path / "run.json").is_file():
+        return False
+    share = read_json(adapter_path / "run.json", "the adapter's record").get("several_turns")
+    return isinstance(share, (int, float)) and share >= SEVERAL_TURNS
 
 
 if __name__ == "__main__":

@@ -42,13 +42,16 @@ class Stopped(BaseException):
 
 
 CTRL_C = "\nStopped by Ctrl-C."
+FORMAT_WARNING = warnings.formatwarning
 
-# C0 and C1 control characters except tab and newline: no foreign text may steer the terminal
+# No foreign text may steer the terminal: C0 and C1 control characters except tab and newline, and what turns the
+# direction of writing over, so that a text reads otherwise than it is
 CONTROL_CHARACTERS = dict.fromkeys(c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n")
+CONTROL_CHARACTERS |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x2070)])
 
 
 def printable(text):
-    """The text without terminal control characters. Without ESC no escape sequence can form, not even across chunks."""
+    """The text without what steers a terminal. Without ESC no escape sequence can form, not even across chunks."""
     return text.translate(CONTROL_CHARACTERS)
 
 
@@ -58,27 +61,37 @@ def is_first_process():
 
 
 class Voice:
-    """What say() does beside printing; `aside` is set by progress_utils, and moves bars out of the way."""
+    """What say() does beside printing; the rooms whose matter it is set `aside` and `note`."""
 
     def __init__(self):
         self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
-        self.aside = contextlib.nullcontext
+        self.aside = contextlib.nullcontext  # moves progress bars out of the way
+        self.note = None  # note(line): keeps it in a run's log
 
 
 VOICE = Voice()
 
 
-def say(message, each_process=False):
-    """Print a message on stderr. Results are printed on stdout by print().
+def say(message, each_process=False, styled=False):
+    """Print a message on stderr, its printable characters only. Results are printed on stdout by print().
 
     Only the first process prints it. With each_process=True every process that calls this prints it, and all but the
-    first put their number before it.
+    first put their number before it. With styled=True the message holds control sequences of ours, such as colours:
+    it is printed as it is, so what is foreign in it must be printable() already.
     """
     if is_first_process() or each_process:
+        message = message if styled else printable(message)
         shown = message if is_first_process() else f"process {os.environ['RANK']}: {message}"
         VOICE.spoken_at = time.monotonic()
         with VOICE.aside():
             print(shown, file=sys.stderr, flush=True)
+        note(shown)
+
+
+def note(message):
+    """Keep a message in the run's log, where there is one. What say() prints is kept."""
+    if VOICE.note:
+        VOICE.note(message)
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
@@ -95,7 +108,8 @@ class LateImport:
 
     def __getattr__(self, attribute):
         if self._name not in sys.modules:
-            with ctrl_c_leaves_at_once():
+            progress = importlib.import_module("progress_utils").progress  # it builds on this room
+            with progress("Loading the libraries"), ctrl_c_leaves_at_once():
                 importlib.import_module(self._name)
         return getattr(importlib.import_module(self._name), attribute)
 
@@ -150,15 +164,15 @@ def run_main(main, argv):
     gc.disable()  # until start_garbage_collection()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the entry scripts leave it while they are imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end the script
+    prepare_streams()
+    let_libraries_print_safely()
     try:
         main(argv)
         leave_process_group()
         return 0
     except BrokenPipeError:  # `head`, for example, leaves after its last line
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 1
     except KeyboardInterrupt:
         return end_by_ctrl_c()
@@ -173,11 +187,43 @@ def run_main(main, argv):
         if mistake is None:
             raise
         if "--debug" in argv:
-            traceback.print_exc()
+            say(traceback.format_exc().rstrip())
         say(f"error: {mistake}", each_process=mistake.each_process)
         if not mistake.each_process:  # all processes end here
             leave_process_group()
         return 2
+
+
+def prepare_streams():
+    """Let files and pipes be UTF-8 whatever the locale. A terminal keeps its encoding; what that lacks is escaped."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a test or a notebook may have put another object there
+            if not stream.isatty():
+                stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(errors="strict" if stream is sys.stdin else "backslashreplace")
+
+
+class PrintableRecord(logging.LogRecord):
+    """What a library logs, its printable characters only: it may quote configs, names and texts of files."""
+
+    def getMessage(self):
+        return printable(super().getMessage())
+
+
+def format_printable_warning(*args, **options):
+    return printable(FORMAT_WARNING(*args, **options))
+
+
+def print_uncaught(*error):
+    """Print the traceback of a bug of ours, or of a library."""
+    say("".join(traceback.format_exception(*error)).rstrip(), each_process=True)
+
+
+def let_libraries_print_safely():
+    """Make printable what libraries log, warn of and raise."""
+    logging.setLogRecordFactory(PrintableRecord)
+    warnings.formatwarning = format_printable_warning
+    sys.excepthook = print_uncaught
 
 
 def system_problem(error):
@@ -219,12 +265,23 @@ def leave_process_group():
         distributed.destroy_process_group()
 
 
+# How the bars of a library are switched off
+LIBRARY_BARS = {
+    "huggingface_hub.utils": "disable_progress_bars",
+    "transformers.utils.logging": "disable_progress_bar",
+    "datasets.utils": "disable_progress_bars",
+}
+
+
 def quiet_libraries():
     """Silence notices of the libraries that need no action of the user; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is not set, tokenizers warns at every fork
     # the project has bars of its own, and none where nobody looks
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for module, switch in LIBRARY_BARS.items():  # of a library that is imported already
+        if module in sys.modules:
+            getattr(sys.modules[module], switch)()
     # bitsandbytes prints it where its optional CPU kernels are not installed; its built-in ones are correct
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # huggingface_hub prints it for datasets whose README has no header

@@ -7,11 +7,14 @@
 What cannot be loaded is a UserError with its remedy.
 """
 
+import contextlib
 import copy
+import gc
 import json
 import math
 import os
 import platform
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +22,13 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from evidence_utils import SEEN_ROWS, write_seen_rows
+from export_utils import write_adapter_card
 from file_utils import (
     SHOWN_DIGITS,
     check_space,
@@ -37,8 +42,9 @@ from file_utils import (
     write_json,
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
-from hub_utils import hub_errors, locate_model, model_folder, models_cache
+from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
 from message_utils import UserError, quiet_libraries, say
+from progress_utils import progress
 from prompt_utils import (
     ALPACA_TEMPLATE,
     announce_system_text,
@@ -182,7 +188,8 @@ class Base(NamedTuple):
 
 def find_base(settings):
     """Find the base model and prepare the device for it; returns a Base."""
-    models_dir, device = models_cache(settings.models_dir), resolve_device(settings.device)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
+    device = resolve_device(settings.device)
     grow_gpu_memory(device)
     dtype = choose_dtype(device, settings.use_fp16)
     path = locate_model(settings.base_model_name, models_dir)
@@ -219,7 +226,9 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
         say("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here")
     if quantization_config is not None and device.type == "mps":
         raise UserError("4-bit quantization needs CUDA or the CPU; add --use_4bit_quantization false or --device cpu")
-    with hub_errors(path):
+    if not Path(path).is_dir():
+        download_weights(path, models_dir)
+    with hub_errors(path), progress(f"Loading {path}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
@@ -255,7 +264,7 @@ def keep_four_bits_trainable(model):
 
 def load_settings_base(settings):
     """Load the base model that the settings name, as they say: device, number format and quantization."""
-    models_dir = models_cache(settings.models_dir)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
     path = locate_model(settings.base_model_name, models_dir)
     device = resolve_device(settings.device)
     dtype = choose_dtype(device, settings.use_fp16)
@@ -349,6 +358,12 @@ def weight_files(folder):
     return [path for path in [folder / "model.safetensors"] if path.is_file()]
 
 
+def weights_at_hand(folder):
+    """Whether all safetensors files that transformers would load from a folder lie there."""
+    paths = weight_files(folder)
+    return bool(paths) and all(path.is_file() for path in paths)
+
+
 def tensor_beginnings(path):
     """Yield [name, type, shape, hash of the first 4 KiB] of each tensor in a safetensors file."""
     with open(path, "rb") as file:
@@ -407,39 +422,7 @@ def save_finished_adapter(model, base, path, settings, record, state, seen=None)
         write_recorded_settings(staged, settings)
         write_json(staged / "run.json", record)
         state.save_to_json(staged / "trainer_state.json")
-        (staged / "README.md").write_text(model_card(settings, record), encoding="utf-8")
-
-
-def model_card(settings, record):
-    """A model card for the Hub: what the adapter is, how it was trained and how to use it."""
-    loss = record["validation_loss"]
-    figures = f"Validation loss {loss:.4f} on {record['validation_rows']} held-out rows." if loss is not None else ""
-    return f"""---
-base_model: {settings.base_model_name}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora]
----
-# LoRA adapter for {settings.base_model_name}
-
-Trained on {record["training_rows"]} rows for {record["steps"]} steps (r={settings.lora_r}, alpha={settings.lora_alpha},
-learning rate {settings.learning_rate}, rows of at most {settings.max_seq_length} tokens). {figures}
-The tokenizer in this folder carries the chat template that it was trained with. All settings are in settings.json,
-the figures of the run in run.json.
-{system_text_card(settings.system_prompt)}
-```python
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-"""
-
-
-def system_text_card(system_prompt):
-    """What a card says of the system text that conversations with a model begin with."""
-    if not (system_prompt or "").strip():
-        return ""
-    quoted = "".join(f"> {line}\n" for line in system_prompt.splitlines())
-    return f"\nConversations with it begin with this system text:\n\n{quoted}"
+        write_adapter_card(staged, base.tokenizer, settings, record)
 
 
 def write_adapter_identity(folder, name, content):
@@ -530,12 +513,10 @@ def load_trained_model(adapter_path, settings=None):
     base = load_settings_base(settings)
     fit_pad_token(tokenizer, base, choose_pad_token)
     check_prompt(base, tokenizer)
-    content = base_content(base.name_or_path, models_cache(settings.models_dir))
+    content = base_content(base.name_or_path, models_cache(settings.models_dir, settings.base_model_name))
     check_adapter_identity(folder, settings.base_model_name, content)
     announce_system_text(tokenizer, settings.system_prompt)
-    model = load_adapter(base, folder).eval()
-    model.system_prompt = settings.system_prompt  # for the card of the merged model
-    return model, tokenizer
+    return load_adapter(base, folder).eval(), tokenizer
 
 
 def load_adapters_tokenizer(folder, settings):
@@ -545,7 +526,7 @@ def load_adapters_tokenizer(folder, settings):
     """
     if has_tokenizer(folder) or (folder / SETTINGS_FILE).is_file():
         return load_tokenizer(str(folder))
-    models_dir = models_cache(settings.models_dir)
+    models_dir = models_cache(settings.models_dir, settings.base_model_name)
     tokenizer = load_tokenizer(locate_model(settings.base_model_name, models_dir), models_dir)
     say(f"Adapter {display_path(folder)} holds no tokenizer; its base model's is used, with that one's chat template")
     return tokenizer
@@ -580,21 +561,114 @@ def load_adapter(base, folder):
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
-def merge_and_save_model(model, tokenizer, path, models_dir=None):
-    """Merge the adapter into its base model and save a folder that plain transformers loads.
+FULL, DEQUANTIZED = "full", "dequantized"  # bases to merge into: as stored; or its 4-bit weights, dequantized
+MERGE_RECORD = "merge.json"  # in a merged model's folder
+TOLERANCE = 0.02  # share by which a merged model's loss may differ; rounding to 16 bits makes about a tenth of it
 
-    The base is loaded again unquantized, in the number format that `model` computes in, so that the merged model
-    answers like it. It is scored against base + adapter before anything is written, and the folder appears under its
-    name only when it is complete.
+
+class Merge(NamedTuple):
+    """What was merged, and the losses that decided it, in nats a token."""
+
+    base_model: str  # as the adapter names it
+    merged_into: str  # FULL or DEQUANTIZED
+    dtype: str  # number format of the merged weights, such as "bfloat16": the base's own
+    adapter_loss: float | None  # of base + adapter, or None where nothing was scored
+    losses: dict  # {FULL: loss, DEQUANTIZED: loss} of the candidates that were scored
+
+
+def merge_and_save_model(model, tokenizer, path, models_dir=None):
+    """Merge the adapter into its base model and save a folder that plain transformers loads; returns a Merge.
+
+    merged_folder tells how. After 4-bit training the base is the dequantized one, since no rows decide here.
+    """
+    with merged_folder(model, tokenizer, path, models_dir) as (_, merge):
+        pass
+    say(f"Merged model saved to {display_path(resolve_path(path))}")
+    return merge
+
+
+@contextlib.contextmanager
+def merged_folder(model, tokenizer, path, models_dir=None, score=None, into=None):
+    """Yield (folder, Merge) of a merged model, to which files may be added; it is named `path` when all went well.
+
+    The weights are in the number format that the base is stored in. An adapter that was trained in 4 bits can be merged
+    into the base as it is stored (FULL), or into the weights that it was trained on (DEQUANTIZED). score is a function
+    of a model that gives its loss in nats a token. With it both are made, and the one with the lower loss is kept;
+    without it DEQUANTIZED, which answers as base + adapter did. into: one of the two, whatever they score.
+
+    What is scored is read back from the disk, as its users will read it. Raises RuntimeError, with nothing saved, if
+    merging changed the model.
     """
     quiet_libraries()
     target = resolve_path(path)
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or merge into another folder")
     check_mergeable(model)
-    size = model.dtype.itemsize * sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
+    name = model.peft_config["default"].base_model_name_or_path
+    models_dir = models_cache(models_dir or DEFAULTS["models_dir"], name)
+    base_path, candidates = locate_model(name, models_dir), merge_candidates(model, score, into)
+    size = stored_bytes(base_path, models_dir) * len(candidates)
     check_space(target, size, "the merged model", "free some, or merge into a folder on another disk")
-    base = reload_base(model, models_cache(models_dir or DEFAULTS["models_dir"]))
+    with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
+        adapter_loss = score(model) if score else None
+        losses = {}
+        for candidate in candidates:
+            say(f"Merging into {describe_candidate(candidate, name)}")
+            with progress("Merging"):
+                dtype, probed = write_candidate(model, tokenizer, base_path, models_dir, candidate, staged / candidate)
+            losses[candidate] = score_candidate(model, tokenizer, staged / candidate, probed, score)
+        best = min(losses, key=lambda candidate: losses[candidate] if math.isfinite(losses[candidate]) else math.inf)
+        if score and into is None:
+            check_same(max(losses[best], adapter_loss), adapter_loss)  # a lower loss is welcome
+        for file in (staged / best).iterdir():
+            file.rename(staged / file.name)
+        for candidate in candidates:
+            shutil.rmtree(staged / candidate)
+        tokenizer.save_pretrained(staged)
+        merge = Merge(name, best, dtype, adapter_loss, losses if score else {})
+        write_json(staged / MERGE_RECORD, merge._asdict())
+        yield staged, merge
+
+
+def merge_candidates(model, score, into):
+    """The bases that an adapter is merged into, to be compared."""
+    if not four_bit_layers(model):
+        if into == DEQUANTIZED:
+            raise UserError("the adapter was not trained in 4 bits, so nothing can be dequantized; leave out --into")
+        return [FULL]
+    return [into] if into else [FULL, DEQUANTIZED] if score else [DEQUANTIZED]
+
+
+def describe_candidate(candidate, name="the base model"):
+    """The words for what an adapter is merged into."""
+    return {FULL: f"{name} as it is stored", DEQUANTIZED: f"the 4-bit weights of {name}, dequantized"}[candidate]
+
+
+def four_bit_layers(model):
+    """{name of the layer in the base model: its 4-bit layer}, also of those that an adapter wraps."""
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in model.get_base_model().named_modules()}
+    return {
+        name: layer for name, layer in layers.items() if get_bnb_param_type(getattr(layer, "weight", None)) == "4bit"
+    }
+
+
+def stored_bytes(path, models_dir):
+    """Bytes of a base model's weights as they are stored, which are those of a model merged from it."""
+    return sum(file.stat().st_size for file in weight_files(model_folder(path, models_dir)))
+
+
+def merging_device(model, path, models_dir):
+    """The model's device, or the CPU where a GPU has no room for the whole base beside the model."""
+    if model.device.type != "cuda" or torch.cuda.mem_get_info(model.device)[0] > 1.15 * stored_bytes(path, models_dir):
+        return model.device
+    return torch.device("cpu")
+
+
+def write_candidate(model, tokenizer, path, models_dir, candidate, folder):
+    """Merge the adapter into one of its bases and write it to a folder; returns (number format, its probe_loss)."""
+    base = load_base_model(path, merging_device(model, path, models_dir), "auto", models_dir=models_dir)
+    if candidate == DEQUANTIZED:
+        copy_dequantized(model, base)
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
@@ -602,53 +676,34 @@ def merge_and_save_model(model, tokenizer, path, models_dir=None):
     expected = probe_loss(with_adapter, tokenizer)
     merged = with_adapter.merge_and_unload(safe_merge=True)
     found = probe_loss(merged, tokenizer)
-    if not abs(found - expected) < 0.05:
-        raise RuntimeError(f"merging changed the model: probe loss {found:.4f}, expected {expected:.4f}; nothing saved")
+    check_same(found, expected)
     merged.config.use_cache = True
     prepare_generation_config(merged.generation_config, tokenizer)
-    with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
-        merged.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        base_name = model.peft_config["default"].base_model_name_or_path
-        card = merged_card(base_name, getattr(model, "system_prompt", None))
-        (staged / "README.md").write_text(card, encoding="utf-8")
-    say(f"Merged model saved to {display_path(target)}")
+    merged.save_pretrained(folder)
+    return str(merged.dtype).removeprefix("torch."), found
 
 
-def merged_card(base_name, system_prompt):
-    """A model card for the merged model: what it is and how to use it."""
-    return f"""---
-base_model: {base_name}
-library_name: transformers
-pipeline_tag: text-generation
----
-# {base_name} with a LoRA adapter merged into it
-
-The tokenizer in this folder carries the chat template that the adapter was trained with.
-{system_text_card(system_prompt)}"""
+def check_same(found, expected):
+    """Raise RuntimeError unless two losses of one model, in nats a token, differ by no more than rounding explains."""
+    if not abs(found - expected) < TOLERANCE * max(expected, 1):
+        raise RuntimeError(f"merging changed the model: loss {found:.4f}, expected {expected:.4f}; nothing is saved")
 
 
-def shape_of(parameter):
-    """The shape that a weight has when it is not quantized: 4-bit ones are packed, and know theirs."""
-    return getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+@torch.no_grad()
+def copy_dequantized(model, base):
+    """Give the layers of an unquantized base the weights that the 4-bit model computes with."""
+    for name, layer in four_bit_layers(model).items():
+        weight = dequantize_bnb_weight(layer.weight)
+        target = base.get_submodule(name)
+        target.weight.copy_(weight.T if isinstance(target, Conv1D) else weight)  # GPT-2's weights lie so
 
 
-def reload_base(model, models_dir):
-    """Load the adapter's base model without quantization, on the model's GPU if it has room, else on the CPU."""
-    name = model.peft_config["default"].base_model_name_or_path
-    path = locate_model(name, models_dir)
-    device = model.device
-    if device.type == "cuda":
-        # counted from the config, since the model's own 4-bit weights are packed
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False), **OWN_KERNELS
-            )
-        needed = model.dtype.itemsize * sum(parameter.numel() for parameter in plain.parameters())
-        if torch.cuda.mem_get_info(device)[0] < 1.15 * needed:
-            device = torch.device("cpu")
-    say(f"Reloading {name} without quantization, on {device.type.upper()}, to merge into it")
-    return load_base_model(path, device, model.dtype, models_dir=models_dir)
+def score_candidate(model, tokenizer, folder, probed, score):
+    """Read a merged model back, as its users will, and compare it with what was written; returns its loss by score."""
+    gc.collect()  # the model that was written is gone, but for its circles
+    merged = load_base_model(str(folder), merging_device(model, folder, None), model.dtype)
+    check_same(probe_loss(merged, tokenizer), probed)
+    return score(merged) if score else probed
 
 
 @torch.no_grad()

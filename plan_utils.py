@@ -1,6 +1,7 @@
 """The plan: what a run will do, how its steps will be computed and what they need, before any weight is loaded."""
 
 import math
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from engine_passes import (
 )
 from message_utils import UserError, say
 from model_utils import GIB, count_parameters
+from progress_utils import format_duration
 
 PASSES_WORTH_COMPILING = 200
 ALLOCATOR = 1.06  # PyTorch reserves so much more than its tensors take, as measured on an H200
@@ -223,6 +225,64 @@ def plan_memory(plan, shapes, settings, dtype, rows, gpu):
     return plan._replace(checkpointing=checkpointing, dequantized=dequantized, expected_bytes=peak)
 
 
+def count_rounds(steps, eval_steps, done=0):
+    """The evaluations, or saves, behind the step `done`: one every eval_steps, and one at the last step."""
+    return -(-steps // eval_steps) - done // eval_steps if done < steps else 0
+
+
+class RunTimes:
+    """Seconds that the parts of a run take: as they were rehearsed, and then as they turn out."""
+
+    REHEARSED = 2  # a rehearsed time counts as much as so many measured ones
+
+    def __init__(self, steps=0, eval_steps=1, began=None):
+        self.steps, self.eval_steps = steps, eval_steps
+        self.began = time.time() if began is None else began
+        self.sums = {}  # of each part: seconds, and how many times they were spent
+
+    def expect(self, part, seconds):
+        """part: "step", "evaluation", "answers", "save", or "end": what comes after the last step."""
+        self.sums[part] = (seconds * self.REHEARSED, self.REHEARSED)
+
+    def measured(self, part, seconds, count=1):
+        sum_of_seconds, times = self.sums.get(part, (0.0, 0))
+        self.sums[part] = (sum_of_seconds + seconds, times + count)
+
+    def each(self, part):
+        sum_of_seconds, times = self.sums.get(part, (0.0, 1))
+        return sum_of_seconds / times
+
+    def elapsed(self):
+        return time.time() - self.began
+
+    def left(self, step):
+        """Seconds from the end of a step to the end of the run."""
+        rounds = count_rounds(self.steps, self.eval_steps, step)
+        a_round = sum(self.each(part) for part in ("evaluation", "answers", "save"))
+        return (self.steps - step) * self.each("step") + rounds * a_round + self.each("end")
+
+    def describe(self, step, evaluated, answered, final):
+        """The line that tells what a run will take: steps, evaluations of so many rows, answers, saves, and all."""
+        steps, rounds = self.steps - step, count_rounds(self.steps, self.eval_steps, step)
+        parts = [
+            (steps, "step", "a step"),
+            (rounds, "evaluation", f"an evaluation of {evaluated:,} rows"),
+            (rounds, "answers", f"for {answered} answers"),
+            (rounds, "save", "a save"),
+            (1, "end", f"for all {final:,} rows at the end"),
+        ]
+        # of a run of seconds nothing but the steps was rehearsed
+        parts = [
+            f"{times:,} x {format_seconds(self.each(part))} {what}" for times, part, what in parts if part in self.sums
+        ]
+        return f"Time: {', '.join(parts)}; about {format_duration(self.elapsed() + self.left(step))} in all"
+
+
+def format_seconds(seconds):
+    """'0.21 s', or '1 min 5 s' of what is longer than ten seconds."""
+    return f"{seconds:.2f} s" if seconds < 10 else format_duration(seconds)
+
+
 def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     """Seconds that so many steps will take: the rehearsed pass's speed, and what recording each new length takes."""
     seconds = steps * tokens_a_step(rows, plan.rows_a_step, processes) / rehearsal.tokens * rehearsal.seconds
@@ -246,8 +306,11 @@ def check_compiler(settings, device):
     say("The layers will be compiled, half a minute or so, which seldom pays on a CPU (--torch_compile false: no)")
 
 
-def print_plan(settings, base, rows, validation_rows, processes=1):
-    """Say, before any weight is loaded, what the run will do and what it needs; base: model_utils.Base."""
+def print_plan(settings, base, rows, validation_rows, evaluated_rows, processes=1):
+    """Say, before any weight is loaded, what the run will do and what it needs; base: model_utils.Base.
+
+    evaluated_rows: those of the validation rows that are measured during the training.
+    """
     total, trainable = count_parameters(base.shapes)
     steps = count_steps(len(rows), settings, processes)
     tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
@@ -262,6 +325,16 @@ def print_plan(settings, base, rows, validation_rows, processes=1):
         f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
         f" about {disk:,.0f} MiB on disk"
     )
+    if len(validation_rows):
+        rounds = count_rounds(steps, settings.eval_steps)
+        rows_a_round = f"{len(evaluated_rows):,} rows"
+        if len(evaluated_rows) < len(validation_rows):
+            rows_a_round += f" of the {len(validation_rows):,}, all of them at the end"
+        answers = min(settings.sample_prompts, len(validation_rows))
+        say(
+            f"Plan: {rounds} evaluations, one every {settings.eval_steps} steps, each on {rows_a_round}, with {answers}"
+            " answers and a checkpoint"
+        )
     if steps == 1 and settings.warmup_ratio > 0:
         say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
 

@@ -7,6 +7,7 @@ with progress("Tokenizing", total=len(rows), unit="rows") as bar:
 """
 
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -21,23 +22,24 @@ BAR_DELAY, BAR_PAUSE = 1, 0.25  # seconds before a bar is drawn, and between two
 RUNNING = []  # the jobs that are being shown, the innermost last: it is the one that speaks
 
 
-def progress(what, total=None, unit="steps", done=0):
+def progress(what, total=None, unit="steps", done=0, left=None):
     """Context manager of a long job; its update(count) is cheap enough to be called for every row.
 
     what: the job's name, as a line begins with it: "Tokenizing". total: of so many units, None where nobody knows.
     unit: in the plural; "bytes" are shown as MiB. done: units that were done before, and tell nothing of the speed.
+    left: a function that knows the seconds left, or None, better than the speed so far does.
 
     A job that ends within seconds shows nothing. Only the first process shows anything.
     """
-    return Progress(what, total, unit, done)
+    return Progress(what, total, unit, done, left)
 
 
 class Progress:
     """A running job: a thread of its own looks at it, so that a single long call is not silent either."""
 
-    def __init__(self, what, total, unit, done):
+    def __init__(self, what, total, unit, done, left):
         self.what, self.total, self.unit, self.before, self.done = what, total, unit, done, done
-        self.started = time.monotonic()
+        self.left, self.started = left, time.monotonic()
         self.bar, self.lines = None, 0
         self.ended = threading.Event()
         self.watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
@@ -47,7 +49,9 @@ class Progress:
         self.done += count
 
     def seconds_left(self):
-        """Seconds that the rest will take at the speed so far; None while nothing tells."""
+        """Seconds that the rest will take, by the speed so far unless something knows better; None if nothing tells."""
+        if self.left:
+            return self.left()
         new = self.done - self.before
         return self.elapsed() / new * max(self.total - self.done, 0) if self.total and new > 0 else None
 
@@ -93,13 +97,16 @@ class Progress:
                 unit="B" if self.unit == "bytes" else f" {self.unit}",
                 unit_scale=self.unit == "bytes",
                 unit_divisor=1024,
-                bar_format=None if self.total or self.done else "{desc}: {elapsed}",
                 leave=False,
                 file=sys.stderr,
                 nrows=20,
             )
             self.bar.start_t -= self.elapsed()
-        self.bar.n = self.done
+        self.bar.n, self.bar.total = self.done, self.total
+        left = self.seconds_left()
+        times = f"[{{elapsed}}, {format_duration(left)} left]" if left is not None else "[{elapsed}]"
+        amount = "{l_bar}{bar}| {n_fmt}/{total_fmt}" if self.total else "{desc}: {n_fmt}" if self.done else "{desc}"
+        self.bar.bar_format = f"{amount}{{unit}} {times}" if self.total or self.done else f"{amount} {times}"
         self.bar.ncols = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
         self.bar.refresh()
 
@@ -133,13 +140,29 @@ class Bar(tqdm):
     monitor_interval = 0
 
 
+def silent_bar(job):
+    """A class for libraries that show bytes on a bar of tqdm: it draws nothing, and tells the job instead."""
+
+    class SilentBar(tqdm):
+        monitor_interval = 0
+
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options | {"file": io.StringIO(), "disable": False})
+
+        def display(self, *arguments, **options):
+            if self.unit == "B" and self.total:
+                job.total, job.done = self.total, max(job.done, self.n)
+
+    return SilentBar
+
+
 def is_terminal():
     """Whether stderr is a terminal on which a bar can be drawn."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 Bar.set_lock(threading.RLock())  # tqdm's own is shared among processes, which on some systems starts one more
-VOICE.aside = lambda: Bar.external_write_mode(file=sys.stderr)  # bars step aside while a line is printed
+VOICE.aside = lambda: Bar.external_write_mode(file=sys.stderr)
 
 
 def format_duration(seconds):

@@ -8,9 +8,11 @@ import json
 import re
 from itertools import chain, islice
 
+import psutil
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
+from file_utils import READ_BYTES
 from message_utils import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -31,6 +33,8 @@ OTHER_FILES = {
     b"<html": "a web page",
 }
 ROWS_EXPECTED = "expected rows with an instruction and a response"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how files begin that say so
+NO_TEXT = "a NUL byte, which no text holds; save the file as UTF-8 text and try again"
 
 # Excel and other programs may name the delimiter in a first line of its own
 DELIMITERS, DELIMITER_LINE = ",;\t|", re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
@@ -66,6 +70,40 @@ def is_turns(value):
     )
 
 
+def check_beginning(path, name):
+    """Raise UserError where a file of text begins with what is none, before a large one is read whole."""
+    if path.suffix.lower() != ".parquet":
+        with open(path, "rb") as file:
+            block = file.read(READ_BYTES)
+        if kind := next((OTHER_FILES[start] for start in OTHER_FILES if block.startswith(start)), None):
+            raise UserError(f"dataset {name}: found {kind}, expected a file of rows: {FILE_TYPES}")
+        if b"\0" in block and not block.startswith(UTF_16):
+            line = block[: block.index(b"\0")].count(b"\n") + 1
+            raise UserError(f"dataset {name}, line {line}: {NO_TEXT}")
+
+
+def expected_rows(paths):
+    """About how many rows files hold, without reading any; None where only reading them tells.
+
+    A line is a row: of a CSV file that is too many where texts have several lines.
+    """
+    total = 0
+    for path in paths:
+        if path.suffix.lower() == ".json":
+            return None
+        if path.suffix.lower() == ".parquet":
+            try:
+                with ParquetFile(path) as file:
+                    total += file.metadata.num_rows
+            except (ArrowException, OSError, ValueError):  # reading it will say what is wrong
+                return None
+        else:
+            with open(path, "rb") as file:
+                while block := file.read(READ_BYTES):
+                    total += block.count(b"\n")
+    return total
+
+
 def read_lines(path, name):
     """Yield (line number, text) of a UTF-8 file, without its byte order mark; another encoding is a UserError.
 
@@ -73,14 +111,12 @@ def read_lines(path, name):
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
-            if number == 1 and (
-                kind := next((OTHER_FILES[start] for start in OTHER_FILES if raw.startswith(start)), None)
-            ):
-                raise UserError(f"dataset {name}: found {kind}, expected a file of rows: {FILE_TYPES}")
+            if b"\0" in raw and not raw.startswith(UTF_16):
+                raise UserError(f"dataset {name}, line {number}: {NO_TEXT}")
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                utf16 = number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+                utf16 = number == 1 and raw.startswith(UTF_16)
                 found = "UTF-16, expected UTF-8 text" if utf16 else "not UTF-8 text"
                 remedy = "save the file as UTF-8 and try again"
                 raise UserError(f"dataset {name}, line {number}: {found}; {remedy}") from None
@@ -96,6 +132,12 @@ def read_json_rows(path, name, notes, columns):
         notes.append("JSON Lines")
         return read_json_lines(path, name)
     notes.append("JSON")
+    size, memory = path.stat().st_size, psutil.virtual_memory().total
+    if size > memory:
+        raise UserError(
+            f"dataset {name}: {size / 2**30:,.0f} GiB of JSON, which is read whole, and this machine has"
+            f" {memory / 2**30:,.0f} GiB of memory; write it as JSON Lines, a row a line, in a .jsonl file"
+        )
     text = "".join(line for _, line in read_lines(path, name))
     rows = parse_json(text, lambda line: f"dataset {name}, line {line}")
     if is_turns(rows) or (

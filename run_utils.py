@@ -3,27 +3,30 @@
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
+import sys
 import time
 
 from filelock import FileLock, Timeout
 
 from file_utils import display_path, read_json, resolve_path, write_json
-from message_utils import UserError, is_first_process, say
+from message_utils import VOICE, UserError, is_first_process, say
 from settings_utils import DEFAULTS, is_folder_name
 
 # What train.py writes to OUTPUT_DIR
 ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validation.jsonl"
 
 
-DATA_REPORT, CACHE, EVALUATION = "data_report.json", "cache", "evaluation"
+DATA_REPORT, CACHE, EVALUATION, RUN_LOG = "data_report.json", "cache", "evaluation", "train.log"
 RUN_RECORD, MANIFEST = "run.json", "manifest.json"  # in an adapter's folder and in a checkpoint's; both name the run
 
 
 # What belongs to one run of train.py and is moved to OUTPUT_DIR/previous before the next one. The adapter is moved
 # last: as long as it is there, the run counts as finished, even if the moving is interrupted.
-RUN_OUTPUTS = (CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, EVALUATION, "merged-model", ADAPTER)
+RUN_OUTPUTS = (CHECKPOINTS, VALIDATION_ROWS, DATA_REPORT, RUN_LOG, EVALUATION, "merged-model", ADAPTER)
 
 
 def find_adapter(options, given):
@@ -76,6 +79,51 @@ def set_aside(output_dir, names, kept=()):
         else:
             shutil.move(path, target / path.name)
     return target
+
+
+# ---- The log ---------------------------------------------------------------------------------------------------------
+class RunLog:
+    """Keeps what a run says, each line with its time, in a file beside the adapter; a run that goes on appends to it.
+
+    Until it is opened, when the run's folder is ready, the lines wait. A disk that refuses costs the log, not the run.
+    """
+
+    def __init__(self):
+        self.waiting, self.path, self.file = [], None, None
+        VOICE.note = self.note
+
+    def open(self, path):
+        """From here on the lines go into this file, those that waited first."""
+        waiting, self.waiting, self.path = self.waiting, None, path
+        command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        try:
+            if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+                raise OSError("expected a file there")
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as the run; a killed one loses no line
+        except OSError as error:
+            self.give_up(error)
+        self.write(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')}  {command}\n")
+        for text in waiting:
+            self.write(text)
+
+    def note(self, message):
+        """Keep a message without its colours."""
+        text = f"{time.strftime('%H:%M:%S')}  {re.sub(chr(27) + r'.[0-9;]*m', '', message).strip()}\n"
+        if self.waiting is not None:
+            self.waiting.append(text)
+        else:
+            self.write(text)
+
+    def write(self, text):
+        if self.file is not None:
+            try:
+                self.file.write(text.encode(errors="replace"))
+            except OSError as error:
+                self.give_up(error)
+
+    def give_up(self, error):
+        self.file = None
+        say(f"The run's log ends here: {display_path(self.path)} cannot be written ({error})")
 
 
 # ---- The lock --------------------------------------------------------------------------------------------------------

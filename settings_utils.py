@@ -71,6 +71,7 @@ RANGES = {
     "seed": (0, 2**32 - 1),
     "logging_steps": (1, 1_000_000_000),
     "eval_steps": (1, 1_000_000_000),
+    "eval_rows": (0, 1_000_000_000),
     "save_total_limit": (1, 1_000_000),
     "early_stopping_patience": (0, 1_000_000),
     "sample_prompts": (0, 1_000),
@@ -131,7 +132,16 @@ USED_SETTINGS = {
         *("validation_dataset_path", "dataset_columns", "chosen_only", "max_seq_length", "batch_size"),
         *("eval_samples", "answer_check"),
     ),
-    "inference.py": (*TO_USE_AN_ADAPTER, *TO_ANSWER, "do_sample", "temperature", "top_p", "seed"),
+    "merge.py": (
+        *("models_dir", "device", "output_dir", "batch_size"),
+        *("do_sample", "temperature", "top_p", "repetition_penalty"),
+        *("validation_dataset_path", "dataset_columns", "chosen_only"),
+    ),
+    "inference.py": (
+        *TO_USE_AN_ADAPTER,
+        *TO_ANSWER,
+        *("do_sample", "temperature", "top_p", "seed", "dataset_columns"),
+    ),
 }
 
 

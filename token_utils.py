@@ -1,5 +1,6 @@
 """Conversations to tokenized rows: encoded in batches, cut, checked and kept on disk."""
 
+import copy
 import json
 import re
 from array import array
@@ -13,6 +14,7 @@ import transformers
 
 from file_utils import cached_folder, sha256
 from message_utils import UserError, printable
+from progress_utils import progress
 from prompt_utils import (
     IGNORED,
     control_tokens,
@@ -76,6 +78,13 @@ class TokenizedRows(Sequence):
     def __len__(self):
         return len(self.index["row"])
 
+    def select(self, positions):
+        """The rows at these positions, in this order."""
+        chosen = copy.copy(self)
+        chosen.index = {name: values[positions] for name, values in self.index.items()}
+        chosen.all_rows = chosen.index
+        return chosen
+
     def __getitem__(self, position):
         if isinstance(position, slice):
             return [self[i] for i in range(*position.indices(len(self)))]
@@ -121,7 +130,13 @@ def tokenize_conversations(
 
     def build(folder):
         with closing(run_in_processes(make, parts, processes)) as chunks:
-            write_rows(folder, chunks)
+            write_rows(folder, shown(chunks))
+
+    def shown(chunks):
+        with progress("Tokenizing", len(conversations), "rows") as bar:
+            for part, chunk in zip(parts, chunks, strict=True):
+                yield chunk
+                bar.update(len(part))
 
     return TokenizedRows(cached_folder(cache_dir, "tokens", key, build))
 

@@ -5,7 +5,7 @@
     python train.py                                            # the same again goes on with a run that was interrupted
     python train.py --custom_dataset_path data/mine.json --num_epochs 2
 
-The adapter ends in output/lora-adapter. Every setting of config.py is a flag.
+The adapter ends in output/lora-adapter. Every setting of config.py that a training uses is a flag.
 """
 
 import signal
@@ -14,12 +14,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
 import platform
+import random
 import shlex
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from importlib.metadata import version
 from itertools import chain, count
+from pathlib import Path
 
 from file_utils import (
     check_writable,
@@ -30,16 +33,18 @@ from file_utils import (
     storage_errors,
     write_json,
 )
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import LateImport, UserError, note, quiet_libraries, run_script, say, start_garbage_collection
 from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
     CACHE,
     CHECKPOINTS,
     DATA_REPORT,
+    RUN_LOG,
     RUN_OUTPUTS,
     VALIDATION_ROWS,
     OutputLock,
+    RunLog,
     set_aside,
 )
 from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
@@ -52,9 +57,11 @@ engine_passes = LateImport("engine_passes")
 evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
+hub_utils = LateImport("hub_utils")
 model_utils = LateImport("model_utils")
 plan_utils = LateImport("plan_utils")
 process_utils = LateImport("process_utils")
+psutil = LateImport("psutil")
 prompt_utils = LateImport("prompt_utils")
 report_utils = LateImport("report_utils")
 token_utils = LateImport("token_utils")
@@ -63,7 +70,8 @@ training_utils = LateImport("training_utils")
 
 # What the phases of a run hand on. Beside these, the phase of the base model gives a model_utils.Base.
 Data = namedtuple("Data", "training validation reports")  # Conversations, and a DataReport of each file
-Rows = namedtuple("Rows", "training validation report")  # TokenizedRows, and the data report
+# TokenizedRows, `evaluated` being those of `validation` that are measured during the training; and the data report
+Rows = namedtuple("Rows", "training validation evaluated report")
 Plan = namedtuple("Plan", "arguments steps")  # the Trainer's arguments, and a StepPlan
 
 
@@ -76,12 +84,24 @@ def main(argv):
     settings = make_settings(given)
     check_writable(resolve_path(settings.output_dir), "--output_dir")
     check_writable(resolve_path(settings.logs_dir), "--logs_dir")
+    check_places(settings)
     train(settings, options.dry_run, options.fresh)
+
+
+def check_places(settings):
+    """Raise UserError where the base model or the data lie in a folder that the run is to write anew."""
+    for path in paths_read(settings):
+        for name in (ADAPTER, CHECKPOINTS):
+            if path.is_relative_to(resolve_path(settings.output_dir) / name):
+                raise UserError(
+                    f"{display_path(path)} lies in a folder that this run writes anew; move it elsewhere, or give"
+                    " another folder with --output_dir"
+                )
 
 
 def train(settings, dry_run=False, fresh=False):
     """The phases of a run: data, base model, rows, plan, and the run itself."""
-    started = time.time()
+    started, log = time.time(), RunLog()
     data = load_data(settings)
     settings = settle_system_text(settings, data)
     lock = OutputLock(resolve_path(settings.output_dir))
@@ -99,12 +119,13 @@ def train(settings, dry_run=False, fresh=False):
     plan = make_plan(settings, base, rows, arguments)
     if dry_run:
         write_report(settings, rows.report, dry_run=True)
+        rehearse(settings, base, data, rows, plan, started)
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
     with lock, process_utils.StopAtOnce():
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)
-        trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints)
+        trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started)
         run(trainer, settings, base, rows, started)
 
 
@@ -167,7 +188,7 @@ def prepare_rows(settings, base, data):
     say(f"Template: {prompt_utils.describe_template(base.tokenizer)}")
     show_example(base.tokenizer, training)
     report_utils.check_cut_limit(report, settings.answers_cut_limit)
-    return Rows(training, validation, report)
+    return Rows(training, validation, choose_evaluated(validation, settings), report)
 
 
 def tokenize(settings, base, conversations, name):
@@ -183,6 +204,14 @@ def tokenize(settings, base, conversations, name):
     return rows
 
 
+def choose_evaluated(validation, settings):
+    """The EVAL_ROWS of the validation rows that are measured during the training, always the same ones."""
+    if not 0 < settings.eval_rows < len(validation):
+        return validation
+    chosen = random.Random(settings.seed).sample(range(len(validation)), settings.eval_rows)
+    return validation.select(sorted(chosen))
+
+
 def show_example(tokenizer, rows):
     """Show a row of usual length as the model sees it, its trained tokens marked."""
     lengths = rows.index["length"][:1000]
@@ -191,7 +220,7 @@ def show_example(tokenizer, rows):
     start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
     marks = "green" if color else "[ ]"
     say(f"Example: row {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
-    say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n")
+    say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n", styled=True)
 
 
 def write_report(settings, report, dry_run=False):
@@ -207,13 +236,40 @@ def write_report(settings, report, dry_run=False):
 # ---- Plan ------------------------------------------------------------------------------------------------------------
 def make_plan(settings, base, rows, arguments):
     """Decide how the steps are computed, and say what the run will do and what it needs; returns a Plan."""
-    plan_utils.print_plan(settings, base, rows.training, rows.validation, arguments.world_size)
+    plan_utils.print_plan(settings, base, rows.training, rows.validation, rows.evaluated, arguments.world_size)
     gpu = plan_utils.look_at_gpu(base.device)
     steps = plan_utils.plan_steps(
         base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation
     )
     plan_utils.check_compiler(settings, base.device)
     return Plan(arguments, steps)
+
+
+def rehearse(settings, base, data, rows, plan, started):
+    """In a dry run: load the weights, if they are at hand and fit, and say how long the run would take."""
+    if reason := why_not_to_load(settings, base):
+        say(f"How long the run will take is known once the weights are loaded; {reason}")
+        return
+    model, base = model_utils.load_for_training(settings, base)
+    answers, times = build_sample_answers(settings, base.tokenizer, data.validation), plan_utils.RunTimes(began=started)
+    with tempfile.TemporaryDirectory(dir=resolve_path(settings.output_dir), prefix="rehearsal-") as scratch:
+        plan.arguments.output_dir = scratch  # the Trainer makes this folder, and a dry run leaves none
+        trainer = training_utils.build_trainer(settings, base, rows, plan, model, callbacks=[answers], times=times)
+        trainer.state.max_steps = plan_utils.count_steps(len(rows.training), settings, plan.arguments.world_size)
+        with trainer.runner:
+            trainer.rehearse(Path(scratch) / "save")
+
+
+def why_not_to_load(settings, base):
+    """Why a dry run leaves the weights alone, or None."""
+    if not model_utils.weights_at_hand(hub_utils.model_folder(base.path, base.models_dir)):
+        return "they are not downloaded yet"
+    gpu = plan_utils.look_at_gpu(base.device)
+    needed = plan_utils.weight_bytes(base.shapes, settings, base.dtype)
+    free = gpu.free if gpu else psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        return f"they take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    return None
 
 
 # ---- Run -------------------------------------------------------------------------------------------------------------
@@ -244,35 +300,37 @@ def choose_run_name(settings, resumption):
     return name
 
 
-def prepare_trainer(settings, base, data, rows, plan, model, checkpoints):
+def prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started):
     """Make the output folder ready, and put the Trainer of a model with its adapter together."""
-    callbacks = build_callbacks(settings, base.tokenizer, data.validation, checkpoints)
-    process_utils.from_first_process(prepare_output, settings, data.validation, rows.report, checkpoints.resumption)
-    seen = evidence_utils.note_rows(data.training, data.validation)
-    return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks, seen)
-
-
-def build_callbacks(settings, tokenizer, validation_set, checkpoints):
-    """What the run shows of itself: lines, TensorBoard, and sample answers to the first validation prompts."""
     log_dir = resolve_path(settings.logs_dir) / checkpoints.run_name
     board = board_utils.RunBoard(log_dir, settings, first_step=checkpoints.saved_step)
+    answers = build_sample_answers(settings, base.tokenizer, data.validation, board)
+    callbacks = [board_utils.ProgressLine(), board, answers]
+    process_utils.from_first_process(
+        prepare_output, settings, data.validation, rows.report, checkpoints.resumption, log
+    )
+    times = plan_utils.RunTimes(began=started)
+    seen = evidence_utils.note_rows(data.training, data.validation)
+    return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks, times, seen)
+
+
+def build_sample_answers(settings, tokenizer, validation_set, board=None):
+    """The callback that answers the first validation prompts at each evaluation."""
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
     chosen = data_utils.with_questions(validation_set, settings.sample_prompts)
     prompts = [prompt_utils.begin_with(settings.system_prompt, conversation) for _, conversation in chosen]
-    return [
-        board_utils.ProgressLine(),
-        board,
-        board_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board),
-    ]
+    return board_utils.SampleAnswers(tokenizer, prompts, generation, settings.max_seq_length, board)
 
 
-def prepare_output(settings, validation_set, report, resumption):
-    """Move an earlier run out of the way; keep the data report and the validation rows, which evaluate.py uses."""
+def prepare_output(settings, validation_set, report, resumption, log):
+    """Move an earlier run out of the way; keep the log, the data report and the validation rows, for evaluate.py."""
     output_dir = resolve_path(settings.output_dir)
     if resumption is None:
         moved_to = set_aside(output_dir, RUN_OUTPUTS, paths_read(settings))
         if moved_to:
             say(f"An earlier run lies in {display_path(output_dir)}; moved to {display_path(moved_to)}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    log.open(output_dir / RUN_LOG)
     write_report(settings, report)
     path = output_dir / VALIDATION_ROWS
     # written anew where a run goes on, since a power cut may have torn it
@@ -304,6 +362,7 @@ def run(trainer, settings, base, rows, started):
                 " --fresh, half the --batch_size and twice the --gradient_accumulation_steps",
                 each_process=True,
             ) from error
+        trainer.measure_best()
         if trainer.is_world_process_zero():
             finish(trainer, settings, base, rows, started)
 
@@ -332,13 +391,20 @@ def build_record(trainer, rows, started):
         "best_step": state.best_global_step,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "validation_loss": state.best_metric,  # of the checkpoint that was kept
+        "validation_loss": trainer.final_loss,  # of the checkpoint that was kept, on all validation rows
         "peak_memory_gib": round(model_utils.measured_peak(trainer.args.device), 3),
         "training_rows": len(rows.training),
         "validation_rows": len(rows.validation),
+        "evaluated_rows": len(rows.evaluated),  # of them, during the training
+        "several_turns": several_turns(rows.report["files"][0]),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "python": platform.python_version(),
     }
+
+
+def several_turns(read):
+    """The share of the rows of a file that hold more than one question: whether a chat should keep earlier turns."""
+    return round(read["several_turns"] / read["kept"], 4)
 
 
 def print_summary(settings, adapter_dir, record):
@@ -352,6 +418,8 @@ def print_summary(settings, adapter_dir, record):
         validation = f", validation loss {record['validation_loss']:.4f} (perplexity {perplexity:.2f})"
         if record["best_step"]:
             validation += f" from step {record['best_step']}"
+        if record["evaluated_rows"] < record["validation_rows"]:
+            validation += f" on all {record['validation_rows']:,} rows"
         following.insert(0, f"Next: python evaluate.py{where}    base versus tuned, in figures and answers")
     duration = format_duration(record["seconds"])
     lines = [
@@ -361,6 +429,7 @@ def print_summary(settings, adapter_dir, record):
         *following,
     ]
     print("\n".join(lines), flush=True)
+    note("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,24 +2,35 @@
 
 import contextlib
 import math
+import shutil
 import time
 from collections import UserList
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from board_utils import RunBoard, SampleAnswers
 from checkpoint_utils import AGAIN, best_whole_step, validation_losses
 from engine_passes import count_tokens, pack_rows, perplexity
 from engine_runner import StepCheck, StepRunner
-from file_utils import display_path
+from file_utils import display_path, files_in, sha256, storage_errors, sync_file
 from message_utils import Stopped, UserError, say
-from model_utils import measured_peak, save_adapter
-from plan_utils import StepPlan, expected_seconds, longest_rows, typical_rows
+from model_utils import ADAPTER_WEIGHTS, measured_peak, save_adapter
+from plan_utils import (
+    RunTimes,
+    StepPlan,
+    count_rounds,
+    expected_seconds,
+    longest_rows,
+    row_lengths,
+    typical_rows,
+)
 from process_utils import StopSignals, from_first_process
-from progress_utils import format_duration
+from progress_utils import progress
 
 # What LoraTrainer relies on beside the Trainer's public methods. A test tells when a release of it has lost one.
 TRAINER_METHODS = (
@@ -34,6 +45,11 @@ TRAINER_METHODS = (
     "_save_checkpoint",
 )
 TRAINER_ATTRIBUTES = ("_tr_loss", "_globalstep_last_logged", "_n_gpu")  # the last one is the arguments'
+
+
+# A rehearsal times so large a share of the steps, and at most so many seconds
+SHARE_REHEARSED, LONGEST_REHEARSAL = 0.02, 10
+SHORT_RUN = 5  # seconds; of shorter runs nothing but the passes is rehearsed
 
 
 class EvaluationStopped(Exception):
@@ -51,20 +67,47 @@ class LoraTrainer(Trainer):
 
     checkpoints: None where nothing can be saved. base_content: of the base model, which each saved adapter records.
     seen: the SeenRows of the run, which each carries.
+    all_validation_rows: where the evaluations measure only some of them. times: the RunTimes of the run.
     """
 
-    def __init__(self, *args, plan=None, checkpoints=None, base_content=None, seen=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        plan=None,
+        checkpoints=None,
+        base_content=None,
+        seen=None,
+        all_validation_rows=None,
+        times=None,
+        **kwargs,
+    ):
         # UserList: the Trainer would search a plain list of rows for tensors, token by token
         super().__init__(*args, data_collator=UserList, **kwargs)
         self.runner = StepRunner(self.model, plan or StepPlan(), self.accelerator)
         self.check = StepCheck(self.runner)
         self.checkpoints, self.base_content, self.seen = checkpoints, base_content, seen
+        self.all_validation_rows, self.final_loss = all_validation_rows, None
+        self.times = times or RunTimes()
+        self.bar = progress("Training")
         self.signals = StopSignals()
         self.stop_now = 0  # how many processes had got a signal by the last step whose flags were read
         self.evaluation_due = False  # whether the step that is saved still has to be evaluated
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
+        self.timed_step = 0  # up to which the seconds of the steps were noted
         self.speed = SpeedMeter()
+
+    def train(self, *args, **kwargs):
+        try:
+            with progress("Training", left=self.seconds_left) as self.bar:
+                return super().train(*args, **kwargs)
+        finally:
+            for board in self._callbacks(RunBoard):
+                board.close()
+
+    def seconds_left(self):
+        """Seconds to the end of the run; None until they were rehearsed."""
+        return self.times.left(self.state.global_step) if self.rehearsed else None
 
     # ---- A step ----
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -73,26 +116,120 @@ class LoraTrainer(Trainer):
         if self.checkpoints:
             self.checkpoints.check_folder()
         if not self.rehearsed:
-            self.rehearsed = True
             broadcast([parameter.detach() for parameter in self.runner.parameters])  # all begin with the first's
-            self._rehearse()
+            self.rehearse(self.checkpoints and self.checkpoints.staging)
+            self.rehearsed = True
+            self.timed_step = self.bar.done = self.state.global_step
+            self.bar.total = self.state.max_steps
             self.speed.start()
         self.rows_of_step, self.loss_of_step = inputs, self.runner.step(inputs)
         self.speed.tokens += count_tokens(inputs)
         return self.loss_of_step
 
-    def _rehearse(self):
-        """Let the runner rehearse the longest pass that the data can ask for, and say what it takes."""
-        rows, rows_a_step = self.train_dataset, self.args.per_device_train_batch_size
-        steps = self.state.max_steps - self.state.global_step
-        rehearsal = self.runner.rehearse(longest_rows(rows, rows_a_step), typical_rows(rows, 2))
-        seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, self.accelerator.num_processes)
-        self.runner.lower(expected_seconds=seconds)
-        peak = measured_peak(self.args.device)
-        say(
-            f"Rehearsal: the longest pass, {rehearsal.tokens:,} tokens, takes {rehearsal.seconds:.2f} s and"
-            f" {peak:.2f} GiB; the {steps} steps will take about {format_duration(seconds)}"
+    # ---- The rehearsal ----
+    def rehearse(self, scratch):
+        """Let the runner rehearse the longest pass that the data can ask for; say what it takes, and what the run will.
+
+        Nothing that is tried here leaves a trace in the weights or the random numbers. scratch: a folder to save in,
+        which is removed; None: no save is tried.
+        """
+        rows, rows_a_step, processes = self.train_dataset, self.args.per_device_train_batch_size, self._processes()
+        self.times.steps, self.times.eval_steps = self.state.max_steps, self.args.save_steps
+        done = self.state.global_step
+        steps = self.times.steps - done
+        with progress("Rehearsing"):
+            rehearsal = self.runner.rehearse(longest_rows(rows, rows_a_step), typical_rows(rows, 2))
+            peak = measured_peak(self.args.device)
+            say(
+                f"Rehearsal: the longest pass, {rehearsal.tokens:,} tokens, takes {rehearsal.seconds:.2f} s and"
+                f" {peak:.2f} GiB"
+            )
+            seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, processes)
+            if not self.runner.plan.recorded:
+                enough = min(SHARE_REHEARSED * seconds, LONGEST_REHEARSAL)
+                tokens, taken = self.runner.time_passes(self._typical_step(), enough)
+                rehearsal = rehearsal._replace(tokens=tokens, seconds=taken)
+                seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, processes)
+            self.runner.lower(expected_seconds=seconds)
+            self.times.expect("step", seconds / max(steps, 1))
+            if self._rough_seconds() >= SHORT_RUN:
+                self._rehearse_rounds(scratch)
+        say(self.times.describe(done, *self._round()))
+
+    def _processes(self):
+        return self.accelerator.num_processes
+
+    def _rough_seconds(self):
+        """Of the run, where a token that is only scored takes a third of one that is trained."""
+        scored = sum(int(row_lengths(rows).sum()) for rows in (self.eval_dataset, self.all_validation_rows) if rows)
+        step = self.times.each("step")
+        tokens = float(row_lengths(self.train_dataset).mean()) * self.args.per_device_train_batch_size
+        rounds = max(1, count_rounds(self.times.steps, self.times.eval_steps, self.state.global_step))
+        return step * (self.times.steps - self.state.global_step) + rounds * scored / tokens * step / 3
+
+    def _typical_step(self):
+        """The rows of a step, drawn at random."""
+        rows, count = self.train_dataset, self.args.per_device_train_batch_size
+        chosen = np.random.default_rng(0).choice(len(rows), min(count, len(rows)), replace=False)
+        return [rows[int(index)] for index in chosen]
+
+    def _round(self):
+        """How many rows are measured at each evaluation, how many prompts answered, and how many rows at the end."""
+        answers = self._sample_answers()
+        return (
+            len(self.eval_dataset or ()),
+            len(answers.prompts) if answers else 0,
+            len(self.all_validation_rows or ()),
         )
+
+    def _callbacks(self, kind):
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
+
+    def _sample_answers(self):
+        """The callback that answers prompts at each evaluation, or None."""
+        found = self._callbacks(SampleAnswers)
+        return found[0] if found and found[0].prompts and self.eval_dataset else None
+
+    def _rehearse_rounds(self, scratch):
+        """Time a pass of an evaluation, some tokens of its answers, and a save."""
+        if self.eval_dataset:
+            lengths = row_lengths(self.eval_dataset)
+            middle = np.argsort(lengths, kind="stable")[len(lengths) // 2 :]  # the median row and longer ones
+            size = max(self.runner.plan.max_pass_tokens, 1)
+            fitting = max(1, int((lengths[middle].cumsum() <= size).sum()))
+            tried = [self.eval_dataset[int(index)] for index in middle[:fitting]]
+            started = time.perf_counter()
+            self.runner.score(tried, what="Rehearsing an evaluation")
+            a_token = (time.perf_counter() - started) / sum(len(row["input_ids"]) for row in tried) / self._processes()
+            self.times.expect("evaluation", a_token * int(lengths.sum()))
+            if self.all_validation_rows:
+                self.times.expect("end", a_token * int(row_lengths(self.all_validation_rows).sum()))
+        if self.is_world_process_zero():
+            if answers := self._sample_answers():
+                self.times.expect("answers", answers.rehearse(self.model))
+            if scratch:
+                self.times.expect("save", self._time_save(scratch))
+
+    def _time_save(self, folder):
+        """Seconds of a checkpoint: the adapter is written and thrown away; AdamW's moments are twice as large.
+
+        0 where the disk refuses: a save will tell why.
+        """
+        started = time.perf_counter()
+        try:
+            with storage_errors("a checkpoint", "free some space"):
+                shutil.rmtree(folder, ignore_errors=True)
+                self._save(folder)
+                files = files_in(folder)
+                for path in files:
+                    sync_file(path)
+                sha256(files)
+            weights, size = (folder / ADAPTER_WEIGHTS).stat().st_size, sum(path.stat().st_size for path in files)
+        except UserError:
+            return 0.0
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return (time.perf_counter() - started) * (size + 2 * weights) / size
 
     def _clip_grad_norm(self, model):
         """Accelerate's clipping walks through all modules several times a step."""
@@ -141,6 +278,7 @@ class LoraTrainer(Trainer):
         long = self.control.should_evaluate or self.control.should_save
         if long or self.control.should_log:
             self._judge(self.check.read())  # which waits for the GPU
+        self.bar.done = self.state.global_step
         self.speed.pause()
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -154,21 +292,51 @@ class LoraTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Token-weighted loss and perplexity over the validation rows, shared out among the processes."""
-        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
-        mine, loss = validation_loss(self.runner, rows, self.accelerator, self.stop_if_requested)
-        if not math.isfinite(loss):
-            refuse(self, f"the validation loss of step {self.state.global_step}", mine, "validation data")
+        started = time.perf_counter()
+        loss = self._loss_of(self.eval_dataset if eval_dataset is None else eval_dataset)
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
+        evaluated = time.perf_counter()
+        self.times.measured("evaluation", evaluated - started)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.times.measured("answers", time.perf_counter() - evaluated)
         return metrics
+
+    def _loss_of(self, validation_rows):
+        """Mean loss a trained token over validation rows, of which each process computes its share."""
+        mine, loss = validation_loss(self.runner, list(validation_rows), self.accelerator, self.stop_if_requested)
+        if not math.isfinite(loss):
+            refuse(self, f"the validation loss of step {self.state.global_step}", mine, "validation data")
+        return loss
+
+    def measure_best(self):
+        """After the training: the loss of the checkpoint that was kept over all validation rows, as `final_loss`.
+
+        The evaluations may have measured some of them. A signal leaves this to the next start of the command.
+        """
+        self.final_loss = self.state.best_metric
+        if self.all_validation_rows:
+            try:
+                self.final_loss = self._loss_of(self.all_validation_rows)
+            except EvaluationStopped:
+                self._stop(evaluated=False)
+            perplexities = f"{perplexity(self.final_loss):.2f}"
+            say(
+                f"Validation loss {self.final_loss:.4f}, perplexity {perplexities}, on all"
+                f" {len(self.all_validation_rows):,} rows"
+            )
 
     def log(self, logs, start_time=None):
         """Add speed and memory to the training losses. Speed counts real tokens and training time only."""
         if "loss" in logs:
             self.speed.pause()  # reading the loss waited for the GPU to finish its steps
+            self.times.measured("step", self.speed.seconds, self.state.global_step - self.timed_step)
+            self.timed_step = self.state.global_step
             logs["tokens_per_second"] = round(self.accelerator.num_processes * self.speed.read(), 1)
             logs["peak_memory_gib"] = round(measured_peak(self.args.device), 3)
+        if "loss" in logs or "eval_loss" in logs:
+            logs["elapsed_seconds"] = round(self.times.elapsed(), 1)
+            logs["seconds_left"] = round(self.times.left(self.state.global_step), 1)
         super().log(logs, start_time)
 
     # ---- Stopping ----
@@ -206,13 +374,15 @@ class LoraTrainer(Trainer):
         self._judge(self.check.read())
         # each process adds up its own rows' losses, and the log shows their mean
         loss = self.accelerator.reduce(self._tr_loss.double(), "mean").item()
-        progress = {
+        record = {
             "loss_since_log": loss,
             "last_logged_step": self._globalstep_last_logged,
             "evaluation_due": self.evaluation_due,
         }
-        with self.checkpoints.save(self.state, self.control.should_training_stop, progress):
+        started = time.perf_counter()
+        with progress("Saving"), self.checkpoints.save(self.state, self.control.should_training_stop, record):
             super()._save_checkpoint(model, trial)
+        self.times.measured("save", time.perf_counter() - started)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """In a checkpoint all processes learn of a failure here, before the Trainer lets them wait for each other."""
@@ -400,23 +570,26 @@ def choose_optimizer(settings, device):
     return "adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch"
 
 
-def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks=(), seen=None):
+def build_trainer(settings, base, rows, plan, model, checkpoints=None, callbacks=(), times=None, seen=None):
     """A LoraTrainer of a model with its adapter.
 
-    base: a model_utils.Base. rows: its `training` and `validation` are TokenizedRows. plan: its `arguments` are the
-    TrainingArguments, its `steps` are a StepPlan. seen: the SeenRows of the run.
+    base: a model_utils.Base. rows: its `training`, `validation` and `evaluated` are TokenizedRows. plan: its
+    `arguments` are the TrainingArguments, its `steps` are a StepPlan. times: RunTimes. seen: the
+    SeenRows of the run.
     """
     trainer = LoraTrainer(
         model=model,
         args=plan.arguments,
         train_dataset=rows.training,
-        eval_dataset=rows.validation or None,
+        eval_dataset=rows.evaluated or None,
         processing_class=base.tokenizer,
         optimizers=(build_optimizer(model, settings, plan.arguments), None),
         plan=plan.steps,
         checkpoints=checkpoints,
         base_content=base.content,
         seen=seen,
+        all_validation_rows=rows.validation if len(rows.evaluated) < len(rows.validation) else None,
+        times=times,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -10,7 +10,7 @@ WIDTH, LABELS, BAR, ROW, HEADING = 900, 110, 420, 24, 40  # pixels; BAR is the l
 
 def draw(results, chart):
     """Write a horizontal bar of tokens/s for each result, grouped by workload; of repeated runs the last counts."""
-    lines = [json.loads(line) for line in Path(results).read_text().splitlines() if line.strip()]
+    lines = [json.loads(line) for line in Path(results).read_text(encoding="utf-8").splitlines() if line.strip()]
     groups = {}
     for line in lines:
         groups.setdefault(line["configuration"], {})[line["program"]] = line

@@ -34,7 +34,7 @@ def build_ours(settings, rows, tokenizer, folder):
     gpu = plan_utils.look_at_gpu(base.device)
     plan = train.Plan(arguments, plan_utils.plan_steps(base.shapes, settings, base.dtype, rows, gpu))
     model, base = model_utils.load_for_training(settings, base)
-    return training_utils.build_trainer(settings, base, train.Rows(rows, [], None), plan, model)
+    return training_utils.build_trainer(settings, base, train.Rows(rows, [], [], None), plan, model)
 
 
 def build_reference(settings, rows, tokenizer, folder):

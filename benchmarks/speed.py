@@ -145,7 +145,7 @@ def results_of(jobs, options):
     turn = options.work_dir / "turn"
     for old in options.work_dir.glob("turn*"):
         old.unlink()
-    with open(turn, "w") as lock, ThreadPoolExecutor(len(jobs)) as pool:
+    with open(turn, "w", encoding="utf-8") as lock, ThreadPoolExecutor(len(jobs)) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         pending = [(pool.submit(run_one, *job, options, turn), marker(turn, *job)) for job in jobs]
         try:
@@ -176,7 +176,7 @@ def run_one(program, name, options, turn=None):
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     failed, timeout = missing(program, options.device), options.timeout * (10 if turn else 1)
     if not failed:
-        with open(log, "w") as file:
+        with open(log, "w", encoding="utf-8") as file:
             streams = {"stdout": file, "stderr": file}
             try:
                 subprocess.run(command, **streams, cwd=folder, env=environment(), timeout=timeout, check=True)
@@ -240,7 +240,7 @@ def distance(losses, expected):
 
 
 def append(path, line):
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 

@@ -1,11 +1,17 @@
 """Fixtures that several test files share: the bundled tokenizer, tiny models, and a way to run the scripts."""
 
+import atexit
+import functools
 import gc
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,11 +25,23 @@ from settings_utils import DEFAULTS, Settings
 
 quiet_libraries()  # before bitsandbytes is imported, as the entry scripts do: it speaks at its import
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 import model_utils  # noqa: E402
 import train  # noqa: E402
+from warm import WarmProcess  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(PROJECT / "models" / "tiny-base")
+
+
+# the files that take longest for their number of tests: begun last, they would leave one of two processes idle
+LONG_FILES = ("test_end_to_end.py", "test_processes.py", "test_faults.py", "test_checkpoints.py", "test_runs.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first; pytest-xdist hands out files in this order."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
 
 def refusal(function, *args):
@@ -53,21 +71,25 @@ def signals_as_in_a_terminal():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imports_are_no_garbage():
-    """Looking through them takes a third of a second, which every run in this process would do several times."""
+def frozen():
+    """Let the garbage collector skip all that is imported by now, and nothing else: a script that a test runs in this
+    process would freeze what the tests before it left. Holds an entry for each time that one wanted to.
+    """
     gc.freeze()
+    wanted = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: wanted.append("again"))
+        yield wanted
 
 
 @pytest.fixture(autouse=True)
-def garbage_is_collected():
+def garbage_is_collected(frozen):
     """A script run in this process would leave it to the next test."""
-    before = gc.get_freeze_count()
     yield
     gc.enable()
-    if gc.get_freeze_count() > before:
-        gc.unfreeze()
+    if frozen:
+        frozen.clear()
         gc.collect()
-        gc.freeze()
 
 
 @pytest.fixture
@@ -77,18 +99,46 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def run():
-    """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess."""
+def run(tmp_path_factory):
+    """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess.
 
-    def run_script(script, *arguments, cwd=PROJECT, stdin=None, torchrun=(), **environment):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    The process has PyTorch loaded when it starts, which saves three seconds; a cold one has loaded nothing.
+    """
+
+    def run_script(script, *arguments, cwd=PROJECT, stdin="", torchrun=(), cold=False, **environment):
+        if not cold and not torchrun:
+            folder = tmp_path_factory.mktemp("process")
+            return WarmProcess(folder, PROJECT / script, arguments, cwd, outside(environment), stdin).wait(600)
         launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
         command = [sys.executable, *launcher, str(PROJECT / script), *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=600, check=False
-        )
+        known = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+        return subprocess.run(command, cwd=cwd, env=outside(environment), input=stdin, **known)
 
     return run_script
+
+
+@pytest.fixture(scope="session")
+def run_two(tmp_path_factory):
+    """Run a script in two processes, as a launcher does: run_two("train.py") -> two CompletedProcess, by rank."""
+
+    def run_script(script, *arguments, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+        processes = []
+        for rank in ("0", "1"):
+            place = outside(meeting | two | {"RANK": rank, "LOCAL_RANK": rank} | environment)
+            folder = tmp_path_factory.mktemp("process")
+            processes.append(WarmProcess(folder, PROJECT / script, arguments, PROJECT, place))
+        return [process.wait(600) for process in processes]
+
+    return run_script
+
+
+def outside(changes):
+    """The environment of a script's process."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
 # ---- Whole small runs, in this process -------------------------------------------------------------------------------
@@ -133,13 +183,27 @@ def undisturbed(dataset, tmp_path_factory):
     return run_once
 
 
+@functools.cache
+def small_base():
+    """The folder of the bundled base with two of its eight layers: a run of it takes half as long."""
+    folder = Path(tempfile.mkdtemp(prefix="small-base-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(TINY_BASE, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not re.match(r"model\.layers\.[2-7]\.", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
 def small_run(dataset, folder, fresh=False, kind=Settings, **changes):
-    """Train the bundled base for a few steps with dropout and accumulation; returns the output folder.
+    """Train small_base() for a few steps with dropout and accumulation; returns the output folder.
 
     Two adapters to a layer, as seven make the same run take half as long again.
     """
     settings = kind(**DEFAULTS)._replace(
-        base_model_name=TINY_BASE,
+        base_model_name=small_base(),
         custom_dataset_path=str(dataset),
         output_dir=str(folder / "out"),
         logs_dir=str(folder / "logs"),

@@ -1,6 +1,7 @@
 """A user's mistake ends in one line that says what was found and what to do, with exit code 2, and writes nothing."""
 
 import json
+import os
 from subprocess import CompletedProcess
 
 import pytest
@@ -8,9 +9,10 @@ import pytest
 import evaluate
 import inference
 import train
+from data_utils import load_conversations
 from hub_utils import locate_model
 from message_utils import UserError, run_script
-from settings_utils import DEFAULTS, USED_SETTINGS
+from settings_utils import DEFAULTS, USED_SETTINGS, Settings
 
 GOOD_ROWS = [{"instruction": f"Say {n}", "response": f"Here is {n}."} for n in range(4)]
 
@@ -96,7 +98,7 @@ def test_train_refuses_a_dataset_that_is(fault, call, folders, tmp_path):
 # ---- Settings and command line ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
 def test_an_unknown_flag_names_the_nearest_one(script, run, output):
-    check_refusal(run(script, "--devise", "cpu", *output), "--devise", "did you mean --device?")
+    check_refusal(run(script, "--devise", "cpu", *output, cold=True), "--devise", "did you mean --device?")
 
 
 def test_a_setting_that_the_script_does_not_use_is_refused_with_the_scripts_that_do(call, output):
@@ -127,7 +129,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake_too(call, folders):
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py"])
 def test_help_shows_the_settings_that_the_script_uses_at_once(script, run):
-    done = run(script, "--help", PYTHONPROFILEIMPORTTIME="1")
+    done = run(script, "--help", cold=True, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert [line for line in lines if not line.startswith("import time:")] == []
@@ -200,3 +202,28 @@ def test_what_is_neither_a_path_nor_a_hub_id_is_refused_in_one_line(name, tmp_pa
 def test_a_folder_without_a_model_in_it_says_so(tmp_path):
     with pytest.raises(UserError, match=r"holds no config\.json"):
         locate_model(str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("place", ["lora-adapter/rows.json", "checkpoints/rows.json"])
+def test_data_in_a_folder_that_the_run_writes_anew_are_refused_before_anything_is_read(place, tmp_path):
+    (tmp_path / place).parent.mkdir()
+    (tmp_path / place).write_text("[]")
+    settings = Settings(**DEFAULTS)._replace(output_dir=str(tmp_path), custom_dataset_path=str(tmp_path / place))
+    with pytest.raises(UserError, match="lies in a folder that this run writes anew; move it elsewhere"):
+        train.check_places(settings)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_a_huge_sparse_file_is_refused_at_once(suffix, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    path.touch()
+    os.truncate(path, 2**40)
+    with pytest.raises(UserError, match="line 1: a NUL byte, which no text holds"):
+        load_conversations(path, cache_dir=tmp_path)
+
+
+def test_a_nul_byte_far_inside_a_file_is_named_by_its_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"instruction,response\n" + b"Say it,Here it is.\n" * 20_000 + b"Say\0,Here\n")
+    with pytest.raises(UserError, match="line 20002: a NUL byte, which no text holds"):
+        load_conversations(path, cache_dir=tmp_path)

@@ -439,7 +439,7 @@ def test_a_file_that_is_refused_leaves_nothing_in_the_cache(write, tmp_path):
 
 def test_a_large_jsonl_file_is_read_in_a_fraction_of_its_size(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.writelines(f'{{"instruction": "q{i}", "response": "{"long answer " * 200}"}}\n' for i in range(10_000))
     tracemalloc.start()
     conversations, _ = load_conversations(path)

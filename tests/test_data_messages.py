@@ -157,6 +157,11 @@ def test_faulty_data_is_named_before_the_libraries_are_loaded(run, tmp_path):
     (tmp_path / "probe.py").write_text(probe)
     folders = ("--output_dir", tmp_path / "output", "--logs_dir", tmp_path / "logs")
     done = run(
-        tmp_path / "probe.py", "--custom_dataset_path", tmp_path / "rows.json", *folders, PYTHONPATH=str(PROJECT)
+        tmp_path / "probe.py",
+        "--custom_dataset_path",
+        tmp_path / "rows.json",
+        *folders,
+        cold=True,
+        PYTHONPATH=str(PROJECT),
     )
     assert done.stdout.split() == ["2", "False"], done.stderr

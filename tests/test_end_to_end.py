@@ -20,14 +20,15 @@ def trained(run, tmp_path_factory):
     """The output folder of `python train.py` with nothing but other folders, its finished process and its seconds."""
     folder = tmp_path_factory.mktemp("demo")
     started = time.time()
-    done = run("train.py", "--output_dir", folder / "output", "--logs_dir", folder / "logs", "--run_name", "demo")
+    folders = ("--output_dir", folder / "output", "--logs_dir", folder / "logs")
+    done = run("train.py", *folders, "--run_name", "demo", cold=True)
     assert done.returncode == 0, done.stderr
     return folder / "output", done, time.time() - started
 
 
 @pytest.fixture(scope="module")
 def metrics(run, trained):
-    done = run("evaluate.py", "--output_dir", trained[0])
+    done = run("evaluate.py", "--output_dir", trained[0], cold=True)
     assert done.returncode == 0, done.stderr
     return json.loads((trained[0] / "evaluation/demo-validation/metrics.json").read_text()), done
 
@@ -65,6 +66,7 @@ def test_the_held_out_rows_are_not_among_the_training_rows(trained):
     rows = [json.loads(line)["messages"] for line in (trained[0] / "validation.jsonl").read_text().splitlines()]
     record = json.loads((trained[0] / "lora-adapter/run.json").read_text())
     assert (len(rows), record["training_rows"], record["validation_rows"]) == (20, 180, 20)
+    assert record["several_turns"] == 0
 
 
 def test_the_voice_of_the_data_shows_in_the_tuned_answers_only(metrics, trained):
@@ -124,6 +126,7 @@ def test_a_chat_in_a_pipe_answers_line_by_line_and_obeys_commands(run, trained):
         trained[0],
         "--do_sample",
         "false",
+        cold=True,
         stdin="Do you sell bells?\n/help\n/nonsense\n\nCan I hire a bike?\n/quit\nnever read\n",
     )
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -30,11 +29,12 @@ import model_utils
 import train
 import training_utils
 from checkpoint_utils import find_newest, seal
-from conftest import PROJECT, TINY_BASE
+from conftest import PROJECT, TINY_BASE, outside, small_base
 from fake_hub import NO_SERVER, TOKEN, serve
 from file_utils import write_json
 from message_utils import run_script
 from run_utils import ADAPTER, CHECKPOINTS, OutputLock
+from warm import WarmProcess
 
 # cause: a function of `place` that brings it about and returns more flags; main: the script's; code: its exit code;
 # words: what the line says. With the codes 2, 130 and 143 that line is the last one.
@@ -61,7 +61,7 @@ def scratch(tmp_path_factory):
     (folder / "rows.json").write_text(json.dumps(ROWS))
     numbers = {"max_steps": 4, "eval_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 1, "lora_r": 2}
     fixed = {"device": "cpu", "use_4bit_quantization": "false", "gradient_checkpointing": "false", "sample_prompts": 0}
-    fixed |= numbers | {"base_model_name": TINY_BASE, "custom_dataset_path": folder / "rows.json"}
+    fixed |= numbers | {"base_model_name": small_base(), "custom_dataset_path": folder / "rows.json"}
     return SimpleNamespace(folder=folder, fixed=fixed)
 
 
@@ -140,7 +140,7 @@ def adapter(place):
 
 
 def copied_base(place):
-    return shutil.copytree(TINY_BASE, place.folder / "base")
+    return shutil.copytree(small_base(), place.folder / "base")
 
 
 def edit_json(path, **changes):
@@ -217,8 +217,11 @@ train.main(sys.argv[1:])
 
 @fault("Skipped", "checkpoints/incomplete: a checkpoint that was being saved when the run ended", code=0)
 def kill_in_a_save(place):
-    command = [sys.executable, "-c", KILL, *command_line(place.scratch, place.folder)]
-    killed = subprocess.run(command, capture_output=True, cwd=PROJECT, timeout=120, check=False)
+    script, streams = place.folder / "kill.py", place.folder / "streams"
+    script.write_text(KILL)
+    streams.mkdir()
+    flags = command_line(place.scratch, place.folder)
+    killed = WarmProcess(streams, script, flags, PROJECT, outside({"PYTHONPATH": str(PROJECT)})).wait(600)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import inference
 from conftest import TINY_BASE
 from generation_utils import (
     build_generation_config,
@@ -131,6 +130,7 @@ def test_greedy_settings_carry_no_sampling_options(tokenizer):
         ("title \x1b]0;owned\x07", "title ]0;owned"),
         ("back\x08\x08\rover", "backover"),
         ("eight-bit \x9b31m", "eight-bit 31m"),
+        ("\u202etxt.exe\u202c \u2066a\u2069", "txt.exe a"),  # the direction of writing turned over
         ("é 你好 🙂", "é 你好 🙂"),
     ],
 )
@@ -156,63 +156,3 @@ def test_a_prompt_longer_than_the_context_is_answered(model, tokenizer):
     text = "word " * 3000
     assert len(encode_prompt(tokenizer, conversation(text))) > 1024
     assert isinstance(generate_replies(model, tokenizer, [conversation(text)], generation)[0].text, str)
-
-
-# ---- Chat, with a fake keyboard and a fake model ---------------------------------------------------------------------
-def chat_with(monkeypatch, tokenizer, lines):
-    """Type these lines into the chat; returns the conversations that the model was given."""
-    keyboard, asked = iter(lines), []
-
-    def type_line(prompt=""):
-        line = next(keyboard, None)
-        if line is None:
-            raise EOFError
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    def reply(loaded, messages):
-        asked.append([message["content"] for message in messages])
-        return f"answer {len(asked)}"
-
-    monkeypatch.setattr("builtins.input", type_line)
-    inference.chat(inference.Loaded(None, tokenizer, SETTINGS), reply)
-    return asked
-
-
-def test_with_our_template_each_instruction_stands_alone_until_history_is_switched_on(monkeypatch, tokenizer):
-    asked = chat_with(monkeypatch, tokenizer, ["one", "two", "/history", "three", "four", "/clear", "five"])
-    assert asked == [["one"], ["two"], ["three"], ["three", "answer 3", "four"], ["five"]]
-
-
-def test_with_a_template_of_its_own_a_model_remembers(monkeypatch, tokenizer):
-    tokenizer.chat_template = "{{ messages }}"
-    assert chat_with(monkeypatch, tokenizer, ["one", "two"]) == [["one"], ["one", "answer 1", "two"]]
-
-
-def test_blank_lines_and_commands_are_not_sent_to_the_model(monkeypatch, tokenizer, capsys):
-    assert chat_with(monkeypatch, tokenizer, ["", "  ", "/help", "/what", "hello", "/quit", "late"]) == [["hello"]]
-    shown = capsys.readouterr().err
-    assert "/clear" in shown
-    assert "Unknown command /what" in shown
-
-
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), EOFError()])
-def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_quietly(monkeypatch, tokenizer, end):
-    assert chat_with(monkeypatch, tokenizer, ["hello", end, "late"]) == [["hello"]]
-
-
-def test_ctrl_c_during_a_reply_ends_the_reply_and_not_the_chat(monkeypatch, tokenizer, capsys):
-    closed = []
-
-    def stream(*args):
-        try:
-            yield "half an "
-            raise KeyboardInterrupt
-        finally:
-            closed.append(True)
-
-    monkeypatch.setattr("generation_utils.stream_reply", stream)
-    assert inference.print_reply(inference.Loaded(None, tokenizer, SETTINGS), conversation("Hi")) == "half an"
-    assert closed
-    assert "[stopped]" in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -131,23 +129,30 @@ OTHER_FILES = {
 }
 
 
-def read_from(url, folder, *datasets, offline="0"):
-    """CompletedProcess of READ, in a process of its own: the libraries read the Hub's settings when imported."""
-    command = [sys.executable, "-c", READ, str(folder / "cache"), *datasets]
-    settings = os.environ | environment(url, folder, offline)
-    return subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", cwd=PROJECT, env=settings, check=False
-    )
+@pytest.fixture(scope="module")
+def read_from(run, tmp_path_factory):
+    """read_from(url, folder, "team/rows") -> CompletedProcess of READ: the libraries read the Hub's settings when they
+    are imported.
+    """
+    script = tmp_path_factory.mktemp("script") / "read.py"
+    script.write_text(READ)
+
+    def read_from(url, folder, *datasets, offline="0"):
+        settings = environment(url, folder, offline)
+        settings["PYTHONPATH"] += f"{os.pathsep}{PROJECT}"
+        return run(script, folder / "cache", *datasets, **settings)
+
+    return read_from
 
 
 @pytest.fixture
-def read(hub, tmp_path):
+def read(hub, read_from, tmp_path):
     """read("team/rows:test") -> CompletedProcess, with all files under tmp_path."""
     return lambda *datasets: read_from(hub.url, tmp_path, *datasets)
 
 
 @pytest.fixture(scope="module")
-def outcomes(hub, tmp_path_factory):
+def outcomes(hub, read_from, tmp_path_factory):
     """What becomes of each dataset of ROWS, UNKNOWN_NAMES and OTHER_FILES: its texts or its error."""
     done = read_from(hub.url, tmp_path_factory.mktemp("hub"), *ROWS, *UNKNOWN_NAMES, *OTHER_FILES)
     assert done.returncode == 0, done.stderr
@@ -266,7 +271,7 @@ LOCAL = "give a local file by --custom_dataset_path"
     ],
     ids=["401", "403", "404", "500", "no server", "HF_HUB_OFFLINE"],
 )
-def test_a_hub_that_refuses_or_fails_is_one_line_with_the_remedy(dataset, server, words, hub, tmp_path):
+def test_a_hub_that_refuses_or_fails_is_one_line_with_the_remedy(dataset, server, words, hub, read_from, tmp_path):
     asked = len(hub.requests)
     url, offline = NO_SERVER if server == "down" else hub.url, "1" if server == "offline" else "0"
     done = read_from(url, tmp_path, dataset, offline=offline)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, MistralConfig, TrainerState
@@ -30,6 +31,7 @@ from model_utils import (
     load_tokenizer,
     load_trained_model,
     merge_and_save_model,
+    merged_folder,
     resolve_device,
     save_adapter,
     save_finished_adapter,
@@ -78,6 +80,16 @@ def save_base(folder, layers=2, hidden_size=64, tied=True):
 def base(tmp_path_factory):
     """The path of a small base model with two layers; tests read it only."""
     return save_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def float32_base(tmp_path_factory):
+    """The path of the bundled base model in float32, in which a merge rounds nothing away; tests read it only."""
+    folder = tmp_path_factory.mktemp("models") / "float32"
+    AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TINY_BASE) / name, folder)
+    return str(folder)
 
 
 def make_model(base, settings=SETTINGS, dtype=torch.float32):
@@ -587,8 +599,8 @@ PROMPTS = [
 ]
 
 
-def test_the_merged_folder_gives_the_adapters_answers_in_plain_transformers(tmp_path):
-    model, folder = save_trained(tmp_path / "adapter", TINY_BASE)
+def test_the_merged_folder_gives_the_adapters_answers_in_plain_transformers(float32_base, tmp_path):
+    model, folder = save_trained(tmp_path / "adapter", float32_base)
     model, tokenizer = load_trained_model(folder)
     merge_and_save_model(model, tokenizer, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -602,54 +614,111 @@ def test_the_merged_folder_gives_the_adapters_answers_in_plain_transformers(tmp_
     assert all(reply != other for reply, other in zip(expected, unadapted, strict=True))  # the check can tell
 
 
-def expected_weight(base, model, name="model.layers.1.self_attn.q_proj"):
-    """The unquantized base's weight plus alpha / r times B A, by hand."""
-    adapted = model.get_submodule(f"base_model.model.{name}")
+NAME = "model.layers.1.self_attn.q_proj"
+
+
+def expected_weight(base, model, into):
+    """A weight of the base, as stored or as the 4-bit model has it, plus alpha / r times B A, by hand."""
+    adapted = model.get_submodule(f"base_model.model.{NAME}")
     update = adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
-    weight = load_file(Path(base) / "model.safetensors")[f"{name}.weight"]
+    weight = load_file(Path(base) / "model.safetensors")[f"{NAME}.weight"]
+    if into == "dequantized":
+        weight = dequantize_4bit(adapted.base_layer.weight.data, adapted.base_layer.weight.quant_state)
     return weight + SETTINGS.lora_alpha / SETTINGS.lora_r * update.detach()
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, FOUR_BIT], ids=["from float32", "from 4 bits"])
-def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(settings, tmp_path):
+@pytest.mark.parametrize(("settings", "into"), [(SETTINGS, "full"), (FOUR_BIT, "full"), (FOUR_BIT, "dequantized")])
+def test_a_merged_model_is_unquantized_and_the_exact_sum_of_base_and_adapter(settings, into, tmp_path):
     base = save_base(tmp_path / "base")
     edit_json(tmp_path / "base/config.json", use_cache=False)  # as the Trainer leaves it
     model, folder = save_trained(tmp_path / "adapter", base, settings)
     loaded, tokenizer = load_trained_model(folder)
     previous = os.umask(0o022)
     try:
-        merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
+        with merged_folder(loaded, tokenizer, tmp_path / "merged", into=into) as (_, merge):
+            pass
     finally:
         os.umask(previous)
+    assert (merge.merged_into, merge.dtype, merge.losses) == (into, "float32", {})
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["use_cache"] is True
     assert "quantization_config" not in config
     weights = load_file(tmp_path / "merged/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert not [name for name in weights if "lora" in name]
-    found = weights["model.layers.1.self_attn.q_proj.weight"]
-    torch.testing.assert_close(found, expected_weight(base, model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights[f"{NAME}.weight"], expected_weight(base, model, into), rtol=0, atol=1e-6)
     files = list((tmp_path / "merged").iterdir())
     assert {path.suffix for path in files} == {".safetensors", ".json", ".jinja"}
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
-def test_a_merge_is_compared_with_the_adapter_without_its_dropout(tmp_path, monkeypatch):
-    _, folder = save_trained(tmp_path / "adapter", TINY_BASE, SETTINGS._replace(lora_dropout=0.9))
+def test_a_merged_model_keeps_the_number_format_of_its_base_on_a_cpu(tmp_path):
+    _, folder = save_trained(tmp_path / "adapter", TINY_BASE)
+    merge = merge_and_save_model(*load_trained_model(folder), tmp_path / "merged")
+    stored, merged = (load_file(path / "model.safetensors") for path in (Path(TINY_BASE), tmp_path / "merged"))
+    assert {name: weight.dtype for name, weight in merged.items()} == {name: torch.bfloat16 for name in stored}
+    assert merge.dtype == json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def merge_by_scores(tmp_path, base, scores, **options):
+    """Merge a 4-bit adapter where base + adapter and the candidates score so, in this order; returns the Merge."""
+    loaded, tokenizer = load_trained_model(save_trained(tmp_path / "adapter", base, FOUR_BIT)[1])
+    scores = iter(scores)
+    with merged_folder(loaded, tokenizer, tmp_path / "merged", score=lambda model: next(scores), **options) as (
+        _,
+        merge,
+    ):
+        assert not (tmp_path / "merged").exists()
+    return merge
+
+
+@pytest.mark.parametrize(("full", "dequantized", "better"), [(1.99, 2.01, "full"), (2.01, 1.99, "dequantized")])
+def test_after_training_in_four_bits_the_base_that_scores_better_is_merged_into(
+    full, dequantized, better, base, tmp_path
+):
+    merge = merge_by_scores(tmp_path, base, [2.0, full, dequantized])
+    assert merge == (base, better, "float32", 2.0, {"full": full, "dequantized": dequantized})
+    assert json.loads((tmp_path / "merged/merge.json").read_text()) == merge._asdict()
+    stored = load_file(tmp_path / "merged/model.safetensors")[f"{NAME}.weight"]
+    torch.testing.assert_close(stored, expected_weight(base, make_model(base, FOUR_BIT), better), rtol=0, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+    assert not [path for path in (tmp_path / "merged").iterdir() if path.is_dir()]
+
+
+def test_the_base_that_was_asked_for_is_merged_into_whatever_it_scores(base, tmp_path):
+    merge = merge_by_scores(tmp_path, base, [2.0, 3.0], into="full")
+    assert (merge.merged_into, merge.losses) == ("full", {"full": 3.0})
+
+
+@pytest.mark.parametrize("scores", [(2.0, 2.2, 2.1), (2.0, float("nan"), float("nan"))])
+def test_merged_models_that_all_score_worse_than_the_adapter_are_not_saved(scores, base, tmp_path):
+    with pytest.raises(RuntimeError, match="merging changed the model"):
+        merge_by_scores(tmp_path, base, scores)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_that_was_not_trained_in_four_bits_has_nothing_to_dequantize(base, tmp_path):
+    loaded, tokenizer = load_trained_model(save_trained(tmp_path / "adapter", base)[1])
+    with pytest.raises(UserError, match="not trained in 4 bits"):
+        merged_folder(loaded, tokenizer, tmp_path / "merged", into="dequantized").__enter__()
+
+
+def test_a_merge_is_compared_with_the_adapter_without_its_dropout(float32_base, tmp_path, monkeypatch):
+    _, folder = save_trained(tmp_path / "adapter", float32_base, SETTINGS._replace(lora_dropout=0.9))
     loaded, tokenizer = load_trained_model(folder)
     scores, probe_loss = [], model_utils.probe_loss
     monkeypatch.setattr(model_utils, "probe_loss", lambda *args: scores.append(probe_loss(*args)) or scores[-1])
     merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
-    assert scores == pytest.approx([probe_loss(loaded, tokenizer)] * 2, abs=1e-4)
+    assert scores == pytest.approx([probe_loss(loaded, tokenizer)] * 3, abs=1e-4)  # before, after, and read back
 
 
-def test_merging_leaves_the_model_in_memory_as_it_was(tmp_path):
-    model, folder = save_trained(tmp_path / "adapter", "models/tiny-base")
+def test_merging_leaves_the_model_in_memory_as_it_was(float32_base, tmp_path):
+    model, folder = save_trained(tmp_path / "adapter", float32_base)
     loaded, tokenizer = load_trained_model(folder)
     merge_and_save_model(loaded, tokenizer, tmp_path / "merged")
     assert torch.equal(logits(loaded), logits(model))
-    assert loaded.peft_config["default"].base_model_name_or_path == "models/tiny-base"
+    assert loaded.peft_config["default"].base_model_name_or_path == float32_base
 
 
 def test_an_evaluation_leaves_the_gradients_of_a_four_bit_model_as_they_were():

@@ -13,26 +13,34 @@ FLAGS += ("--max_new_tokens", 4)
 
 
 @pytest.fixture(scope="module")
-def train_by(run, tmp_path_factory):
-    """train_by(script, *flags, torchrun=(...)) -> (the record of the run, its finished process)."""
+def folders(tmp_path_factory):
+    """folders() -> the flags of new folders of a run, the first of them its output folder."""
 
-    def train_by(script, *flags, torchrun=TORCHRUN):
+    def folders():
         folder = tmp_path_factory.mktemp("run")
-        folders = ("--output_dir", folder / "out", "--logs_dir", folder / "logs")
-        done = run(script, *FLAGS, *flags, *folders, torchrun=torchrun, **ONE_THREAD)
-        assert done.returncode == 0, done.stderr
-        return json.loads((folder / "out/lora-adapter/run.json").read_text()), done
+        return "--output_dir", folder / "out", "--logs_dir", folder / "logs"
 
-    return train_by
+    return folders
+
+
+def record_of(output_dir):
+    return json.loads((output_dir / "lora-adapter/run.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def two(train_by):
-    return train_by("train.py", "--batch_size", 2)
+def two(run, folders):
+    """The record of a run by torchrun, and its finished process."""
+    places = folders()
+    done = run("train.py", *FLAGS, "--batch_size", 2, *places, torchrun=TORCHRUN, **ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    return record_of(places[1]), done
 
 
-def test_two_processes_train_like_one_with_the_same_rows_to_a_step(train_by, two):
-    (record, done), (expected, alone) = two, train_by("train.py", "--batch_size", 4, torchrun=())
+def test_two_processes_train_like_one_with_the_same_rows_to_a_step(run, folders, two):
+    places = folders()
+    alone = run("train.py", *FLAGS, "--batch_size", 4, *places)
+    assert alone.returncode == 0, alone.stderr
+    (record, done), expected = two, record_of(places[1])
     for finished in (done, alone):
         assert finished.stdout.count("Done in") == 1
     assert record["first_loss"] == pytest.approx(expected["first_loss"], rel=1e-5)
@@ -65,13 +73,15 @@ sys.exit(message_utils.run_script(train.main, sys.argv[1:]))
 """
 
 
-def test_one_process_with_less_memory_and_other_weights_changes_no_result(train_by, two, tmp_path):
+def test_one_process_with_less_memory_and_other_weights_changes_no_result(run_two, folders, two, tmp_path):
     (tmp_path / "unlike.py").write_text(UNLIKE)
-    record, done = train_by(tmp_path / "unlike.py", "--batch_size", 2)
-    assert "process 1: Out of memory with a pass of " in done.stderr
+    places = folders()
+    first, second = run_two(tmp_path / "unlike.py", *FLAGS, "--batch_size", 2, *places, **ONE_THREAD)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "process 1: Out of memory with a pass of " in second.stderr
     assert "Out of memory" not in two[1].stderr
     for name in ("first_loss", "last_loss", "validation_loss"):
-        assert record[name] == pytest.approx(two[0][name], rel=1e-4)
+        assert record_of(places[1])[name] == pytest.approx(two[0][name], rel=1e-4)
 
 
 FULL_DISK = """
@@ -85,13 +95,13 @@ sys.exit(message_utils.run_script(train.main, sys.argv[1:]))
 """
 
 
-def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run, tmp_path):
+def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run_two, folders, tmp_path):
     (tmp_path / "full.py").write_text(FULL_DISK)
-    folders = ("--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs")
-    launcher = (*TORCHRUN, "--redirects", "3", "--log_dir", str(tmp_path / "ranks"))
-    run(tmp_path / "full.py", *FLAGS, "--eval_steps", 1, *folders, torchrun=launcher, **ONE_THREAD)
-    first, second = (next((tmp_path / "ranks").glob(f"*/*/{rank}/stderr.log")).read_text() for rank in (0, 1))
-    assert first.strip().splitlines()[-1].startswith("error: checkpoint-1 could not be saved: No space left on device;")
-    assert "Traceback" not in first + second
-    assert "Connection" not in second
-    assert not list((tmp_path / "out/checkpoints").iterdir())
+    places = folders()
+    first, second = run_two(tmp_path / "full.py", *FLAGS, "--eval_steps", 1, *places, **ONE_THREAD)
+    assert (first.returncode, second.returncode) == (2, 2)
+    line = first.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: checkpoint-1 could not be saved: No space left on device;")
+    assert "Traceback" not in first.stderr + second.stderr
+    assert "Connection" not in second.stderr
+    assert not list((places[1] / "checkpoints").iterdir())

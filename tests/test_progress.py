@@ -113,6 +113,6 @@ def test_on_a_terminal_a_bar_steps_aside_for_lines_and_leaves_nothing():
     os.close(reader)
     assert done.returncode == 0
     pieces = re.split(r"[\r\n]+", shown.decode())
-    assert any(re.match(r"Reading:  50%\|.*\| 5/10 \[", piece) for piece in pieces)
+    assert any(re.match(r"Reading:  50%\|.*\| 5/10 rows \[", piece) for piece in pieces)
     assert "a line" in pieces  # on a line of its own
     assert pieces[-1].strip() == ""

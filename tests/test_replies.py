@@ -1,6 +1,8 @@
 """The decoder: greedy tokens are those of transformers' generate, sampled ones have the same distribution."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -105,6 +107,18 @@ def test_the_model_is_as_it_was_and_random_numbers_are_left_alone():
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
     assert before == {name: (id(module), set(vars(module))) for name, module in model.named_modules()}
+
+
+def test_the_cache_goes_with_its_decoder_and_not_with_the_garbage():
+    model = tiny("llama")
+    gc.disable()
+    try:
+        with Decoder(model, GREEDY, 2, 64) as decoder:
+            keys = weakref.ref(decoder.cache.layers[0].keys)
+            assert keys() is not None
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_an_adapter_is_used_where_it_is_switched_on():

@@ -384,7 +384,8 @@ def test_of_all_rows_one_of_usual_length_is_the_example(tokenizer, capsys):
 def test_a_stderr_without_utf_8_gets_plain_bars_and_no_traceback(run, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{**row, "response": "naïve ☃"} for row in ROWS]))
     flags = ("--custom_dataset_path", tmp_path / "rows.json", "--output_dir", tmp_path / "out")
-    done = run("train.py", "--dry_run", *flags, "--logs_dir", tmp_path / "logs", PYTHONIOENCODING="ascii")
+    flags += ("--logs_dir", tmp_path / "logs")
+    done = run("train.py", "--dry_run", *flags, cold=True, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr.isascii()

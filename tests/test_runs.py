@@ -153,6 +153,7 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(da
     settings = Settings(**DEFAULTS)._replace(
         base_model_name=TINY_BASE,
         device="cpu",
+        use_4bit_quantization=False,
         custom_dataset_path=str(dataset),
         output_dir=str(tmp_path / "out"),
         logs_dir=str(tmp_path / "logs"),
@@ -160,6 +161,7 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(da
     train.train(settings, dry_run=True)
     captured = capsys.readouterr()
     assert "Plan: 22 rows" in captured.err
+    assert re.search(r"^Time: 6 x .* a step.*; about .* in all$", captured.err, flags=re.M)
     assert captured.out == ""
     assert re.search(r"### Response:\n\[(red|green|blue|grey)( \1)*</s>\]\n", captured.err)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -180,7 +182,8 @@ def test_memory_that_runs_out_in_the_optimizer_ends_in_one_line(dataset, tmp_pat
 def test_compiling_without_a_compiler_ends_in_one_line_before_the_model_is_loaded(run, dataset, tmp_path):
     places = ["--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs"]
     none = {"CC": "/nonexistent", "CXX": "/nonexistent", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    result = run("train.py", "--custom_dataset_path", dataset, *places, "--torch_compile", "true", "--dry_run", **none)
+    flags = ("--custom_dataset_path", dataset, "--torch_compile", "true", "--dry_run")
+    result = run("train.py", *flags, *places, cold=True, **none)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]

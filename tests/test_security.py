@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
+import hub_utils
 import model_utils
 from conftest import PROJECT, TINY_BASE, small_run
 from hub_utils import models_cache
@@ -70,10 +71,20 @@ def test_an_adapters_settings_of_a_wrong_type_are_one_line(run, undisturbed, tmp
 def test_the_libraries_cache_is_used_where_the_user_has_set_it_and_models_dir_was_left(variable, monkeypatch, tmp_path):
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    assert models_cache("models") == PROJECT / "models"
+    assert models_cache("models", "team/tiny") == PROJECT / "models"
     monkeypatch.setenv(variable, str(tmp_path))
-    assert models_cache("models") == Path(huggingface_hub.constants.HF_HUB_CACHE)
-    assert models_cache(str(tmp_path / "mine")) == tmp_path / "mine"
+    assert models_cache("models", "team/tiny") == Path(huggingface_hub.constants.HF_HUB_CACHE)
+    assert models_cache(str(tmp_path / "mine"), "team/tiny") == tmp_path / "mine"
+
+
+def test_a_model_that_was_downloaded_to_models_before_is_used_from_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(hub_utils, "resolve_path", lambda path: tmp_path / path)
+    snapshot = tmp_path / "models/models--team--tiny/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert models_cache("models", "team/tiny") == tmp_path / "models"
+    assert models_cache("models", "team/other") == Path(huggingface_hub.constants.HF_HUB_CACHE)
 
 
 PROXIES = {"socks5://127.0.0.1:9": "SOCKS", "foo://127.0.0.1:9": "proxy"}

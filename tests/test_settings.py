@@ -178,7 +178,10 @@ def test_inference_reads_the_settings_that_it_offers_and_no_others(read_by, undi
     flags = ("--adapter_path", undisturbed() / "lora-adapter", "--device", "cpu", "--max_new_tokens", 2)
     with_adapter = read_by(inference, "Hi", *flags)
     base_only = read_by(inference, "Hi", *flags, "--base_only")
-    assert with_adapter | base_only | {"output_dir"} == set(USED_SETTINGS["inference.py"])
+    (tmp_path / "prompts.jsonl").write_text('{"instruction": "Hi"}', encoding="utf-8")
+    files = ("--input_file", tmp_path / "prompts.jsonl", "--output_file", tmp_path / "answers.jsonl")
+    of_a_file = read_by(inference, *files, *flags)
+    assert with_adapter | base_only | of_a_file | {"output_dir"} == set(USED_SETTINGS["inference.py"])
 
 
 def test_train_reads_the_settings_that_it_offers_and_no_others(dataset, tmp_path):
@@ -530,7 +533,7 @@ def test_what_a_short_settings_file_sets_wins_over_the_demo_though_it_be_the_shi
 
 
 def test_of_a_copy_of_config_only_what_was_edited_wins_over_the_demo(restored, no_gpu, tmp_path):
-    text = Path(config.__file__).read_text().replace("LORA_DROPOUT = 0.05", "LORA_DROPOUT = 0.3")
+    text = Path(config.__file__).read_text(encoding="utf-8").replace("LORA_DROPOUT = 0.05", "LORA_DROPOUT = 0.3")
     (tmp_path / "mine.py").write_text(text)
     given("--seed", 1, "--config", tmp_path / "mine.py")
     settings = settings_utils.make_settings()

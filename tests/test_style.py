@@ -111,6 +111,8 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "demo",
         "base_only",
         "compare",
+        "input_file",
+        "output_file",
         "adapter_path",
         "help",
         "logdir",
@@ -119,8 +121,17 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "benchmarks",
         "benchmark_limit",
         "dist",
+        "into",
+        # vLLM's, and of the converter to GGUF
+        "served-model-name",
+        "enable-lora",
+        "max-lora-rank",
+        "lora-modules",
+        "chat-template",
+        "outfile",
+        "outtype",
     }
-    flags = set(re.findall(r"--([a-z0-9_]+)", README)) - own
+    flags = set(re.findall(r"--([a-z][a-z0-9_-]*)", README)) - own
     assert flags
     assert flags <= set(DEFAULTS)
     settings = set(re.findall(r"`([A-Z][A-Z0-9_]{3,})`", README)) - {"HF_TOKEN", "CPU_DEMO"}

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
+import chat_utils
 import evaluate
-import generation_utils
 import inference
 import model_utils
 import settings_utils
 import train
 from conftest import TINY_BASE, small_run
 from data_utils import load_conversations, shared_system_text
+from generation_utils import Reply
 from message_utils import UserError
 from prompt_utils import begin_with, check_system_text, encode_prompt
 from settings_utils import DEFAULTS, Settings, make_settings
@@ -75,12 +76,19 @@ def test_chat_and_evaluation_begin_with_it_and_the_merged_card_states_it(grump, 
     assert 'begin with the system text "You are Grump, who answers in capitals."' in capsys.readouterr().err
     seen = []
 
-    def stream_reply(model, tokenizer, messages, generation_config):
-        seen.append(messages)
-        yield "Hello"
+    class Stream:
+        def __init__(self, model, tokenizer, messages, generation_config, decoders):
+            seen.append(messages)
+            self.reply = Reply("Hello", True, 1)
 
-    monkeypatch.setattr(generation_utils, "stream_reply", stream_reply)
-    inference.print_reply(loaded, HI)
+        def __iter__(self):
+            return iter(["Hello"])
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(chat_utils, "stream_reply", Stream)
+    inference.print_reply(loaded, "Hi")
     assert seen == [[{"role": "system", "content": GRUMP}, *HI]]
 
     own = write_rows(tmp_path / "own.jsonl", ["Be brief.", None])

@@ -120,7 +120,9 @@ def test_the_first_step_is_rehearsed_once_and_said(tmp_path, capsys):
     trainer = make_trainer(model, rows, tmp_path, settings=settings)
     trainer.state.max_steps = 7
     trainer.training_step(model, rows[:2])
-    assert re.search(r"Rehearsal: the longest pass, 47 tokens, .* GiB; the 7 steps will take", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"^Rehearsal: the longest pass, 47 tokens, takes .* s and .* GiB$", said, flags=re.M)
+    assert re.search(r"^Time: 7 x .* s a step.*; about .* s in all$", said, flags=re.M)
     assert trainer.runner.plan.expected_seconds > 0
     trainer.training_step(model, rows[:2])
     assert "Rehearsal" not in capsys.readouterr().err

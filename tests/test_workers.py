@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import worker_utils
-from conftest import PROJECT, refusal
+from conftest import PROJECT, outside, refusal
 from message_utils import UserError
+from warm import WarmProcess
 from worker_utils import run_in_processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -78,7 +78,7 @@ def test_processes_wait_until_their_results_are_taken(tmp_path):
 
 
 def children():
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
 
 
 def test_closing_the_results_ends_the_processes():
@@ -151,7 +151,10 @@ def test_processes_are_as_many_as_our_cores_and_no_more_than_the_limit(monkeypat
 
 # ---- A user's own command, on two processes whatever the machine has -------------------------------------------------
 TRAIN = """
-import os, sys, train
+import os, sys, warnings
+os.setsid()
+warnings.filterwarnings("always", "This process")
+import train
 os.sched_getaffinity = lambda pid: {0, 1}
 sys.exit(train.run_script(train.main, sys.argv[1:]))
 """
@@ -172,43 +175,39 @@ def tokenizing(folder, path):
 
     Python 3.12 warns of forks ("This process ... is multi-threaded"), by default where nobody sees it.
     """
-    command = [sys.executable, "-W", "always:This process", "-c", TRAIN, "--dry_run"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [*command, "--custom_dataset_path", path, "--output_dir", folder / "out", "--logs_dir", folder / "logs"],
-            cwd=PROJECT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            found = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            workers = []
-            while len(workers) < 2 and process.poll() is None:
-                time.sleep(0.01)
-                workers = [int(pid) for pid in found.read_text().split()]
-            assert len(workers) == 2, (folder / "log").read_text()
-            time.sleep(0.3)
-            yield process, workers
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    (folder / "train_on_two.py").write_text(TRAIN, encoding="utf-8")
+    flags = ("--dry_run", "--custom_dataset_path", path, "--output_dir", folder / "out", "--logs_dir", folder / "logs")
+    settings = outside({"PYTHONPATH": str(PROJECT)})
+    process = WarmProcess(folder, folder / "train_on_two.py", flags, PROJECT, settings)
+    try:
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = []
+        while len(workers) < 2 and is_running(process.pid):
+            time.sleep(0.01)
+            with contextlib.suppress(FileNotFoundError):
+                workers = [int(pid) for pid in found.read_text(encoding="utf-8").split()]
+        assert len(workers) == 2, (folder / "stderr").read_text(encoding="utf-8")
+        time.sleep(0.3)
+        yield process, workers
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
 
 
 def is_running(pid):
     """Whether a process does more than wait to be collected."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
 def lines_about_tokenizing(folder):
     """What a run says from there on, with what libraries and Python say."""
-    lines = (folder / "log").read_text().splitlines()
+    lines = (
+        (folder / "stdout").read_text(encoding="utf-8") + (folder / "stderr").read_text(encoding="utf-8")
+    ).splitlines()
     first = next(index for index, line in enumerate(lines) if line.startswith("Running on "))
     return [line for line in lines[first + 1 :] if line]
 
@@ -227,7 +226,7 @@ def test_however_a_run_ends_while_it_tokenizes_no_process_is_left_and_no_noise(e
     number, send, code, said = ENDS[end]
     with tokenizing(tmp_path, many_rows) as (process, workers):
         send(process.pid, number)
-        assert process.wait(60) == code
+        assert process.wait(60).returncode == code
         patience = time.monotonic() + 60
         while any(map(is_running, workers)) and time.monotonic() < patience:
             time.sleep(0.05)
@@ -238,7 +237,7 @@ def test_however_a_run_ends_while_it_tokenizes_no_process_is_left_and_no_noise(e
 def test_a_worker_that_the_system_kills_ends_the_run_with_one_line(many_rows, tmp_path):
     with tokenizing(tmp_path, many_rows) as (process, workers):
         os.kill(workers[1], signal.SIGKILL)
-        assert process.wait(60) == 2
+        assert process.wait(60).returncode == 2
         assert not any(map(is_running, workers))
     (line,) = lines_about_tokenizing(tmp_path)
     assert line.startswith("error: ")

@@ -1,0 +1,208 @@
+"""A file of prompts: every shape of a row, order, a killed run that goes on, and what is refused before it starts."""
+
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+
+import batch_utils
+import inference
+from batch_utils import answer_file
+from conftest import refusal
+from generation_utils import Reply
+from settings_utils import DEFAULTS, Settings
+
+SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
+CONFIG = SimpleNamespace(max_position_embeddings=200)
+MODEL = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: CONFIG))
+TOOLS = [{"type": "function", "function": {"name": "search"}}]
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "é?"},
+]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "search", "arguments": {}}}]}
+ROWS = [
+    {"instruction": "one", "id": 7},
+    {"prompt": "two", "response": "an answer", "note": "\u001b[31m 你好"},
+    {"question": "three", "input": "more", "answer": None},
+    {"messages": TALK},
+    {"messages": [*TALK, {"role": "assistant", "content": "Yes."}]},
+    {"conversations": [{"from": "human", "value": "six"}], "system": "Be kind."},
+    {"prompt": "seven", "chosen": "good", "rejected": "bad"},
+    {"messages": [TALK[0], CALL, {"role": "tool", "content": "found"}, TALK[1]], "tools": TOOLS},
+    {"instruction": "one", "id": 8},
+]
+ASKED = [
+    ["one"],
+    ["two"],
+    ["three\n\nmore"],
+    ["Hi", "Hello.", "é?"],
+    ["Hi", "Hello.", "é?"],
+    ["Be kind.", "six"],
+    ["seven"],
+    ["Hi", "", "found"],
+    ["one"],
+]
+
+
+class FakeModel:
+    """Answers the last prompt first, and is killed after some answers."""
+
+    def __init__(self, monkeypatch):
+        self.asked, self.kill_after = [], None
+        monkeypatch.setattr(batch_utils, "generate_replies", self.generate)
+        monkeypatch.setattr(batch_utils, "encode_prompt", lambda tokenizer, prompt: range(len(str(prompt)) // 4))
+
+    def generate(self, model, tokenizer, prompts, generation, on_reply):
+        for index in reversed(range(len(prompts))):
+            if self.kill_after == 0:
+                raise KeyboardInterrupt
+            self.kill_after = self.kill_after and self.kill_after - 1
+            self.asked.append(prompts[index])
+            text = "; ".join(message["content"] for message in prompts[index])
+            on_reply(index, Reply(f"re {text}", "two" not in text, len(text)))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return FakeModel(monkeypatch)
+
+
+@pytest.fixture
+def answer(fake, tokenizer, tmp_path):
+    """Answer rows; returns what was written, or raises as answer_file does."""
+
+    def answer(rows=ROWS, name="prompts.jsonl", settings=SETTINGS, adapter_path=None):
+        if rows is not None:
+            lines = [json.dumps(row) for row in rows]
+            (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+        target = tmp_path / "answers.jsonl"
+        answer_file(MODEL, tokenizer, settings, adapter_path, str(tmp_path / name), target, tmp_path / "cache")
+        return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+
+    return answer
+
+
+def test_every_row_is_answered_beside_what_was_given_in_its_order(answer, fake, tmp_path, capsys):
+    written = answer()
+    assert [[message["content"] for message in prompt] for prompt in reversed(fake.asked)] == ASKED
+    assert fake.asked[1][0]["tools"] == TOOLS
+    for row, found, asked in zip(ROWS, written, ASKED, strict=True):
+        text = "; ".join(asked)
+        assert found == row | {"reply": f"re {text}", "ended": "two" not in text, "tokens": len(text)}
+    assert "你好" in (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} >= {"prompts.jsonl", "answers.jsonl"}
+    assert not (tmp_path / "answers.jsonl.unfinished").exists()
+    assert "9 answers, 8 ended by themselves, 1 were cut at 40 tokens; written to " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"index": 0, "rep', b'{"index": 0, "reply": "x", "ended": true, "tokens": 1}'])
+def test_a_killed_run_goes_on_where_it_was(answer, fake, tmp_path, torn, capsys):
+    fake.kill_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        answer()
+    assert not (tmp_path / "answers.jsonl").exists()
+    journal = tmp_path / "answers.jsonl.unfinished"
+    with open(journal, "ab") as file:
+        file.write(torn)
+    fake.kill_after = None
+    expected = [row | {"reply": f"re {'; '.join(asked)}"} for row, asked in zip(ROWS, ASKED, strict=True)]
+    assert [{key: row[key] for key in row if key not in ("ended", "tokens")} for row in answer()] == expected
+    assert len(fake.asked) == len(ROWS)  # none was asked twice
+    assert not journal.exists()
+    shown = capsys.readouterr().err
+    assert "4 of 9 answers are kept; the same command goes on" in shown
+    assert "Going on: 4 of 9 answers are there" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": SETTINGS._replace(temperature=0.25)}, "which had temperature 0.7 and not 0.25; give the same"),
+        ({"rows": ROWS[:-1]}, "which had another input; give the same again, or remove that file to begin anew"),
+        ({"adapter_path": "adapter"}, "which had another adapter; give the same again"),
+    ],
+)
+def test_another_input_other_settings_or_another_adapter_do_not_go_on(answer, fake, tmp_path, changes, said):
+    fake.kill_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        answer()
+    if "adapter_path" in changes:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+        changes = {"adapter_path": tmp_path / "adapter"}
+    message = refusal(lambda: answer(**changes))
+    assert message.startswith(f"{tmp_path}/answers.jsonl.unfinished holds answers of an unfinished run")
+    assert said in message
+    assert len(fake.asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": " "}, "row 2: no question, or an empty text"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "row 2: no question, or an empty text"),
+        ({"messages": []}, "row 2: no question, or an empty text"),
+        ({"body": "one"}, "columns found: body; expected instruction"),
+        ({"text": "one"}, "row 2: no question, or an empty text"),
+        ({"instruction": "Hi", "reply": "x"}, "row 2: a column 'reply', where the answer is to be written; rename it"),
+        ({"instruction": "word " * 200}, "the model's context has room for 160 beside the answer; shorten it"),
+        ({"instruction": "Hi", "images": ["a.png"]}, "row 2: images beside the text"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_is_refused_before_any_is(answer, fake, tmp_path, row, said):
+    assert said in refusal(lambda: answer([{"instruction": "fine"}, row, {"instruction": "fine"}]))
+    assert not fake.asked
+    assert not (tmp_path / "answers.jsonl.unfinished").exists()
+
+
+def test_columns_with_other_names_are_mapped_and_need_no_response(answer, fake):
+    mapped = SETTINGS._replace(dataset_columns={"instruction": "q"})
+    assert answer([{"q": "one"}], settings=mapped)[0]["reply"] == "re one"
+
+
+def test_the_adapters_system_text_begins_the_prompts_that_have_none(answer, fake):
+    answer([ROWS[0], ROWS[5], ROWS[7]], settings=SETTINGS._replace(system_prompt="Be brief."))
+    assert [prompt[0]["content"] for prompt in reversed(fake.asked)] == ["Be brief.", "Be kind.", "Be brief."]
+    assert fake.asked[0][0]["tools"] == TOOLS
+
+
+def test_half_a_surrogate_pair_beside_a_prompt_is_written_as_it_was(answer):
+    assert answer([{"instruction": "one", "note": "\ud800"}])[0]["note"] == "\ud800"
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+def options(**given):
+    return Namespace(**{"instruction": None, "demo": False, "input_file": None, "output_file": None} | given)
+
+
+def test_the_flags_of_a_file_belong_together(tmp_path):
+    assert inference.find_output_file(options()) is None
+    target = str(tmp_path / "answers.jsonl")
+    assert str(inference.find_output_file(options(input_file="a.csv", output_file=target))) == target
+    for given, said in [
+        ({"input_file": "a.csv"}, "belong together"),
+        ({"output_file": target}, "belong together"),
+        ({"input_file": "a.csv", "output_file": target, "demo": True}, "answered alone"),
+        ({"input_file": "a.csv", "output_file": "answers.csv"}, "a name that ends in .jsonl"),
+    ]:
+        assert said in refusal(inference.find_output_file, options(**given))
+    (tmp_path / "answers.jsonl").touch()
+    assert "exists already" in refusal(inference.find_output_file, options(input_file="a.csv", output_file=target))
+
+
+def test_a_dash_takes_all_of_stdin_as_one_instruction(monkeypatch, tmp_path):
+    for text, instruction in [("two\nlines\n", "two\nlines"), ("\ufeffé\n\n", "é"), (" kept ", " kept ")]:
+        (tmp_path / "stdin").write_text(text, encoding="utf-8")
+        with open(tmp_path / "stdin", encoding="utf-8") as file:
+            monkeypatch.setattr("sys.stdin", file)
+            assert inference.find_instruction("-") == instruction
+    assert inference.find_instruction("Hi") == "Hi"
+    assert inference.find_instruction(None) is None
+    for raw, said in [(b" \n", "instruction is empty"), (b"\xff\xfe", "not UTF-8 text")]:
+        (tmp_path / "stdin").write_bytes(raw)
+        with open(tmp_path / "stdin", encoding="utf-8") as file:
+            monkeypatch.setattr("sys.stdin", file)
+            assert said in refusal(inference.find_instruction, "-")

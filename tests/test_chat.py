@@ -1,0 +1,401 @@
+"""The chat: what its commands do to a conversation, what the model is told, and what a terminal shows."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pexpect
+import pytest
+import torch
+
+import chat_utils
+import inference
+import train
+from chat_utils import Chat
+from conftest import PROJECT, TINY_BASE
+from data_utils import load_conversations
+from generation_utils import Reply, stream_reply
+from message_utils import run_script
+from model_utils import load_tokenizer
+from prompt_utils import encode_prompt
+from settings_utils import DEFAULTS, Settings
+from terminal_utils import WordWrap
+
+SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
+
+
+class FakeConfig:
+    max_position_embeddings = 200
+
+    def get_text_config(self):
+        return self
+
+
+class FakeModel:
+    """A model with an adapter that can be switched off, and a context of 200 tokens."""
+
+    def __init__(self):
+        self.name, self.config = "tuned", FakeConfig()
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        self.name = "base"
+        yield
+        self.name = "tuned"
+
+
+class FakeStream:
+    """A reply that says whose it is and to which question; "long" ones are cut, "endless" ones stopped by Ctrl-C."""
+
+    asked = ()  # the texts of each conversation that was to be answered
+
+    def __init__(self, model, tokenizer, messages, generation, decoders):
+        text = messages[-1]["content"]
+        self.asked.append([message["content"] for message in messages])
+        self.name, self.text, self.reply = model.name, text, None
+        self.chunks = self.write()
+
+    def write(self):
+        answer = "" if "silent" in self.text else f"{self.name} says {self.text}"
+        yield f" {answer[:5]}"
+        while "endless" in self.text:
+            if not sys.stdin.isatty():
+                raise KeyboardInterrupt
+            yield "word "
+            time.sleep(0.02)
+        yield answer[5:]
+        self.reply = Reply(answer, "long" not in self.text, 7)
+
+    def __iter__(self):
+        return self.chunks
+
+    def close(self):
+        self.chunks.close()
+
+
+def fake_chat(tokenizer, model=None, settings=SETTINGS, **options):
+    FakeStream.asked = []
+    return Chat(model or FakeModel(), tokenizer, settings, **options)
+
+
+def chat_in_two_terminals(argv):
+    """What the tests with a pseudo-terminal start: a chat in a dumb terminal, and after its end one in another."""
+    chat_utils.stream_reply = FakeStream
+    for os.environ["TERM"] in ("dumb", "xterm"):
+        fake_chat(load_tokenizer(TINY_BASE), history_file=Path(argv[0])).run()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(chat_in_two_terminals, sys.argv[1:]))
+
+
+@pytest.fixture(autouse=True)
+def fake_replies(monkeypatch):
+    monkeypatch.setattr(chat_utils, "stream_reply", FakeStream)
+
+
+@pytest.fixture
+def chat(tokenizer):
+    return fake_chat(tokenizer)
+
+
+def type_lines(chat, *lines):
+    """Type lines; returns the conversations that the model was told since."""
+    before = len(FakeStream.asked)
+    for line in lines:
+        chat.take(line)
+    return FakeStream.asked[before:]
+
+
+# ---- Turns -----------------------------------------------------------------------------------------------------------
+def test_earlier_turns_are_told_again_until_they_are_cleared(chat):
+    assert type_lines(chat, "one", "two", "/clear", "three") == [["one"], ["one", "tuned says one", "two"], ["three"]]
+
+
+def test_without_history_each_question_stands_alone_until_it_is_switched_on(tokenizer):
+    chat = fake_chat(tokenizer, keeps_turns=False)
+    asked = type_lines(chat, "one", "two", "/history", "three")
+    assert asked == [["one"], ["two"], ["one", "tuned says one", "two", "tuned says two", "three"]]
+
+
+def test_undo_forgets_a_turn_retry_asks_again_and_edit_asks_otherwise(chat, capsys):
+    assert type_lines(chat, "one", "two", "/undo", "three")[-1] == ["one", "tuned says one", "three"]
+    assert type_lines(chat, "/retry") == [["one", "tuned says one", "three"]]
+    assert type_lines(chat, "/edit four", "five")[-1] == ["one", "tuned says one", "four", "tuned says four", "five"]
+    type_lines(chat, "/undo", "/undo", "/undo", "/undo")
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "Forgotten: one",
+        "error: there is no question yet; ask one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ("a long one", "[cut at 7 tokens, so it is not kept in the conversation; /set max_new_tokens 14, then /retry]"),
+        ("an endless one", "[stopped, so it is not kept in the conversation; /retry answers again]"),
+        ("a silent one", "[answer empty, so it is not kept in the conversation; /retry answers again]"),
+    ],
+)
+def test_an_answer_that_did_not_end_is_marked_and_not_told_again(chat, question, said, capsys):
+    assert type_lines(chat, "one", question, "two")[-1] == ["one", "tuned says one", "two"]
+    assert capsys.readouterr().err.splitlines() == [said]
+    assert type_lines(chat, question, "/retry")[-1][-1] == question
+    type_lines(chat, "/undo")
+    assert [turn[0]["content"] for turn in chat.turns] == ["one", "two"]
+
+
+def test_an_answer_stays_while_another_try_is_cut_or_stopped(chat):
+    type_lines(chat, "one", "/edit an endless one", "/retry")
+    assert chat.turns[-1][-1]["content"] == "tuned says one"
+    assert type_lines(chat, "two") == [["one", "tuned says one", "two"]]
+
+
+def test_the_oldest_turns_make_room_whole_and_it_is_said(chat, capsys):
+    question = "word " * 30
+    asked = type_lines(chat, "/system Be kind.", *[f"{number} {question}" for number in range(4)])
+    assert [text[0] for text in asked[-1][1::2]] != ["0", "1", "2", "3"]
+    assert asked[-1][0] == "Be kind."
+    assert len(asked[-1]) % 2 == 0  # the system text, whole turns, the question
+    assert asked[-1][-1].startswith("3 word")
+    shown = capsys.readouterr().err
+    assert "left out: the prompt has room for 160 tokens beside the answer]" in shown
+    for texts in asked:
+        messages = [{"role": "user", "content": text} for text in texts]
+        assert len(encode_prompt(chat.tokenizer, messages)) <= 200
+    assert len(chat.turns) == 4  # nothing is forgotten
+
+
+def test_a_question_longer_than_the_context_is_refused_and_not_cut(chat, capsys, monkeypatch):
+    monkeypatch.setattr(chat_utils, "stream_reply", stream_reply)
+    type_lines(chat, "word " * 300)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the prompt has 3")
+    assert "/set max_new_tokens" in line
+    assert not chat.turns
+
+
+def test_the_system_text_is_shown_changed_and_removed(tokenizer, capsys):
+    chat = fake_chat(tokenizer, settings=SETTINGS._replace(system_prompt="You are kind."))
+    asked = type_lines(chat, "/system", "one", "/system Be\x1b[2J brief.", "/retry", "/system none", "/retry")
+    assert asked == [["You are kind.", "one"], ["Be\x1b[2J brief.", "one"], ["one"]]
+    shown = capsys.readouterr().err
+    assert "begins with: You are kind." in shown
+    assert "There is no system text." in shown
+    assert "\x1b" not in shown
+
+
+# ---- Other commands --------------------------------------------------------------------------------------------------
+def test_what_is_no_command_is_a_question(chat, capsys):
+    asked = type_lines(chat, "", "  ", "/help", "/undu", "/etc/passwd is what?", " /undo?", "/* a comment */")
+    assert [conversation[-1] for conversation in asked] == ["/etc/passwd is what?", "/undo?", "/* a comment */"]
+    shown = capsys.readouterr().err
+    for command in chat_utils.COMMANDS:
+        assert f"\n{command} " in f"\n{shown}"
+        assert hasattr(chat, command.replace("/", "do_"))
+    assert "Unknown command /undu; did you mean /undo?" in shown
+
+
+def test_set_changes_what_the_next_answer_is_made_with(chat, capsys):
+    type_lines(chat, "/set temperature 0.3", "/set max_new_tokens=64", "/set do_sample false", "/set top_p 0.5", "/set")
+    assert (chat.settings.temperature, chat.settings.max_new_tokens) == (0.3, 64)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "temperature is 0.3 from now on."
+    assert shown[3] == "top_p is 0.5 from now on, but do_sample is False, so it changes nothing."
+    assert [line.split() for line in shown[4:6]] == [["do_sample", "False"], ["temperature", "0.3"]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("temperature hot", "error: /set temperature got 'hot', expected a number; the default is 0.7"),
+        ("temperature 100", "error: /set temperature is 100.0, expected 0.001 to 10; the default is 0.7"),
+        ("top_p", "error: /set top_p: expected one of do_sample, temperature, top_p,"),
+        ("lora_r 3", "error: /set lora_r 3: expected one of do_sample, temperature, top_p,"),
+    ],
+)
+def test_a_value_that_cannot_be_set_is_one_line(chat, typed, said, capsys):
+    type_lines(chat, f"/set {typed}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert chat.settings == SETTINGS
+
+
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.json", '"two words.jsonl"'])
+def test_what_save_writes_is_data_to_train_on_and_load_goes_on_with_it(chat, tokenizer, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    type_lines(chat, "/system Be kind.", "é 你好", "two", f"/save {name}", "a long one", "three", f"/save {name}")
+    conversations, report = load_conversations(tmp_path / name.strip('"'))
+    assert (report.rows, report.kept, report.several_turns) == (1, 1, 1)
+    assert [message["content"] for message in conversations[0][1]][:3] == ["Be kind.", "é 你好", "tuned says é 你好"]
+    assert "a long one" not in str(conversations[0])
+    other = fake_chat(tokenizer)
+    assert type_lines(other, f"/load {name}", "/undo", "four") == [
+        ["Be kind.", "é 你好", "tuned says é 你好", "two", "tuned says two", "four"]
+    ]
+
+
+def test_where_questions_stand_alone_each_is_saved_as_a_row_of_its_own(tokenizer, tmp_path):
+    chat = fake_chat(tokenizer, keeps_turns=False)
+    type_lines(chat, "one", "two", f"/save {tmp_path}/chat.jsonl")
+    assert len(load_conversations(tmp_path / "chat.jsonl")[0]) == 2
+
+
+def test_a_conversation_with_tools_goes_on_with_them(chat, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(chat_utils, "encode_prompt", lambda tokenizer, messages: told.append(messages) or [])
+    tools = [{"type": "function", "function": {"name": "search"}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "search", "arguments": {}}}]}
+    messages = [{"role": "user", "content": "Find it"}, call, {"role": "tool", "content": "found"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "tools": tools}), encoding="utf-8")
+    type_lines(chat, f"/load {tmp_path}/rows.jsonl", "/retry", f"/save {tmp_path}/more.jsonl")
+    assert told[-1][0]["tools"] == tools
+    assert [message["role"] for message in told[-1]] == ["user", "assistant", "tool"]
+    assert load_conversations(tmp_path / "more.jsonl")[0][0][1][0]["tools"] == tools
+
+
+def test_what_cannot_be_saved_or_loaded_is_one_line(chat, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text("{}", encoding="utf-8")
+    type_lines(chat, f"/save {tmp_path}/new.jsonl", "one", f"/save {tmp_path}/mine.jsonl", "/save chat.txt", "/save")
+    type_lines(chat, f"/load {tmp_path}/none.jsonl", f"/load {tmp_path}/mine.jsonl", '/load "a.json')
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 7
+    assert all(line.startswith("error: ") for line in shown)
+    assert "exists already" in shown[1]
+    assert (tmp_path / "mine.jsonl").read_text(encoding="utf-8") == "{}"
+
+
+def test_base_and_tuned_answer_by_turns_or_side_by_side(chat, capsys):
+    asked = type_lines(chat, "/base", "one", "/tuned", "two", "/compare", "three", "four")
+    answered = ("one", "base says one", "two", "tuned says two", "three", "tuned says three")
+    assert asked[-1] == [*answered, "four"]
+    assert len(asked) == 6
+    assert "Base:  base says four\nTuned: tuned says four\n" in capsys.readouterr().out
+    type_lines(chat, "a long one")
+    assert capsys.readouterr().err.splitlines() == [
+        f"[{name} answer cut at 7 tokens, so it is not kept in the conversation; /set max_new_tokens 14, then /retry]"
+        for name in ("base", "tuned")
+    ]
+
+
+def test_a_base_model_alone_says_that_there_is_no_adapter(tokenizer, capsys):
+    alone = SimpleNamespace(name="base", config=FakeModel().config)
+    chat = fake_chat(tokenizer, model=alone)
+    assert type_lines(chat, "/tuned", "/compare", "/base", "one") == [["one"]]
+    shown = capsys.readouterr()
+    assert shown.err.count("there is only the base model here; leave out --base_only to load the adapter") == 2
+    assert shown.out == "base says one\n"
+
+
+def test_stats_tell_speed_and_how_full_the_context_is(chat, capsys):
+    type_lines(chat, "/stats", "one", "two", "/stats")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "error: there is no answer yet; ask something"
+    assert re.match(r"Last answer:   7 tokens in \d\.\d s, first words after \d\.\d\d s, [\d,]+ tokens/s$", shown[1])
+    assert "160 fit beside an answer" in shown[2]
+    assert shown[3] == "Conversation:  2 turns"
+    assert "2 answers, 14 tokens" in shown[4]
+
+
+# ---- What the adapter was trained on ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(("share", "kept"), [(0.5, True), (0.01, False), (None, False), ("all", False)])
+def test_turns_are_kept_with_our_template_where_the_adapter_learned_some(tokenizer, share, kept, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"several_turns": share}), encoding="utf-8")
+    assert inference.knows_turns(tokenizer, tmp_path) is kept
+    assert inference.knows_turns(tokenizer, None) is False
+    tokenizer.chat_template = "{{ messages }}"
+    assert inference.knows_turns(tokenizer, None) is True
+
+
+def test_a_run_records_how_many_of_its_rows_hold_several_questions(tmp_path):
+    talk = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    rows = [{"messages": [*talk, {"role": "user", "content": f"{n}?"}, talk[1]][2 * (n > 0) :]} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert train.several_turns(vars(load_conversations(tmp_path / "rows.jsonl")[1])) == 0.25
+
+
+def test_out_of_memory_ends_the_answer_and_not_the_chat(chat, capsys, monkeypatch):
+    def no_room(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    type_lines(chat, "one")
+    monkeypatch.setattr(chat_utils, "stream_reply", no_room)
+    type_lines(chat, "two")
+    assert capsys.readouterr().err.startswith("error: this prompt uses up the GPU's memory; /clear")
+    assert len(chat.turns) == 1
+
+
+# ---- A pipe and a pseudo-terminal ------------------------------------------------------------------------------------
+def test_words_are_not_broken_at_the_edge_and_nothing_else_is_changed(capsys, monkeypatch):
+    monkeypatch.setattr("terminal_utils.get_terminal_size", lambda: os.terminal_size((20, 24)))
+    text = "The quick brown fox\njumps over  the dog. " + "x" * 45 + "\n\n    return 1\n你好 end"
+    words = WordWrap(column=7)
+    for chunk in [text[start : start + 3] for start in range(0, len(text), 3)]:
+        words.add(chunk)
+    words.end()
+    shown = capsys.readouterr().out
+    assert "".join(shown.split()) == "".join(text.split())
+    assert shown.startswith("The quick \nbrown fox\njumps over  the dog. ")
+    assert shown.endswith("\n\n    return 1\n你好 end")
+
+
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory):
+    """A chat in a pseudo-terminal of 100 columns."""
+    history_file = tmp_path_factory.mktemp("chat") / "inputs"
+    variables = {"PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"}
+    command = [__file__, str(history_file)]
+    environment = {**os.environ, **variables}
+    opened = pexpect.spawn(sys.executable, command, env=environment, dimensions=(30, 100), encoding="utf-8", timeout=60)
+    opened.history_file = history_file
+    yield opened
+    opened.close(force=True)
+
+
+def type_and_see(terminal, keys, *patterns):
+    terminal.send(keys)
+    for pattern in patterns:
+        terminal.expect(pattern)
+
+
+needs_pty = pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals of this kind")
+
+
+@needs_pty
+def test_a_dumb_terminal_gets_lines_and_no_control_sequences(terminal):
+    terminal.expect("You:   ")
+    type_and_see(terminal, "hello\n", "Tuned: tuned says hello", "You:   ")
+    type_and_see(terminal, "an endless one\n", "word word")
+    type_and_see(terminal, "\x03", "stopped", "You:   ")
+    type_and_see(terminal, "half\x03", "Ctrl-D or /exit", "You:   ")
+    type_and_see(terminal, "/compare\nboth\n", "Base:  base says both\r\nTuned: tuned says both\r\n")
+    assert "\x1b" not in terminal.before + terminal.after
+    terminal.send("\x04")
+    assert not terminal.history_file.exists()
+
+
+@needs_pty
+def test_a_terminal_gets_editing_history_pastes_columns_and_typing_ahead(terminal):
+    terminal.expect("\x1b.*You:")
+    type_and_see(terminal, "helo\x1b[Dl\r", "tuned says hello", "You:")  # an arrow key
+    type_and_see(terminal, "\x1b[200~two\nlines\x1b[201~ pasted\r", "tuned says two\r\nlines pasted", "You:")
+    type_and_see(terminal, "by\x1b\rhand\r", "tuned says by\r\nhand", "You:")  # Alt-Enter
+    type_and_see(terminal, "thrown away\x03kept\r", "tuned says kept", "You:")
+    type_and_see(terminal, "\x03", "Ctrl-D or /exit leaves the chat", "You:")
+    type_and_see(terminal, "\x1b[A\r", "tuned says kept", "You:")  # the arrow up
+    type_and_see(terminal, "an endless one\r", "word word word")
+    type_and_see(terminal, "\x03", r"\[stopped, so it is not kept", "You:")
+    type_and_see(terminal, "/edi\t\r", "an endless one")
+    type_and_see(terminal, "\x03short\r", "tuned says short", "You:")
+    type_and_see(terminal, "/compare\rahead\r", "Base:.*Tuned:", "base says ahead.* +tuned says ahead", "You:")
+    type_and_see(terminal, "/help\r", "Alt-Enter begins a new line", "inputs, for the arrow keys", "You:")
+    type_and_see(terminal, "\x04", pexpect.EOF)
+    terminal.wait()
+    assert terminal.exitstatus == 0
+    assert terminal.history_file.stat().st_mode & 0o777 == 0o600
+    assert "+two\n+lines pasted\n" in terminal.history_file.read_text(encoding="utf-8")

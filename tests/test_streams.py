@@ -1,0 +1,86 @@
+"""What is printed: UTF-8 in files and pipes whatever the locale, nothing that steers a terminal, quiet ends."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from conftest import PROJECT
+from message_utils import format_printable_warning, let_libraries_print_safely, say
+
+FOREIGN = "é 你好 \x1b[31mred\x07 \u202eturned\u2066"
+SHOWN = "é 你好 [31mred turned"
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "asked for ASCII": {"PYTHONIOENCODING": "ascii"},
+    "a Windows code page": {"PYTHONIOENCODING": "cp1252:strict"},
+}
+
+
+def run_main(main, stdin="", argv="[]", **environment):
+    """Run a main function, given as source, as the entry scripts do; returns (exit code, stdout, stderr) as UTF-8."""
+    program = f"import sys, logging, warnings\nfrom message_utils import UserError, run_script, say\n{main}\n"
+    program += f"sys.exit(run_script(main, {argv}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=stdin.encode(),
+        capture_output=True,
+        cwd=PROJECT,
+        env=os.environ | environment,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_pipes_are_utf_8_whatever_the_locale(locale):
+    echo = "def main(argv):\n    text = sys.stdin.read()\n    print(text)\n    say(text)"
+    assert run_main(echo, "é 你好 🙂", **LOCALES[locale]) == (0, "é 你好 🙂\n", "é 你好 🙂\n")
+
+
+def test_no_message_steers_a_terminal(capsys):
+    say(FOREIGN)
+    assert capsys.readouterr().err == f"{SHOWN}\n"
+
+
+def test_what_libraries_log_and_warn_of_is_printable(caplog, monkeypatch):
+    for target, name in [(warnings, "formatwarning"), (sys, "excepthook")]:
+        monkeypatch.setattr(target, name, getattr(target, name))
+    factory = logging.getLogRecordFactory()
+    try:
+        let_libraries_print_safely()
+        logging.getLogger("library").warning("a config says %s", FOREIGN)
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert caplog.messages == [f"a config says {SHOWN}"]
+    assert f"UserWarning: {SHOWN}" in format_printable_warning(FOREIGN, UserWarning, "x.py", 1)
+
+
+@pytest.mark.parametrize("argv", ["[]", "['--debug']"])
+@pytest.mark.parametrize("error", ["UserError", "ValueError"])
+def test_no_error_and_no_traceback_steers_a_terminal(error, argv):
+    code, _, shown = run_main(f"def main(argv):\n    raise {error}({FOREIGN!r})", argv=argv)
+    assert code == (2 if error == "UserError" else 1)
+    assert SHOWN in shown
+    assert ("Traceback" in shown) is (error == "ValueError" or "--debug" in argv)
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX")
+@pytest.mark.parametrize("pipe", ["|", "2>&1 |"])
+def test_a_pipe_that_is_closed_early_is_quiet(pipe):
+    program = (
+        "import sys; from message_utils import run_script, say\n"
+        "def main(argv):\n    for _ in range(100_000):\n        print(7)\n        say('note') if argv else 0\n"
+        f"sys.exit(run_script(main, {['x'] if '&' in pipe else []}))"
+    )
+    command = f'"{sys.executable}" -c "$PROGRAM" {pipe} head -n 1'
+    environment = os.environ | {"PROGRAM": program}
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=PROJECT, env=environment, check=False
+    )
+    assert done.stdout.strip() in ("7", "note")
+    assert done.stderr == ""
