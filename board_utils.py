@@ -109,11 +109,6 @@ class RunBoard(TrainerCallback):
                 self.writer.add_text("samples", "\n\n---\n\n".join(parts), step)
                 self.writer.flush()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.writer is not None:
-            with self.kept_going():
-                self.add_final_figures(state)
-
     def close(self):
         """Write what waits, and end the writer's thread; however the training ended."""
         if self.writer is not None:
