@@ -122,7 +122,9 @@ def test_merge_py_scores_what_it_wrote_on_the_rows_that_the_run_held_out(merged)
 def run_code(folder, capsys):
     """What the Python of a folder's model card prints, with its placeholders replaced by real folders."""
     [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    code = code.replace("path/to/this/folder", str(folder)).replace("path/to/tiny-base", TINY_BASE)
+    code = code.replace("path/to/this/folder", str(folder))
+    if (folder / "settings.json").exists():  # an adapter's
+        code = re.sub("path/to/[^\"']+", json.loads((folder / "settings.json").read_text())["base_model_name"], code)
     capsys.readouterr()
     exec(code.replace("max_new_tokens=256", "max_new_tokens=8"), {})
     return capsys.readouterr().out
