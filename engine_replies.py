@@ -423,9 +423,8 @@ def random_tensor(*shape):
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------------------
-Launched = namedtuple(
-    "Launched", "tokens event rows"
-)  # steps under way: their log, when it is there, who had the slots
+# Steps under way: their log of tokens, the event at which the host has it, and which rows had the slots.
+Launched = namedtuple("Launched", "tokens event rows")
 
 
 class Decoder:
