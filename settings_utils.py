@@ -200,7 +200,8 @@ class Parser(argparse.ArgumentParser):
         flag = unknown[1].split("=")[0]
         name = flag.removeprefix("--")
         if name in DEFAULTS:
-            users = " and ".join(script for script, names in USED_SETTINGS.items() if name in names)
+            *users, last = [script for script, names in USED_SETTINGS.items() if name in names]
+            users = f"{', '.join(users)} and {last}" if users else last
             raise UserError(f"{flag} is a setting of {users}; {self.prog} does not use it, so leave it out")
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all settings"

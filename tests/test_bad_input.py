@@ -83,7 +83,7 @@ def test_inference_as_a_process_looks_for_the_adapter_that_train_writes(run, out
 BAD_DATA = {
     "empty": ("", ["is empty", "instruction and a response"]),
     "invalid JSON": ('[\n{"instruction": "a", "response": "b"},\n{"instruction": "c" "response": "d"}\n]', ["line 3"]),
-    "without the columns": ('[{"title": "a", "text": "b"}]', ["title, text", "instruction", "--dataset_columns"]),
+    "without the columns": ('[{"subject": "a", "body": "b"}]', ["subject, body", "instruction", "--dataset_columns"]),
 }
 
 
@@ -104,9 +104,11 @@ def test_an_unknown_flag_names_the_nearest_one(script, run, output):
 def test_a_setting_that_the_script_does_not_use_is_refused_with_the_scripts_that_do(call, output):
     words = "--num_epochs is a setting of train.py; evaluate.py does not use it, so leave it out"
     check_refusal(call("evaluate.py", "--num-epochs=2", *output), words)
-    check_refusal(call("inference.py", "--batch_size", "2", "Hi", *output), "of train.py and evaluate.py; inference.py")
     check_refusal(
-        call("train.py", "--top_p", "0.5", *output), "--top_p is a setting of inference.py; train.py does not"
+        call("inference.py", "--batch_size", "2", "Hi", *output), "of train.py, evaluate.py and merge.py; inference.py"
+    )
+    check_refusal(
+        call("train.py", "--top_p", "0.5", *output), "--top_p is a setting of merge.py and inference.py; train.py does not"
     )
 
 

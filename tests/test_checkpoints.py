@@ -123,7 +123,7 @@ def stop_in_evaluation(monkeypatch, number):
     """Let the next run get a signal in the second pass of its evaluation `number`; returns the passes that it began."""
     original, evaluations, passes = engine_runner.score_rows, [], []
 
-    def score_rows(model, rows, max_tokens, kernels, before_pass):
+    def score_rows(model, rows, max_tokens, kernels, before_pass, *others):
         evaluations.append(len(evaluations) + 1)
 
         def begin():
@@ -132,7 +132,7 @@ def stop_in_evaluation(monkeypatch, number):
                 os.kill(os.getpid(), signal.SIGTERM)
             before_pass()
 
-        return original(model, rows, max_tokens, kernels, begin)
+        return original(model, rows, max_tokens, kernels, begin, *others)
 
     monkeypatch.setattr(engine_runner, "score_rows", score_rows)
     return passes

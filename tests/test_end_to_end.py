@@ -154,7 +154,7 @@ def test_merging_as_the_readme_shows_gives_a_plain_model_with_the_adapters_answe
     assert merged_tokenizer.decode(ids).endswith("### Response:\n")
     merged_tokenizer.pad_token = tokenizer.pad_token
     assert generate_replies(merged, merged_tokenizer, prompts, generation) == expected
-    assert any("Wren" in reply for reply in expected)
+    assert any("Wren" in reply.text for reply in expected)
 
 
 def test_the_same_command_run_twice_gives_the_same_adapter(run, trained, tmp_path):

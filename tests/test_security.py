@@ -61,7 +61,7 @@ def test_an_adapters_settings_of_a_wrong_type_are_one_line(run, undisturbed, tmp
     (adapter / "settings.json").write_text(json.dumps(settings | {"max_seq_length": "long"}))
     done = run("inference.py", "Hi", "--adapter_path", adapter)
     assert done.returncode == 2
-    assert done.stderr.startswith(
+    assert done.stderr.splitlines()[-1].startswith(
         "error: the adapter's settings.json: max_seq_length is 'long', expected a whole number"
     )
 

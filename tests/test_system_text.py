@@ -1,7 +1,6 @@
 """The system text that all training rows share belongs to the adapter, wherever it is used."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -68,7 +67,8 @@ def test_a_conversation_begins_with_the_system_text_unless_it_has_one_of_its_own
 def test_the_adapter_records_its_system_text_and_states_it_in_its_card(grump):
     adapter = grump / "lora-adapter"
     assert model_utils.read_recorded_settings(adapter)["system_prompt"] == GRUMP
-    assert "> You are Grump,\n> who answers in capitals.\n" in (adapter / "README.md").read_text()
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert f"begin with this system text, as in its training:\n\n```text\n{GRUMP}" in card
 
 
 def test_chat_and_evaluation_begin_with_it_and_the_merged_card_states_it(grump, tmp_path, capsys, monkeypatch):
@@ -93,20 +93,16 @@ def test_chat_and_evaluation_begin_with_it_and_the_merged_card_states_it(grump, 
 
     own = write_rows(tmp_path / "own.jsonl", ["Be brief.", None])
     settings = loaded.settings._replace(validation_dataset_path=str(own))
-    rows = evaluate.load_validation_rows(settings, grump, tmp_path)
+    rows = evaluate.choose_rows(settings, [grump / "lora-adapter"], grump, tmp_path, True).conversations
     assert [messages[0]["content"] for _, messages in rows] == ["Be brief.", GRUMP]
-    held_out = evaluate.load_validation_rows(loaded.settings, grump, tmp_path)
+    held_out = evaluate.choose_rows(loaded.settings, [grump / "lora-adapter"], grump, tmp_path, True).conversations
     assert [message["role"] for message in held_out[0][1]] == ["system", "user", "assistant"]
-
-    model_utils.merge_and_save_model(loaded.model, loaded.tokenizer, tmp_path / "merged")
-    assert "> You are Grump,\n" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_sample_answers_of_the_training_begin_with_it(tokenizer, tmp_path):
     settings = Settings(**DEFAULTS)._replace(system_prompt=GRUMP, logs_dir=str(tmp_path), run_name="x")
-    checkpoints = SimpleNamespace(run_name="x", saved_step=0)
     rows = load_conversations(write_rows(tmp_path / "rows.jsonl", [None, "Be brief."]))[0]
-    samples = train.build_callbacks(settings, tokenizer, rows, checkpoints)[-1]
+    samples = train.build_sample_answers(settings, tokenizer, rows)
     assert [prompt[0]["content"] for prompt in samples.prompts] == [GRUMP, "Be brief."]
 
 

@@ -104,7 +104,7 @@ def log(monkeypatch):
 def test_lines_wait_for_the_log_and_one_that_exists_is_appended_to(log, tmp_path):
     path = tmp_path / "train.log"
     path.write_text("an earlier start\n")
-    say("\x1b[1;32mbefore\x1b[0m")
+    say("\x1b[1;32mbefore\x1b[0m", styled=True)
     log.open(path)
     note("after")
     lines = path.read_text().splitlines()
