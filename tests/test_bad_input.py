@@ -108,7 +108,8 @@ def test_a_setting_that_the_script_does_not_use_is_refused_with_the_scripts_that
         call("inference.py", "--batch_size", "2", "Hi", *output), "of train.py, evaluate.py and merge.py; inference.py"
     )
     check_refusal(
-        call("train.py", "--top_p", "0.5", *output), "--top_p is a setting of merge.py and inference.py; train.py does not"
+        call("train.py", "--top_p", "0.5", *output),
+        "--top_p is a setting of merge.py and inference.py; train.py does not",
     )
 
 
