@@ -23,6 +23,7 @@ from settings_utils import DEFAULTS, Settings, build_parser, check_settings, mak
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
+evidence_utils = LateImport("evidence_utils")
 export_utils = LateImport("export_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
@@ -62,7 +63,7 @@ def merge(adapter_path, target, given, into):
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     start_garbage_collection()
     runs = [folder for folder in adapter_path.parents[:2] if (folder / VALIDATION_ROWS).is_file()]
-    conversations = load_held_out(runs, settings, target.parent / CACHE)
+    conversations = load_held_out(adapter_path, runs, settings, target.parent / CACHE)
     score = RowScore(model, tokenizer, conversations, settings, target.parent / CACHE) if conversations else None
     sample = answer_one(model, tokenizer, conversations, settings)
     with model_utils.merged_folder(model, tokenizer, target, settings.models_dir, score, into) as (folder, merged):
@@ -81,15 +82,40 @@ def read_training(adapter_path):
     return check_settings(Settings(**(DEFAULTS | known))) if known else None, record
 
 
-def load_held_out(runs, settings, cache_dir):
-    """The Conversations to score with: those of VALIDATION_DATASET_PATH, or those that the adapter's run held out."""
+def load_held_out(adapter_path, runs, settings, cache_dir):
+    """The Conversations to score with, or None: rows that the adapter was not trained on.
+
+    They are those of VALIDATION_DATASET_PATH, or those that lie beside the adapter's run.
+    """
     if settings.validation_dataset_path is not None:
         path, columns = settings.validation_dataset_path, settings.dataset_columns
-        return data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only)[0]
-    if runs:
-        return data_utils.load_conversations(runs[0] / VALIDATION_ROWS, cache_dir=cache_dir, number_column="row")[0]
-    say("No held-out rows lie beside this adapter's run, so nothing is scored; --validation_dataset_path names some")
-    return None
+        more = {"system_prompt": settings.system_prompt, "or_usual_names": True}
+        found = data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only, **more)[0]
+    elif runs:
+        found = data_utils.load_conversations(
+            runs[0] / VALIDATION_ROWS,
+            cache_dir=cache_dir,
+            number_column="row",
+            system_prompt=settings.system_prompt,
+        )[0]
+    else:
+        say(
+            "No held-out rows lie beside this adapter's run, so nothing is scored; --validation_dataset_path names some"
+        )
+        return None
+    seen = evidence_utils.read_seen_rows(adapter_path)
+    if seen is None:
+        say(f"Whether the adapter was trained on these rows is unknown: it carries no {evidence_utils.SEEN_ROWS}")
+        return found
+    trained = evidence_utils.find_overlap(seen, found).trained
+    if trained.all():
+        say(
+            "The adapter was trained on all of these rows, so nothing is scored; --validation_dataset_path names others"
+        )
+        return None
+    if trained.any():
+        say(f"{int(trained.sum()):,} of {len(found):,} rows are left out: the adapter was trained on them")
+    return found.select(~trained)
 
 
 class RowScore:
@@ -143,7 +169,7 @@ def print_report(target, merged, score):
     if score:
         lines = [("base + adapter", merged.adapter_loss)]
         lines += [(f"merged into {export_utils.MERGED_INTO[kind]}", loss) for kind, loss in merged.losses.items()]
-        print(f"{len(score.rows)} held-out rows, {score.tokens:,} answer tokens")
+        print(f"{len(score.rows)} rows, {score.tokens:,} answer tokens")
         print(f"{'':<44}  loss   perplexity")
         for name, loss in lines:
             print(f"{name:<43}{loss:8.4f}  {engine_passes.perplexity(loss):10.2f}")

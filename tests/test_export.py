@@ -156,6 +156,15 @@ def test_merge_py_reads_the_settings_that_it_offers(undisturbed, tmp_path, monke
     assert set(USED_SETTINGS["merge.py"]) <= read | {"output_dir"}
 
 
+def test_merge_py_scores_on_no_row_that_was_trained_on(undisturbed, tmp_path, capsys):
+    adapter = undisturbed() / "lora-adapter"
+    settings, record = merge.read_training(adapter)
+    settings = settings._replace(validation_dataset_path=settings.custom_dataset_path)
+    rows = merge.load_held_out(adapter, [], settings, tmp_path)
+    assert len(rows) == record["validation_rows"]
+    assert f"{record['training_rows']} of " in capsys.readouterr().err
+
+
 def test_merge_py_overwrites_nothing(undisturbed, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="exists already; remove it, or name another"):
