@@ -1,6 +1,9 @@
 """A file of prompts and their answers, which are kept as they come, so that a run that was killed goes on."""
 
 import json
+from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from data_utils import read_unanswered, unanswered
 from file_utils import display_path, sha256, whole_file
@@ -109,13 +112,24 @@ def to_json(value):
 class Journal:
     """The answers so far to a file of prompts: a JSON line each, behind one that says what they are answers to.
 
-    replies: {index of the row: {"reply", "ended", "tokens"}}.
+    replies: {index of the row: {"reply", "ended", "tokens"}}. One process at a time writes it.
     """
 
     def __init__(self, path, identity):
         """Raises UserError if the file at `path` holds answers to another input, or given with other settings."""
         self.path, self.replies = path, {}
-        whole = self.read(identity) if path.exists() else 0
+        self.lock = FileLock(f"{path}.lock", blocking=False)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is writing {display_path(path)}; wait for it, or name another --output_file"
+            ) from None
+        try:
+            whole = self.read(identity) if path.exists() else 0
+        except UserError:
+            self.unlock()
+            raise
         self.file = open(path, "ab")  # noqa: SIM115 - open as long as this object lives
         self.file.truncate(whole)  # without the line that was being written when the process was killed
         if not whole:
@@ -161,6 +175,11 @@ class Journal:
 
     def __exit__(self, *exception):
         self.file.close()
+        self.unlock()
+
+    def unlock(self):
+        Path(self.lock.lock_file).unlink(missing_ok=True)
+        self.lock.release()
 
 
 def parse_line(line):

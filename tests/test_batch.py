@@ -210,3 +210,20 @@ def test_a_dash_takes_all_of_stdin_as_one_instruction(monkeypatch, tmp_path):
         with open(tmp_path / "stdin", encoding="utf-8") as file:
             monkeypatch.setattr("sys.stdin", file)
             assert said in refusal(inference.find_instruction, "-")
+
+
+def test_two_processes_do_not_write_one_file_of_answers(tmp_path):
+    path = tmp_path / "answers.jsonl.unfinished"
+    with batch_utils.Journal(path, {"input": "a"}):
+        message = refusal(batch_utils.Journal, path, {"input": "a"})
+        assert message.startswith("another process is writing ")
+    with batch_utils.Journal(path, {"input": "a"}) as journal:
+        journal.remove()
+    refusal(answer_file_of_another_input, path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def answer_file_of_another_input(path):
+    with batch_utils.Journal(path, {"input": "a"}):
+        pass
+    batch_utils.Journal(path, {"input": "b"})
