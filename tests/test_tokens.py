@@ -4,7 +4,6 @@ import importlib.util
 import os
 import random
 import shutil
-import statistics
 import sys
 import tracemalloc
 from functools import lru_cache
@@ -593,7 +592,8 @@ def processor_seconds():
 def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_rendered_texts(
     tokenizer, tmp_path, processes
 ):
-    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500, 140))
+    # enough rows that what starting the processes takes does not count
+    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500 * processes, 140))
     texts = [prompt_utils.render(tokenizer, messages, False) for _, messages in stored]
     seconds = {"ours": [], "bare": []}
     for repeat in range(3):
@@ -604,8 +604,7 @@ def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_r
         bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
         seconds["bare"].append(processor_seconds() - started)
     assert [row["input_ids"] for row in rows] == bare
-    ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["bare"])
-    assert ratio < 2, seconds
+    assert min(seconds["ours"]) / min(seconds["bare"]) < 2, seconds  # the least disturbed of each
 
 
 # ---- Passes ----------------------------------------------------------------------------------------------------------
