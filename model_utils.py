@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
+from engine_shards import is_sharded, shard
 from evidence_utils import SEEN_ROWS, write_seen_rows
 from export_utils import write_adapter_card
 from file_utils import (
@@ -184,6 +185,7 @@ class Base(NamedTuple):
     tokenizer: object
     shapes: object  # the model with its adapter, on the device meta: without memory for its weights
     content: str | None = None  # base_content, known once the weights are there
+    shards: object = None  # the ShardEngine that is to share the weights out over the processes, or None
 
 
 def find_base(settings):
@@ -202,14 +204,20 @@ def find_base(settings):
 
 def load_for_training(settings, base):
     """Load the weights of a Base and attach a fresh adapter; returns the model, and the Base with its content."""
-    quantization = build_quantization_config(settings, base.dtype)
+    quantization = build_quantization_config(settings, base.dtype, sharded=base.shards is not None)
     model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
     share_token_ids(model, base.tokenizer)
-    return attach_lora(model, settings), base._replace(content=base_content(base.path, base.models_dir))
+    model = attach_lora(model, settings)
+    if base.shards:
+        shard(model, base.shards, base.device)
+    return model, base._replace(content=base_content(base.path, base.models_dir))
 
 
-def build_quantization_config(settings, dtype):
-    """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off."""
+def build_quantization_config(settings, dtype, sharded=False):
+    """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off.
+
+    sharded: the packed weights are stored as numbers of dtype, which FSDP2 can share out, and not as bytes.
+    """
     if not settings.use_4bit_quantization:
         return None
     return BitsAndBytesConfig(
@@ -217,6 +225,7 @@ def build_quantization_config(settings, dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
 
 
@@ -400,8 +409,10 @@ def save_adapter(model, tokenizer, path, content=None, seen=None):
     content: the base's base_content, which the adapter records; None: nothing is recorded. seen: the SeenRows of its
     run, or None.
     """
+    # one process alone must not touch weights that all share out, and what is trained is all that is saved
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
-    model.save_pretrained(path, save_embedding_layers=False)
+    model.save_pretrained(path, state_dict=trained if is_sharded(model) else None, save_embedding_layers=False)
     tokenizer.save_pretrained(path)
     if seen is not None:
         write_seen_rows(path, seen)

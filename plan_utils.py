@@ -128,13 +128,14 @@ class StepPlan(NamedTuple):
     longest_row: int = 1  # in tokens, of the rows that are scored too
     expected_bytes: float = 0.0  # peak of the GPU's memory; 0 on other devices
     expected_seconds: float = 0.0  # of all steps; the rehearsal tells
+    sharded: bool = False  # the frozen weights are shared out over the processes, which must compute equally many passes
 
 
-def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()):
+def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=(), shards=None):
     """Decide how the steps of a run on these TokenizedRows are computed, and say it of a CUDA GPU; a StepPlan.
 
     shapes: the model with its adapter, without weights. gpu: None where there is no CUDA GPU. held_out: the rows that
-    are only scored.
+    are only scored. shards: the ShardEngine, or None.
     """
     base, rows_a_step = transformers_model(shapes), settings.batch_size * settings.gradient_accumulation_steps
     kernels = plan_kernels(shapes, dtype, gpu)
@@ -147,12 +148,30 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         rows_a_step=rows_a_step,
         longest_row=longest_row(rows, held_out),
     )
+    if shards:
+        say_shards(shapes, settings, dtype, shards)
+        plan = plan._replace(sharded=True, compiled=False, kernels=kernels._replace(lora=False))
     if gpu is None:
         return plan
-    passes = count_passes(rows, settings, max_pass_tokens, processes)
-    compiled = plan_compilation(shapes, settings, kernels, passes)
-    plan = plan._replace(compiled=compiled, recorded=bool(compiled))
-    return plan_memory(plan, shapes, settings, dtype, rows, gpu)
+    if not shards:
+        passes = count_passes(rows, settings, max_pass_tokens, processes)
+        compiled = plan_compilation(shapes, settings, kernels, passes)
+        plan = plan._replace(compiled=compiled, recorded=bool(compiled))
+    return plan_memory(plan, shapes, settings, dtype, rows, gpu, processes)
+
+
+def say_shards(shapes, settings, dtype, shards):
+    """Say what each process holds of the base model that a ShardEngine shares out, and what that leaves out."""
+    whole, held, gathered = shard_bytes(shapes, settings, dtype, shards.processes)
+    say(
+        f"Shards: {shards.name} shares the base model's {whole / GIB:.2f} GiB out over {shards.processes} processes; each"
+        f" holds {held / GIB:.2f} GiB, gathers up to {gathered / GIB:.2f} GiB while it computes, and keeps the adapter"
+        " whole"
+    )
+    say(
+        "The layers compute by the library's own passes, neither fused nor compiled nor recorded, since their weights"
+        " come and go"
+    )
 
 
 def plan_kernels(model, dtype, gpu):
@@ -195,7 +214,7 @@ def plan_compilation(shapes, settings, kernels, passes):
     return "auto"
 
 
-def plan_memory(plan, shapes, settings, dtype, rows, gpu):
+def plan_memory(plan, shapes, settings, dtype, rows, gpu, processes=1):
     """Complete a StepPlan by what depends on a GPU's memory, and say how much training should take.
 
     GRADIENT_CHECKPOINTING = "auto" recomputes where less than a tenth of the free memory would be left over. Without
@@ -204,12 +223,15 @@ def plan_memory(plan, shapes, settings, dtype, rows, gpu):
     tokens = min(
         max(plan.max_pass_tokens, plan.longest_row), int(np.sort(row_lengths(rows))[-plan.rows_a_step :].sum())
     )
-    checkpointing, reason = settings.gradient_checkpointing, ""
+    checkpointing, reason, elsewhere = settings.gradient_checkpointing, "", 0
+    if plan.sharded:
+        whole, held, gathered = shard_bytes(shapes, settings, dtype, processes)
+        elsewhere = ALLOCATOR * (whole - held - gathered)
     if checkpointing == "auto":
-        plain = expected_peak(shapes, settings, dtype, tokens, False, plan.compiled)
+        plain = expected_peak(shapes, settings, dtype, tokens, False, plan.compiled) - elsewhere
         checkpointing = plain > 0.9 * gpu.free
         reason = f", as {plain / GIB:.1f} GiB would {'not fit' if checkpointing else 'fit'} without it"
-    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, plan.compiled)
+    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, plan.compiled) - elsewhere
     fused = plan.kernels.lora and all_plain(shapes)
     more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
     dequantized = 0 < more <= 0.9 * gpu.free - peak and not checkpointing
@@ -340,11 +362,14 @@ def print_plan(settings, base, rows, validation_rows, evaluated_rows, processes=
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
-def weight_bytes(model, settings, dtype):
-    """Bytes of the base's weights as they will be loaded: where quantized, linear layers but the output are in NF4."""
+def weight_bytes(model, settings, dtype, part=None):
+    """Bytes of the base's weights as they will be loaded: where quantized, linear layers but the output are in NF4.
+
+    part: the module of it whose weights count; None: all of them.
+    """
     base = transformers_model(model)
     head, seen, total = base.get_output_embeddings(), set(), 0
-    for module in base.modules():
+    for module in (part or base).modules():
         quantized = settings.use_4bit_quantization and isinstance(module, torch.nn.Linear) and module is not head
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad or id(parameter) in seen:
@@ -352,6 +377,21 @@ def weight_bytes(model, settings, dtype):
             seen.add(id(parameter))
             total += parameter.numel() * (NF4_BYTES if quantized and name == "weight" else dtype.itemsize)
     return total
+
+
+def shard_bytes(model, settings, dtype, processes):
+    """Of weights that so many processes share out: the bytes of all, of a process's part, and of what it gathers.
+
+    Gathered are the layer that computes and the one after it, and the output layer. The scales of 4-bit weights stay
+    whole in each process.
+    """
+    base = transformers_model(model)
+    whole, layers = weight_bytes(model, settings, dtype), decoder_layers(base)
+    largest = max((weight_bytes(model, settings, dtype, layer) for layer in layers), default=whole / 2)
+    in_layers = sum(weight_bytes(model, settings, dtype, layer) for layer in layers)
+    scales = in_layers * (1 - 0.5 / NF4_BYTES) if settings.use_4bit_quantization else 0
+    head = base.get_output_embeddings().weight.numel() * dtype.itemsize
+    return whole, (whole - scales) / processes + scales, 2 * largest + head
 
 
 def dequantized_bytes(model, dtype):

@@ -54,6 +54,7 @@ board_utils = LateImport("board_utils")
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
+engine_shards = LateImport("engine_shards")
 evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
@@ -112,6 +113,7 @@ def train(settings, dry_run=False, fresh=False):
     arguments = training_utils.build_training_arguments(
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
+    base = base._replace(shards=engine_shards.find_engine(arguments.world_size))
     start_garbage_collection()
     date = process_utils.from_first_process(checkpoint_utils.run_date, resolve_path(settings.output_dir), fresh)
     prompt_utils.set_date(base.tokenizer, date)
@@ -239,7 +241,7 @@ def make_plan(settings, base, rows, arguments):
     plan_utils.print_plan(settings, base, rows.training, rows.validation, rows.evaluated, arguments.world_size)
     gpu = plan_utils.look_at_gpu(base.device)
     steps = plan_utils.plan_steps(
-        base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation
+        base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation, base.shards
     )
     plan_utils.check_compiler(settings, base.device)
     return Plan(arguments, steps)
