@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from engine_shards import is_sharded, shard
+from engine_shards import is_sharded, quantizing_on, shard
 from evidence_utils import SEEN_ROWS, write_seen_rows
 from export_utils import write_adapter_card
 from file_utils import (
@@ -63,7 +63,7 @@ except ImportError:  # Windows has no such figure in its standard library
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "settings.json"
 IDENTITY_FILE = "identity.json"  # beside an adapter
-GIB = 2**30
+GIB, CPU = 2**30, torch.device("cpu")
 # A base's config.json may name kernels for attention and experts, such as one that is downloaded from the Hub. Given in
 # the call beside the config they are the library's own choice for this model and machine, whatever that file says.
 OWN_KERNELS = {"attn_implementation": None, "experts_implementation": None}
@@ -205,7 +205,11 @@ def find_base(settings):
 def load_for_training(settings, base):
     """Load the weights of a Base and attach a fresh adapter; returns the model, and the Base with its content."""
     quantization = build_quantization_config(settings, base.dtype, sharded=base.shards is not None)
-    model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
+    if base.shards:
+        with quantizing_on(base.device):
+            model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir, CPU)
+    else:
+        model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
     share_token_ids(model, base.tokenizer)
     model = attach_lora(model, settings)
     if base.shards:
@@ -229,8 +233,11 @@ def build_quantization_config(settings, dtype, sharded=False):
     )
 
 
-def load_base_model(path, device, dtype, quantization_config=None, models_dir=None):
-    """Load a causal LM in eval mode onto one device; a 4-bit model on a CPU works, slowly, and is announced."""
+def load_base_model(path, device, dtype, quantization_config=None, models_dir=None, place=None):
+    """Load a causal LM in eval mode onto one device; a 4-bit model on a CPU works, slowly, and is announced.
+
+    place: where its weights are to lie meanwhile, if they are brought to the device later.
+    """
     if quantization_config is not None and device.type == "cpu":
         say("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here")
     if quantization_config is not None and device.type == "mps":
@@ -243,7 +250,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
             dtype=dtype,
             quantization_config=quantization_config,
-            device_map={"": device},
+            device_map={"": place or device},
             cache_dir=models_dir,
             use_safetensors=True,
             trust_remote_code=False,

@@ -109,7 +109,10 @@ def look_at_gpu(device):
     if device.type != "cuda":
         return None
     newer = torch.cuda.get_device_capability(device)[0] >= 8
-    return Gpu(*torch.cuda.mem_get_info(device), flash_attention=newer, triton=triton is not None)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    free = min(free, allowed - torch.cuda.memory_reserved(device))
+    return Gpu(free, allowed, flash_attention=newer, triton=triton is not None)
 
 
 class StepPlan(NamedTuple):
@@ -128,7 +131,7 @@ class StepPlan(NamedTuple):
     longest_row: int = 1  # in tokens, of the rows that are scored too
     expected_bytes: float = 0.0  # peak of the GPU's memory; 0 on other devices
     expected_seconds: float = 0.0  # of all steps; the rehearsal tells
-    sharded: bool = False  # the frozen weights are shared out over the processes, which must compute equally many passes
+    sharded: bool = False  # the processes share out the frozen weights, and must compute equally many passes
 
 
 def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=(), shards=None):
@@ -164,9 +167,8 @@ def say_shards(shapes, settings, dtype, shards):
     """Say what each process holds of the base model that a ShardEngine shares out, and what that leaves out."""
     whole, held, gathered = shard_bytes(shapes, settings, dtype, shards.processes)
     say(
-        f"Shards: {shards.name} shares the base model's {whole / GIB:.2f} GiB out over {shards.processes} processes; each"
-        f" holds {held / GIB:.2f} GiB, gathers up to {gathered / GIB:.2f} GiB while it computes, and keeps the adapter"
-        " whole"
+        f"Shards: {shards.processes} processes share the base model's {whole / GIB:.2f} GiB by {shards.name}; each"
+        f" holds {held / GIB:.2f} GiB of it, gathers {gathered / GIB:.2f} GiB at a time, and keeps the adapter whole"
     )
     say(
         "The layers compute by the library's own passes, neither fused nor compiled nor recorded, since their weights"

@@ -110,10 +110,10 @@ def train(settings, dry_run=False, fresh=False):
         lock.check()
     base = model_utils.find_base(settings)
     folder = resolve_path(settings.output_dir) / CHECKPOINTS
+    base = base._replace(shards=engine_shards.find_engine())  # before the Trainer looks for it
     arguments = training_utils.build_training_arguments(
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
-    base = base._replace(shards=engine_shards.find_engine(arguments.world_size))
     start_garbage_collection()
     date = process_utils.from_first_process(checkpoint_utils.run_date, resolve_path(settings.output_dir), fresh)
     prompt_utils.set_date(base.tokenizer, date)

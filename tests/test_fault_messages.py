@@ -627,12 +627,20 @@ def two_gpus_without_a_launcher(place):
     return {"dry_run": None}
 
 
-@fault("accelerate launch asks for FSDP", "here each GPU holds the model: run accelerate launch --multi_gpu train.py")
-def a_launcher_that_shards_by_fsdp(place):
+@fault("accelerate launch asks for FSDP in version 1, expected version 2; write fsdp_version: 2 into its configuration")
+def a_launcher_that_shards_by_the_first_fsdp(place):
     place.patch.setenv("ACCELERATE_USE_FSDP", "true")
 
 
-@fault("accelerate launch asks for DeepSpeed", "run accelerate launch --multi_gpu train.py")
+@fault(
+    "accelerate launch is to keep the shards in the host's memory, which is not supported; write fsdp_offload_params"
+)
+def a_launcher_that_keeps_the_shards_on_the_host(place):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}.items():
+        place.patch.setenv(name, value)
+
+
+@fault("accelerate launch asks for DeepSpeed", "run accelerate launch --config_file launch/fsdp.yaml train.py")
 def a_launcher_that_shards_by_deepspeed(place):
     place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
 
