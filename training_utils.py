@@ -205,7 +205,7 @@ class LoraTrainer(Trainer):
             if self.all_validation_rows:
                 self.times.expect("end", a_token * int(row_lengths(self.all_validation_rows).sum()))
         answers = self._sample_answers()
-        if answers and (self.is_world_process_zero() or self.runner.plan.sharded):
+        if answers and (self.is_world_process_zero() or self.runner.plan.shards > 1):
             self.times.expect("answers", answers.rehearse(self.model))
         if self.is_world_process_zero() and scratch:
             self.times.expect("save", self._time_save(scratch))
