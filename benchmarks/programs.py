@@ -119,7 +119,7 @@ def sft_arguments(settings, laid_out):
     arguments = common_arguments(settings, batch, 1) | {"max_length": settings.max_seq_length}
     if not laid_out:
         return arguments | {"dataset_kwargs": {"skip_prepare_dataset": True}}
-    return arguments | {"padding_free": True, "packing": laid_out == "packed"}
+    return arguments | ({"packing": True} if laid_out == "packed" else {"padding_free": True})
 
 
 BUILDERS = {

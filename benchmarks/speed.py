@@ -309,6 +309,7 @@ def measure(options):
         "median_step_seconds": round(statistics.median(seconds), 4),
         "shape": prepared["shape"],
         "workload": fingerprint(prepared["natural"]),
+        "step_seconds": [round(second, 4) for second in stopwatch.step_seconds(1)],
         "timed_steps": len(seconds),
         "timed_tokens": tokens,
         **stopwatch.peak_memory(),
