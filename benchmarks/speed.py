@@ -123,7 +123,8 @@ def run(options):
     if not (options.work_dir / "prepared.json").exists():
         raise SystemExit(f"{options.work_dir} holds no prepared model; run: speed.py prepare --device {options.device}")
     programs, beginnings = options.only.split(","), tuple(options.configs.split(","))
-    chosen = [name for name in CONFIGURATIONS if name.startswith(beginnings)]
+    exactly = [name for name in CONFIGURATIONS if name in beginnings]
+    chosen = exactly or [name for name in CONFIGURATIONS if name.startswith(beginnings)]
     if unknown := sorted(set(programs) - set(PROGRAMS)) or not chosen:
         raise SystemExit(f"nothing to run: {unknown}; programs: {PROGRAMS}, configurations: {tuple(CONFIGURATIONS)}")
     if not 0 < options.warmup < options.steps:
