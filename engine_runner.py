@@ -5,6 +5,7 @@ for is left out, and the plain way through transformers and peft remains.
 """
 
 import gc
+import math
 import time
 import weakref
 from collections import namedtuple
@@ -74,14 +75,14 @@ class PassGraph:
     """Forward and backward of the decoder for passes of one length, recorded as CUDA graphs and replayed.
 
     A recorded pass costs the host a few launches instead of thousands. Shapes are fixed: a shorter pass is filled up
-    with one more row, from which nothing is learned. The output layer and the loss stay outside.
+    with more rows, from which nothing is learned. The output layer and the loss stay outside.
     """
 
     def __init__(self, runner, tokens):
         base, recordings, parameters = runner.base, runner.recordings, runner.parameters
         self.tokens, device = tokens, base.device
-        self.rows = rows = runner.plan.rows_a_step + 1  # what fills a pass up is a row too
-        longest = max(runner.plan.longest_row, GRAPH_TOKENS)
+        self.longest = longest = max(runner.plan.longest_row, GRAPH_TOKENS)
+        self.rows = rows = runner.plan.rows_a_step + math.ceil(tokens / longest)
         self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device=device)
@@ -111,14 +112,25 @@ class PassGraph:
             torch._foreach_add_(runner.gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
 
     def fill(self, batch):
-        """Copy one pass's host tensors to the graph's inputs; what is left over becomes one more row."""
+        """Copy one pass's host tensors to the graph's inputs; what is left over becomes more rows."""
         count = batch["input_ids"].shape[1]
-        starts = torch.full((self.rows + 1,), self.tokens, dtype=torch.int32)
-        starts[: len(batch["row_starts"])] = batch["row_starts"]
+        starts = fill_up(batch["row_starts"], self.tokens, self.longest, self.rows)
         self.starts.copy_(starts.pin_memory(), non_blocking=True)
         self.ids[:, :count].copy_(batch["input_ids"].pin_memory(), non_blocking=True)
         self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
         self.positions[:, count:].zero_()  # rope_type "longrope" looks for the longest position of a pass
+
+
+def fill_up(row_starts, tokens, longest, rows):
+    """Where so many rows start, and where the last ends, (rows + 1,) int32, in a pass that is filled up to `tokens`.
+
+    row_starts: of the rows that are there. What fills it up are rows of at most `longest` tokens, since attention reads
+    no further; the others are empty.
+    """
+    starts = torch.full((rows + 1,), tokens, dtype=torch.int32)
+    more = torch.arange(int(row_starts[-1]), tokens, longest)
+    starts[: len(row_starts) - 1 + len(more)] = torch.cat([row_starts[:-1], more])
+    return starts
 
 
 class Recordings:

@@ -28,8 +28,8 @@ from model_utils import GIB, count_parameters
 from progress_utils import format_duration
 
 PASSES_WORTH_COMPILING = 200
-# What recording a pass costs, in tokens that could be trained meanwhile, as measured on an H100 with a slow host
-RECORDED_LAYER_SECONDS = 0.025
+# What recording a pass costs in tokens that could be trained meanwhile, measured on an H100 whose host is slow
+LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
 GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
 # Passes of more hidden values fill a GPU no better, where nothing is done but once a pass
 ENOUGH_TOKENS, ENOUGH_VALUES = 4096, 4096 * 4096
@@ -187,9 +187,9 @@ def plan_lengths(plan, shapes, rows, steps):
 
     What recording costs is the same whenever it is asked, so that a run that goes on computes as it did before.
     """
-    layers = len(decoder_layers(shapes))
+    seconds = len(decoder_layers(shapes)) * (CHECKPOINTED_LAYER_SECONDS if plan.checkpointing else LAYER_SECONDS)
     operations = (6 if plan.checkpointing else 4) * count_parameters(shapes)[0]
-    price = layers * RECORDED_LAYER_SECONDS * min(GPU_OPERATIONS / operations, GPU_TOKENS)
+    price = seconds * min(GPU_OPERATIONS / operations, GPU_TOKENS)
     drawn = min(steps, 1000)
     passes = draw_passes(rows, plan, drawn)
     return choose_lengths(np.append(passes, longest_tokens(plan, rows)), price * drawn / steps)
