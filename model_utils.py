@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -211,16 +212,15 @@ def load_for_training(settings, base):
     else:
         model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
     share_token_ids(model, base.tokenizer)
-    model = attach_lora(model, settings)
-    if base.shards:
-        shard(model, base.shards, base.device)
+    attach = partial(attach_lora, settings=settings)
+    model = shard(model, base.shards, base.device, attach) if base.shards else attach(model)
     return model, base._replace(content=base_content(base.path, base.models_dir))
 
 
 def build_quantization_config(settings, dtype, sharded=False):
     """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off.
 
-    sharded: the packed weights are stored as numbers of dtype, which FSDP2 can share out, and not as bytes.
+    sharded: the packed weights are stored as numbers of dtype, as FSDP2 and DeepSpeed share out, and not as bytes.
     """
     if not settings.use_4bit_quantization:
         return None
