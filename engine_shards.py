@@ -9,6 +9,7 @@ gathered waits for all processes, all of them must compute equally many passes.
 import contextlib
 import logging
 import os
+import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -82,9 +83,9 @@ def check_zero():
     stage = DeepSpeedPlugin().zero_stage
     if stage != 3:
         raise UserError(
-            f"accelerate launch asks for DeepSpeed's ZeRO in stage {stage}, expected stage 3, which alone shares out the"
-            " base model; write zero_stage: 3 into its configuration, or run accelerate launch --config_file"
-            " launch/ddp.yaml train.py, where each GPU holds the model"
+            f"accelerate launch asks for DeepSpeed's ZeRO in stage {stage}, expected stage 3, which shares out the base"
+            " model; write zero_stage: 3 into its configuration, or run accelerate launch --config_file launch/ddp.yaml"
+            " train.py, where each GPU holds the model"
         )
 
 
@@ -150,7 +151,7 @@ def share_by_fsdp(base, engine, device, trained):
 
 
 def share_by_zero(base, plugin, device):
-    """Have DeepSpeed share the weights of a model out, all of which are frozen: without an optimizer it only gathers."""
+    """Have DeepSpeed share the weights of a model out; they are frozen, and without an optimizer it only gathers."""
     import deepspeed  # few have it, and its import takes seconds
 
     options = {name: value for name, value in plugin.deepspeed_config["zero_optimization"].items() if value != "auto"}
@@ -162,6 +163,7 @@ def share_by_zero(base, plugin, device):
         "fp16": {"enabled": base.dtype == torch.float16},
     }
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)  # names that DeepSpeed has yet to change
     for buffer in base.buffers():
         buffer.data = buffer.data.to(device)
     base.requires_grad_(False)

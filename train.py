@@ -125,6 +125,7 @@ def train(settings, dry_run=False, fresh=False):
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
     with lock, process_utils.StopAtOnce():
+        check_same_folder(lock)
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)
         trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started)
@@ -287,6 +288,20 @@ def open_checkpoints(settings, base, identity, fresh):
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
     checkpoints.check_space()
     return checkpoints
+
+
+def check_same_folder(lock):
+    """Raise UserError unless all processes see the first one's output folder: on other machines it may be another one.
+
+    lock: the OutputLock, which the first process holds.
+    """
+    owner = process_utils.from_first_process(lock.read_owner)
+    with process_utils.shared_errors():
+        if lock.read_owner() != owner:
+            raise UserError(
+                f"the processes do not share one {display_path(lock.folder)}, in which all of them write and read"
+                " checkpoints; give a folder that all machines see with --output_dir"
+            )
 
 
 def choose_run_name(settings, resumption):
