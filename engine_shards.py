@@ -24,6 +24,8 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from engine_passes import Patches
 from message_utils import UserError, say
 
+FSDP, ZERO = "FSDP2", "DeepSpeed's ZeRO-3"
+
 
 class ShardEngine(NamedTuple):
     """What shards the base model."""
@@ -32,8 +34,10 @@ class ShardEngine(NamedTuple):
     processes: int
     plugin: object  # Accelerate's, with the options of the launcher's configuration
 
-
-FSDP, ZERO = "FSDP2", "DeepSpeed's ZeRO-3"
+    @property
+    def whole_layers(self):
+        """Whether all weights of a decoder layer are gathered while it computes, and not each matrix by itself."""
+        return self.name == FSDP
 
 
 def find_engine():

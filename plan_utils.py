@@ -174,8 +174,9 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         longest_row=longest_row(rows, held_out),
     )
     if shards:
-        say_shards(shapes, settings, dtype, shards)
-        plan = plan._replace(shards=shards.processes, compiled=False, kernels=kernels._replace(lora=False))
+        say_shards(shapes, settings, dtype, shards, gpu)
+        kernels = kernels._replace(lora=kernels.lora and shards.whole_layers)
+        plan = plan._replace(shards=shards.processes, compiled=False, kernels=kernels)
     if gpu is None:
         return plan
     if shards:
@@ -206,17 +207,16 @@ def longest_tokens(plan, rows):
     return min(max(plan.max_pass_tokens, plan.longest_row), longest)
 
 
-def say_shards(shapes, settings, dtype, shards):
-    """Say what each process holds of the base model that a ShardEngine shares out, and what that leaves out."""
+def say_shards(shapes, settings, dtype, shards, gpu):
+    """Say what each process holds of the base model that a ShardEngine shares out, and what that leaves out on a GPU."""
     whole, held, gathered = shard_bytes(shapes, settings, dtype, shards.processes)
     say(
         f"Shards: {shards.processes} processes share the base model's {whole / GIB:.2f} GiB by {shards.name}; each"
         f" holds {held / GIB:.2f} GiB of it, gathers {gathered / GIB:.2f} GiB at a time, and keeps the adapter whole"
     )
-    say(
-        "The layers compute by the library's own passes, neither fused nor compiled nor recorded, since their weights"
-        " come and go"
-    )
+    if gpu:
+        fused = "" if shards.whole_layers else "fused nor "
+        say(f"The layers are neither {fused}compiled nor recorded, since their weights come and go, which is slower")
 
 
 def plan_kernels(model, dtype, gpu):
@@ -291,7 +291,8 @@ def memory_ways(plan, shapes, settings, dtype, rows):
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
     whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
     fused = plan.kernels.lora and all_plain(shapes)
-    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
+    keeps = fused and plan.shards == 1
+    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and keeps else 0
     few = min(whole, enough) if fused else whole
     elsewhere = 0
     if plan.shards > 1:

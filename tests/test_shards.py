@@ -8,6 +8,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from conftest import small_base
+from engine_passes import PLAIN, Kernels
 from engine_runner import StepRunner
 from engine_shards import FSDP, ShardEngine, is_sharded, quantizing_on, shard
 from model_utils import CPU, build_quantization_config, empty_model, load_base_model
@@ -26,8 +27,9 @@ def alone(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("kernels", [PLAIN, Kernels(loss=True, lora=True)], ids=["library", "fused"])
 @pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "4 bits"])
-def test_a_base_in_shards_gives_the_losses_and_gradients_of_a_whole_one(alone, four_bit):
+def test_a_base_in_shards_gives_the_losses_and_gradients_of_a_whole_one(alone, four_bit, kernels):
     settings, found = SETTINGS._replace(use_4bit_quantization=four_bit), []
     rows = make_rows(vocabulary=8000)
     for in_shards in (False, True):
@@ -44,7 +46,9 @@ def test_a_base_in_shards_gives_the_losses_and_gradients_of_a_whole_one(alone, f
             model = attach(base)
         assert is_sharded(model) == in_shards
         assert all(isinstance(p, DTensor) == (in_shards and not p.requires_grad) for p in model.parameters())
-        with StepRunner(model, StepPlan(max_pass_tokens=1000, checkpointing=True)) as runner:
+        plan = StepPlan(kernels if in_shards else PLAIN, max_pass_tokens=1000, checkpointing=four_bit)
+        with StepRunner(model, plan) as runner:
+            assert runner.plan.kernels == plan.kernels
             for _ in range(2):  # the second finds what the first has left
                 loss = runner.step(rows)
             found.append((loss, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
