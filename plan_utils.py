@@ -208,7 +208,7 @@ def longest_tokens(plan, rows):
 
 
 def say_shards(shapes, settings, dtype, shards, gpu):
-    """Say what each process holds of the base model that a ShardEngine shares out, and what that leaves out on a GPU."""
+    """Say what each process holds of the base model that a ShardEngine shares out, and what a GPU then does without."""
     whole, held, gathered = shard_bytes(shapes, settings, dtype, shards.processes)
     say(
         f"Shards: {shards.processes} processes share the base model's {whole / GIB:.2f} GiB by {shards.name}; each"
