@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -212,8 +211,10 @@ def load_for_training(settings, base):
     else:
         model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
     share_token_ids(model, base.tokenizer)
-    attach = partial(attach_lora, settings=settings)
-    model = shard(model, base.shards, base.device, attach) if base.shards else attach(model)
+    if base.shards:
+        model = shard(model, base.shards, base.device, lambda model: attach_lora(model, settings))
+    else:
+        model = attach_lora(model, settings)
     return model, base._replace(content=base_content(base.path, base.models_dir))
 
 
