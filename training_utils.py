@@ -35,6 +35,7 @@ from progress_utils import progress
 # What LoraTrainer relies on beside the Trainer's public methods. A test tells when a release of it has lost one.
 TRAINER_METHODS = (
     "_clip_grad_norm",
+    "_finalize_training",
     "_get_grad_norm",
     "_get_output_dir",
     "_init_training_state",
@@ -91,6 +92,7 @@ class LoraTrainer(Trainer):
         self.bar = progress("Training")
         self.signals = StopSignals()
         self.stop_now = 0  # how many processes had got a signal by the last step whose flags were read
+        self.going_on = None  # the Resumption, until what it left was taken up
         self.evaluation_due = False  # whether the step that is saved still has to be evaluated
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
@@ -411,7 +413,8 @@ class LoraTrainer(Trainer):
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
         begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
         if checkpoint is not None:
-            best = self.checkpoints.resumption.best_step
+            self.going_on = self.checkpoints.resumption
+            best = self.going_on.best_step
             self.state.best_global_step = best
             self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
             self.state.best_metric = best and validation_losses(self.state)[best]
@@ -420,17 +423,28 @@ class LoraTrainer(Trainer):
 
     def _run_epoch(self, **kwargs):
         """One epoch, or the rest of it where the training goes on; the loss that was not logged yet is kept."""
-        resumption = self.checkpoints and self.checkpoints.resumption
-        if resumption and self.state.global_step == resumption.step:
+        if self._go_on(kwargs):
+            super()._run_epoch(**kwargs)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """The end of the training, which may go on from its last step: then no epoch was begun."""
+        arguments = {"model": self.model, "trial": trial, "epoch": self.state.epoch, "start_time": start_time}
+        self._go_on(arguments | {"ignore_keys_for_eval": None})
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _go_on(self, arguments):
+        """Take up what was left at the step where the training goes on, once; False if that step is the last one."""
+        resumption, self.going_on = self.going_on, None
+        if resumption:
             self._tr_loss += resumption.progress["loss_since_log"]
             self._globalstep_last_logged = resumption.progress["last_logged_step"]
             if resumption.progress.get("evaluation_due"):
-                self._make_up_for_evaluation(kwargs)
+                self._make_up_for_evaluation(arguments)
             if resumption.finished:  # killed between its last checkpoint and the adapter
                 self.control.should_training_stop = True
             if self.control.should_training_stop:
-                return
-        super()._run_epoch(**kwargs)
+                return False
+        return True
 
     def _make_up_for_evaluation(self, arguments):
         """Evaluate the step at which the training goes on, in whose evaluation a signal had come.
