@@ -422,38 +422,43 @@ class LoraTrainer(Trainer):
         return begin
 
     def _run_epoch(self, **kwargs):
-        """One epoch, or the rest of it where the training goes on; the loss that was not logged yet is kept."""
-        if self._go_on(kwargs):
+        """One epoch, or the rest of it where the training goes on."""
+        self._go_on()
+        if not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
 
-    def _finalize_training(self, trial, num_train_samples, start_time):
-        """The end of the training, which may go on from its last step: then no epoch was begun."""
-        arguments = {"model": self.model, "trial": trial, "epoch": self.state.epoch, "start_time": start_time}
-        self._go_on(arguments | {"ignore_keys_for_eval": None})
-        return super()._finalize_training(trial, num_train_samples, start_time)
+    def _finalize_training(self, *args):
+        """The end of the training; one that goes on from the last step of an epoch may come here without an epoch."""
+        self._go_on()
+        return super()._finalize_training(*args)
 
-    def _go_on(self, arguments):
-        """Take up what was left at the step where the training goes on, once; False if that step is the last one."""
+    def _go_on(self):
+        """Take up, once, what was left at the step where the training goes on."""
         resumption, self.going_on = self.going_on, None
-        if resumption:
-            self._tr_loss += resumption.progress["loss_since_log"]
-            self._globalstep_last_logged = resumption.progress["last_logged_step"]
-            if resumption.progress.get("evaluation_due"):
-                self._make_up_for_evaluation(arguments)
-            if resumption.finished:  # killed between its last checkpoint and the adapter
-                self.control.should_training_stop = True
-            if self.control.should_training_stop:
-                return False
-        return True
+        if resumption is None:
+            return
+        self._tr_loss += resumption.progress["loss_since_log"]  # the loss that was not logged yet
+        self._globalstep_last_logged = resumption.progress["last_logged_step"]
+        if resumption.progress.get("evaluation_due"):
+            self._make_up_for_evaluation()
+        if resumption.finished:  # killed between its last checkpoint and the adapter
+            self.control.should_training_stop = True
 
-    def _make_up_for_evaluation(self, arguments):
+    def _make_up_for_evaluation(self):
         """Evaluate the step at which the training goes on, in whose evaluation a signal had come.
 
         Its checkpoint has the weights already.
         """
         self.control.should_evaluate, self.control.should_save = True, False
-        names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
-        self._maybe_log_save_evaluate(self._tr_loss, None, *(arguments[name] for name in names))
+        self._maybe_log_save_evaluate(
+            self._tr_loss,
+            grad_norm=None,
+            model=self.model,
+            trial=None,
+            epoch=self.state.epoch,
+            ignore_keys_for_eval=None,
+            start_time=time.time(),
+        )
         best = self.state.best_global_step
         self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
 
