@@ -27,7 +27,7 @@ from pathlib import Path
 from file_utils import check_writable, display_path, resolve_path
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from progress_utils import progress
-from run_utils import CACHE, EVALUATION, VALIDATION_ROWS, find_adapter, find_run_folder, read_run_name
+from run_utils import CACHE, EVALUATION, find_adapter, find_run_folder, read_run_name
 from settings_utils import USED_SETTINGS, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
@@ -118,21 +118,10 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
     them was trained on are left out unless include_trained is true.
     """
     seen = [evidence_utils.read_seen_rows(path) for path in adapter_paths]
+    found, path = evidence_utils.load_rows(settings, adapter_paths[0], output_dir, seen[0], cache_dir)
+    name = "validation"
     if settings.validation_dataset_path is not None:
-        path, columns = settings.validation_dataset_path, settings.dataset_columns
-        found = data_utils.load_announced(
-            "Validation data",
-            path,
-            columns,
-            cache_dir,
-            settings.chosen_only,
-            system_prompt=settings.system_prompt,
-            or_usual_names=True,
-        )[0]
         name = re.sub(r"[^\w.-]+", "-", Path(path).stem)[:60].strip("-.") or "rows"
-    else:
-        path = find_own_rows(adapter_paths[0], output_dir, seen[0], cache_dir)
-        found, name, path = load_own_rows(path, cache_dir, settings.system_prompt), "validation", display_path(path)
     who = "the adapter was" if len(adapter_paths) == 1 else "these adapters were"
     if None in seen:
         unknown = display_path(adapter_paths[seen.index(None)])
@@ -165,34 +154,6 @@ def say_overlap(rows, overlap, include_trained, who):
     if prompt_trained:
         what += f"; on {prompt_trained:,} more of the prompts with another answer"
     say(f"{rows:,} rows: {what}")
-
-
-def find_own_rows(adapter_path, output_dir, seen, cache_dir):
-    """The file of the rows that the adapter's run held out: beside the adapter, or in OUTPUT_DIR.
-
-    The adapter's digests prove that they are its own. One without digests is believed about what lies beside it.
-    """
-    remedy = "give rows by --validation_dataset_path"
-    folders = [*adapter_path.parents[:2], *([output_dir] if seen else [])]
-    files = [folder / VALIDATION_ROWS for folder in dict.fromkeys(folders) if (folder / VALIDATION_ROWS).is_file()]
-    if seen is None and files:
-        return files[0]
-    if seen is not None and not len(seen.validated):
-        raise UserError(f"the adapter was trained without validation rows; {remedy}")
-    for path in files if seen is not None else ():
-        if evidence_utils.is_own_validation(seen, load_own_rows(path, cache_dir)):
-            return path
-    if files:
-        raise UserError(f"{display_path(files[0])} does not hold the rows that this adapter's run held out; {remedy}")
-    raise UserError(
-        f"no {VALIDATION_ROWS} lies beside {display_path(adapter_path)}, so the rows that its run held out are unknown;"
-        f" {remedy}"
-    )
-
-
-def load_own_rows(path, cache_dir, system_prompt=None):
-    """The Conversations of a run's validation.jsonl, with the numbers that they had in the user's file."""
-    return data_utils.load_conversations(path, cache_dir=cache_dir, number_column="row", system_prompt=system_prompt)[0]
 
 
 def tokenize_rows(tokenizer, conversations, settings, cache_dir):

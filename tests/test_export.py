@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import re
+import shutil
 
 import jinja2
 import pytest
@@ -160,9 +161,22 @@ def test_merge_py_scores_on_no_row_that_was_trained_on(undisturbed, tmp_path, ca
     adapter = undisturbed() / "lora-adapter"
     settings, record = merge.read_training(adapter)
     settings = settings._replace(validation_dataset_path=settings.custom_dataset_path)
-    rows = merge.load_held_out(adapter, [], settings, tmp_path)
+    rows = merge.load_held_out(adapter, tmp_path, settings, tmp_path)
     assert len(rows) == record["validation_rows"]
     assert f"{record['training_rows']} of " in capsys.readouterr().err
+
+
+def test_merge_py_scores_on_no_rows_of_another_run(undisturbed, tmp_path, capsys):
+    adapter = shutil.copytree(undisturbed() / "lora-adapter", tmp_path / "lora-adapter")
+    (tmp_path / "validation.jsonl").write_text(
+        '{"row": 1, "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}\n'
+    )
+    assert merge.load_held_out(adapter, tmp_path, merge.read_training(adapter)[0], tmp_path / "cache") is None
+    said = capsys.readouterr().err
+    assert "Nothing is scored: " in said
+    assert "does not hold the rows that this adapter's run held out" in said
+    # its own lie in OUTPUT_DIR
+    assert merge.load_held_out(adapter, undisturbed(), merge.read_training(adapter)[0], tmp_path / "cache")
 
 
 def test_merge_py_overwrites_nothing(undisturbed, tmp_path):
