@@ -18,7 +18,7 @@ import torch
 from data_utils import read_unanswered, require_text, unanswered, with_tools
 from file_utils import display_path, expand_home, whole_file
 from generation_utils import Decoders, build_generation_config, prompt_limit, stream_reply
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from prompt_utils import begin_with, encode_prompt
 from settings_utils import DEFAULTS, check_value, parse_value
 from terminal_utils import (
@@ -93,7 +93,7 @@ def print_answer(model, tokenizer, messages, settings):
     if answer.stopped:
         note("[stopped]")
     elif not answer.ended:
-        note(f"[cut at {answer.tokens} tokens; --max_new_tokens {2 * answer.tokens} gives it more room]")
+        note(f"[cut at {counted(answer.tokens, 'token')}; --max_new_tokens {2 * answer.tokens} gives it more room]")
 
 
 class Chat:
@@ -227,7 +227,8 @@ class Chat:
         if answer.stopped:
             note(f"[{which}stopped{kept}; /retry answers again]")
         elif not answer.ended:
-            note(f"[{which}cut at {answer.tokens} tokens{kept}; /set max_new_tokens {2 * answer.tokens}, then /retry]")
+            remedy = f"/set max_new_tokens {2 * answer.tokens}, then /retry"
+            note(f"[{which}cut at {counted(answer.tokens, 'token')}{kept}; {remedy}]")
         elif not answer.text:
             note(f"[{which or 'answer '}empty{kept}; /retry answers again]")
 
@@ -323,7 +324,7 @@ class Chat:
             else:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.written.add(path)
-        note(f"{count(self.turns, 'turn')} in {count(rows, 'row')} written to {path}")
+        note(f"{counted(len(self.turns), 'turn')} in {counted(len(rows), 'row')} written to {path}")
 
     def do_load(self, argument):
         path = chosen_file(argument)
@@ -338,7 +339,7 @@ class Chat:
         turns = [messages[start:end] for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)]
         self.open = (turns.pop(), turns) if turns[-1][-1]["role"] != "assistant" else None
         self.turns, self.left_out = turns, 0
-        note(f"Row {number} of {path}: {count(turns, 'turn')}; last: {shortened(self.last()[0][-1]['content'])}")
+        note(f"Row {number} of {path}: {counted(len(turns), 'turn')}; last: {shortened(self.last()[0][-1]['content'])}")
 
     def do_stats(self, argument):
         if not self.answers:
@@ -348,10 +349,13 @@ class Chat:
         tokens, seconds = (sum(getattr(answer, name) for answer in self.answers) for name in ("tokens", "seconds"))
         first = f"first words after {last.first:.2f} s, " if last.first is not None else ""
         say(
-            f"Last answer:   {last.tokens:,} tokens in {last.seconds:.1f} s, {first}{rate(last.tokens, last.seconds)}\n"
+            f"Last answer:   {counted(last.tokens, 'token')} in {last.seconds:.1f} s,"
+            f" {first}{rate(last.tokens, last.seconds)}\n"
             f"Last prompt:   {self.prompt_tokens:,} tokens; {limit:,} fit beside an answer\n"
-            f"Conversation:  {count(self.turns, 'turn')}{'' if self.keeps_turns else ', each question by itself'}\n"
-            f"Since start:   {count(self.answers, 'answer')}, {tokens:,} tokens, {rate(tokens, seconds)}"
+            f"Conversation:  {counted(len(self.turns), 'turn')}"
+            f"{'' if self.keeps_turns else ', each question by itself'}\n"
+            f"Since start:   {counted(len(self.answers), 'answer')}, {counted(tokens, 'token')},"
+            f" {rate(tokens, seconds)}"
         )
 
     def do_exit(self, argument):
@@ -380,11 +384,6 @@ def to_row(messages):
 
 def rate(tokens, seconds):
     return f"{tokens / max(seconds, 1e-9):,.0f} tokens/s"
-
-
-def count(things, noun):
-    """'1 turn', '2 turns'."""
-    return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def shortened(text):

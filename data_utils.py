@@ -24,7 +24,7 @@ import numpy as np
 
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from progress_utils import progress
 from prompt_utils import begin_with
 from reader_utils import check_beginning, expected_rows, read_rows
@@ -123,20 +123,19 @@ class DataReport:
             columns += f"; not used: {', '.join(self.unused)}"
         if self.unused_keys:
             columns += f"; not used in messages: {', '.join(self.unused_keys)}"
-        parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
+        parts = [counted(self.rows, "row"), f"{self.kept:,} kept"]
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
         if "text" in self.columns:
             parts.append("whole texts: every token is trained, and no chat template is used")
         if self.context_only:
-            parts.append(f"{self.context_only:,} answers of weight 0 read but not trained")
+            parts.append(f"{counted(self.context_only, 'answer')} of weight 0 read but not trained")
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
 
 
 def list_rows(count, rows):
     """'row 7', 'rows 7, 8', or 'rows 1, 2, 3, 4, 5, ...' where there are more."""
-    noun = "row" if count == 1 else "rows"
     more = ", ..." if count > len(rows) else ""
-    return f"{noun} {', '.join(map(str, rows))}{more}"
+    return f"{'row' if count == 1 else 'rows'} {', '.join(map(str, rows))}{more}"
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
@@ -763,7 +762,8 @@ def remove_overlap(conversations, validation):
     """Drop training conversations that the validation set holds too, and say how many."""
     distinct = ~np.isin(conversations.index["text"], validation.index["text"])
     if not distinct.all():
-        say(f"{(~distinct).sum()} training rows stand in the validation file too and are not trained on")
+        left_out = counted(int((~distinct).sum()), "training row")
+        say(f"{left_out} left out, to be found in the validation file too")
     if not distinct.any():
         raise UserError("every training row stands in the validation file too; give a validation file of other rows")
     return conversations.select(distinct)

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from file_utils import check_writable, display_path, resolve_path
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import LateImport, UserError, counted, quiet_libraries, run_script, say, start_garbage_collection
 from progress_utils import progress
 from run_utils import CACHE, EVALUATION, find_adapter, find_run_folder, read_run_name
 from settings_utils import USED_SETTINGS, build_parser, make_settings, parse_command_line
@@ -126,7 +126,7 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
     if None in seen:
         unknown = display_path(adapter_paths[seen.index(None)])
         say(
-            f"Whether {who} trained on these {len(found):,} rows is unknown: {unknown} carries no"
+            f"Whether {who} trained on the {counted(len(found), 'row')} is unknown: {unknown} carries no"
             f" {evidence_utils.SEEN_ROWS}"
         )
         return Measured(found, name, path, None, None, None, 0)
@@ -136,7 +136,7 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
     say_overlap(len(found), overlap, include_trained, who)
     if trained == len(found) and not include_trained:
         raise UserError(
-            f"{who} trained on all {len(found):,} rows of {path}, so they tell nothing of new ones; give"
+            f"{who} trained on all of {path} ({counted(len(found), 'row')}), which tells nothing of new rows; give"
             " others by --validation_dataset_path, or measure these by --include_trained_rows"
         )
     kept = numpy.ones(len(found), dtype=bool) if include_trained else ~overlap.trained
@@ -152,8 +152,8 @@ def say_overlap(rows, overlap, include_trained, who):
         fate = "measured too" if include_trained else "left out (--include_trained_rows measures them too)"
         what += f", which {'is' if trained == 1 else 'are'} {fate}"
     if prompt_trained:
-        what += f"; on {prompt_trained:,} more of the prompts with another answer"
-    say(f"{rows:,} rows: {what}")
+        what += f"; on {counted(prompt_trained, 'more prompt')} with another answer"
+    say(f"{counted(rows, 'row')}: {what}")
 
 
 def tokenize_rows(tokenizer, conversations, settings, cache_dir):

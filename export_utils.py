@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from file_utils import resolve_path
-from message_utils import UserError, printable
+from message_utils import UserError, counted, printable
 from prompt_utils import end_token_ids, render
 
 MODELFILE = "Modelfile"
@@ -82,8 +82,8 @@ def describe_training(settings, record):
     data = data if hub_id(data.split(":")[0]) else Path(data).name
     bits = "4-bit (QLoRA)" if settings.use_4bit_quantization else "unquantized"
     rate = f"{settings.learning_rate:g}"
-    rows = f"{record['training_rows']:,} rows of " if "training_rows" in record else ""
-    steps = f"{record['steps']:,} steps, " if "steps" in record else ""
+    rows = f"{counted(record['training_rows'], 'row')} of " if "training_rows" in record else ""
+    steps = f"{counted(record['steps'], 'step')}, " if "steps" in record else ""
     lines = [
         "## Training",
         f"{rows}`{data}`, {steps}at most {settings.max_seq_length} tokens a row, the loss on the answers only.",
@@ -100,11 +100,12 @@ def describe_figures(record, metrics):
     lines = []
     loss = dict(record).get("validation_loss")
     if loss is not None:
-        lines.append(f"Loss {loss:.4f} nats a token on {record['validation_rows']} rows held out in training.")
+        rows = counted(record["validation_rows"], "row")
+        lines.append(f"Loss {loss:.4f} nats a token on {rows} held out in training.")
     try:
         rows = [(name, metrics[name]["loss"], metrics[name]["perplexity"]) for name in ("base", "tuned")]
         table = "\n".join(f"| {name} | {loss:.4f} | {perplexity:.2f} |" for name, loss, perplexity in rows)
-        lines.append(f"On {metrics['rows']} rows:\n\n| | loss | perplexity |\n|---|---|---|\n{table}")
+        lines.append(f"On {counted(metrics['rows'], 'row')}:\n\n| | loss | perplexity |\n|---|---|---|\n{table}")
     except (TypeError, KeyError):
         pass  # not measured, or by another version
     return "\n\n".join(["## Figures", *lines]) if lines else ""

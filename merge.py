@@ -16,7 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import sys
 
 from file_utils import check_writable, display_path, read_json, resolve_path
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import LateImport, UserError, counted, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import CACHE, EVALUATION, find_adapter, find_run_folder
 from settings_utils import DEFAULTS, Settings, build_parser, check_settings, make_settings, parse_command_line
 
@@ -99,7 +99,7 @@ def load_held_out(adapter_path, output_dir, settings, cache_dir):
         say(f"Nothing is scored: the adapter was trained on all rows of {path}; --validation_dataset_path names others")
         return None
     if trained.any():
-        say(f"{int(trained.sum()):,} of {len(found):,} rows are left out: the adapter was trained on them")
+        say(f"{int(trained.sum()):,} of {counted(len(found), 'row')} left out: the adapter was trained on them")
     return found.select(~trained)
 
 
@@ -155,7 +155,7 @@ def print_report(target, merged, score):
     if score:
         lines = [("base + adapter", merged.adapter_loss)]
         lines += [(f"merged into {export_utils.MERGED_INTO[kind]}", loss) for kind, loss in merged.losses.items()]
-        print(f"{len(score.rows)} rows, {score.tokens:,} answer tokens")
+        print(f"{counted(len(score.rows), 'row')}, {counted(score.tokens, 'answer token')}")
         print(f"{'':<44}  loss   perplexity")
         for name, loss in lines:
             print(f"{name:<43}{loss:8.4f}  {engine_passes.perplexity(loss):10.2f}")

@@ -55,6 +55,11 @@ def printable(text):
     return text.translate(CONTROL_CHARACTERS)
 
 
+def counted(number, noun):
+    """1 and "row" -> '1 row', 2000 -> '2,000 rows'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def is_first_process():
     """Whether this is the only process or the first of those that a launcher started (it sets RANK in each)."""
     return os.environ.get("RANK", "0") == "0"

@@ -43,7 +43,7 @@ from file_utils import (
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
-from message_utils import UserError, quiet_libraries, say
+from message_utils import UserError, counted, quiet_libraries, say
 from progress_utils import progress
 from prompt_utils import (
     ALPACA_TEMPLATE,
@@ -554,8 +554,9 @@ def load_adapter(base, folder):
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != expected:
         raise UserError(
-            f"adapter {name} does not fit its base model {base.name_or_path}: {len(expected - saved)} weights are"
-            f" missing and {len(saved - expected)} are unknown; it was trained on another one"
+            f"adapter {name} does not fit its base model {base.name_or_path}:"
+            f" {counted(len(expected - saved), 'weight')} missing and {len(saved - expected):,} unknown; it was"
+            " trained on another one"
         )
     return model
 

@@ -12,7 +12,7 @@ import pandas
 from data_utils import is_trained, words_of
 from engine_passes import perplexity
 from file_utils import display_path, staged_folder, storage_errors, write_json
-from message_utils import UserError, printable
+from message_utils import UserError, counted, printable
 from page_utils import write_report
 from score_utils import (
     FEWEST_ROWS,
@@ -170,7 +170,7 @@ def print_report(folder, metrics, samples):
             cut = "" if sample[name]["ended"] else " [cut]"
             print(f"{name.capitalize() + ':':<10}{printable(sample[name]['text'])}{cut}")
         print(f"Expected: {printable(sample['expected'])}")
-    print(f"\n{describe_rows(metrics)}, {metrics['answer_tokens']:,} answer tokens")
+    print(f"\n{describe_rows(metrics)}, {counted(metrics['answer_tokens'], 'answer token')}")
     print("        loss   perplexity")
     for name in ("base", "tuned"):
         figures = f"{metrics[name]['loss']:.4f}  {metrics[name]['perplexity']:10.2f}"
@@ -185,12 +185,12 @@ def print_report(folder, metrics, samples):
 
 def describe_rows(metrics):
     """'20 held-out rows', and nothing better of rows that the adapter has seen or may have seen."""
-    rows = f"{metrics['rows']:,}"
+    rows = counted(metrics["rows"], "row")
     if metrics["held_out"]:
-        return f"{rows} held-out rows"
+        return counted(metrics["rows"], "held-out row")
     if metrics["trained_rows_seen"] is None:
-        return f"{rows} rows, which may have been trained on"
-    return f"{rows} rows, {metrics['trained_rows_seen']:,} of them trained on"
+        return f"{rows}, which may have been trained on"
+    return f"{rows}, {metrics['trained_rows_seen']:,} of them trained on"
 
 
 # Each figure of answers as it is printed: its name, and the format of a value
@@ -210,7 +210,7 @@ def answer_lines(metrics):
     """The figures of the answers as a table of lines; none where nothing was answered."""
     base, tuned = metrics["base"], metrics["tuned"]
     if base.get("answers"):
-        yield f"{base['answers']:,} answers".ljust(18) + "  base  tuned  difference, 95 % interval"
+        yield counted(base["answers"], "answer").ljust(18) + "  base  tuned  difference, 95 % interval"
     for name, (title, shown) in FIGURES.items():
         if name in base:
             difference = metrics["difference"].get(name)
@@ -226,7 +226,7 @@ def verdict_line(metrics):
     """What the loss says of the tuned model, in one line; it claims nothing beyond the loss on these answers."""
     difference, rows = metrics["difference"], metrics["rows"]
     if metrics["verdict"] == TOO_FEW:
-        return f"Verdict: none, {rows} rows are too few; give {FEWEST_ROWS} or more"
+        return f"Verdict: none, of {counted(rows, 'row')}; give {FEWEST_ROWS} or more"
     low, high = sorted(abs(difference[end]) for end in ("low", "high"))
     for found, word in (("better", "lower"), ("worse", "higher")):
         if metrics["verdict"] == found:
@@ -250,7 +250,7 @@ def benchmark_lines(benchmarks):
             change = ""
             if figures["low"] is not None:
                 change = f"  {figures['mean']:+.4f} ({figures['low']:+.4f} to {figures['high']:+.4f})"
-            rows = f", {found['rows']:,} rows"
+            rows = f", {counted(found['rows'], 'row')}"
             yield f"{f'{task} {name}':<{width}}  {figures['base']:.4f}  {figures['tuned']:.4f}{change}{rows}"
 
 

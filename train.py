@@ -33,7 +33,16 @@ from file_utils import (
     storage_errors,
     write_json,
 )
-from message_utils import LateImport, UserError, note, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import (
+    LateImport,
+    UserError,
+    counted,
+    note,
+    quiet_libraries,
+    run_script,
+    say,
+    start_garbage_collection,
+)
 from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
@@ -197,7 +206,7 @@ def tokenize(settings, base, conversations, name):
     rows = token_utils.tokenize_conversations(base.tokenizer, conversations, settings.max_seq_length, name, cache_dir)
     if len(conversations) and not len(rows):
         raise UserError(
-            f"no token of the {name}'s {len(conversations)} rows can be trained at --max_seq_length"
+            f"no token of the {name} ({counted(len(conversations), 'row')}) can be trained at --max_seq_length"
             f" {settings.max_seq_length}; raise it"
         )
     fit_utils.check_rows(base.shapes, base.tokenizer, rows, name)
@@ -219,7 +228,7 @@ def show_example(tokenizer, rows):
     color = sys.stderr.isatty()
     start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
     marks = "green" if color else "[ ]"
-    say(f"Example: row {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
+    say(f"Example: row {example['row']}, {counted(len(example['input_ids']), 'token')}, the trained ones in {marks}:\n")
     say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n", styled=True)
 
 
@@ -418,11 +427,11 @@ def print_summary(settings, adapter_dir, record):
         if record["best_step"]:
             validation += f" from step {record['best_step']}"
         if record["evaluated_rows"] < record["validation_rows"]:
-            validation += f" on all {record['validation_rows']:,} rows"
+            validation += f" on all {counted(record['validation_rows'], 'row')}"
         following.insert(0, f"Next: python evaluate.py{where}    base versus tuned, in figures and answers")
     duration = format_duration(record["seconds"])
     lines = [
-        f"\nDone in {duration}: {record['steps']} steps, training loss {record['first_loss']:.4f} ->"
+        f"\nDone in {duration}: {counted(record['steps'], 'step')}, training loss {record['first_loss']:.4f} ->"
         f" {record['last_loss']:.4f}{validation}, peak memory {record['peak_memory_gib']:.2f} GiB.",
         f"Adapter: {display_path(adapter_dir)}",
         *following,

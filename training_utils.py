@@ -18,7 +18,7 @@ from checkpoint_utils import AGAIN, best_whole_step, validation_losses
 from engine_passes import count_tokens, pack_rows, perplexity
 from engine_runner import StepCheck, StepRunner
 from file_utils import display_path, files_in, sha256, storage_errors, sync_file
-from message_utils import Stopped, UserError, say
+from message_utils import Stopped, UserError, counted, say
 from model_utils import ADAPTER_WEIGHTS, measured_peak, save_adapter
 from plan_utils import (
     RunTimes,
@@ -325,7 +325,7 @@ class LoraTrainer(Trainer):
             perplexities = f"{perplexity(self.final_loss):.2f}"
             say(
                 f"Validation loss {self.final_loss:.4f}, perplexity {perplexities}, on all"
-                f" {len(self.all_validation_rows):,} rows"
+                f" {counted(len(self.all_validation_rows), 'row')}"
             )
 
     def log(self, logs, start_time=None):

@@ -270,7 +270,7 @@ def test_rows_that_were_all_trained_on_are_refused(undisturbed_once, dataset, tm
     path = tmp_path / "trained.jsonl"
     path.write_text("".join(json.dumps({"messages": rows[int(i)][1]}) + "\n" for i in trained.nonzero()[0][:5]))
     message = refusal(choose, undisturbed_once / "lora-adapter", tmp_path, path)
-    assert "trained on all 5 rows" in message
+    assert "(5 rows), which tells nothing of new rows" in message
     assert "--include_trained_rows" in message
     assert len(choose(undisturbed_once / "lora-adapter", tmp_path, path, include=True).conversations) == 5
 
@@ -284,7 +284,7 @@ def test_prompts_that_were_trained_with_another_answer_are_counted_apart(undistu
     path.write_text(json.dumps([{"instruction": prompt, "response": "Quite another answer."}]))
     measured = choose(undisturbed_once / "lora-adapter", tmp_path, path)
     assert (measured.trained, measured.prompt_trained, measured.left_out) == (0, 1, 0)
-    assert "1 more of the prompts" in capsys.readouterr().err
+    assert "on 1 more prompt with" in capsys.readouterr().err
 
 
 def test_a_moved_adapter_takes_no_other_runs_rows(moved, undisturbed_once, dataset, tmp_path):
