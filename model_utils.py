@@ -61,7 +61,7 @@ except ImportError:  # Windows has no such figure in its standard library
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "settings.json"
-IDENTITY_FILE = "identity.json"  # beside an adapter
+IDENTITY_FILE, ADAPTER_CONFIG = "identity.json", "adapter_config.json"  # beside an adapter
 GIB = 2**30
 # A base's config.json may name kernels for attention and experts, such as one that is downloaded from the Hub. Given in
 # the call beside the config they are the library's own choice for this model and machine, whatever that file says.
@@ -431,11 +431,17 @@ def write_adapter_identity(folder, name, content):
 
 
 def recorded_files(folder):
-    """{name: hash} of the files that make prompts and answers token ids, and of the digests of the rows it has seen."""
+    """{name: hash} of an adapter's files: its weights, all that makes texts token ids, the digests of rows it has seen.
+
+    Of its config the name of the base does not count, which a user may have to correct.
+    """
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
-    names = (*names, SEEN_ROWS)
+    names = (ADAPTER_WEIGHTS, *names, SEEN_ROWS)
     paths = [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): short_hash(path) for path in paths}
+    hashes = {path.relative_to(folder).as_posix(): short_hash(path) for path in paths}
+    config = read_json(folder / ADAPTER_CONFIG, "the adapter's configuration")
+    config.pop("base_model_name_or_path", None)
+    return hashes | {ADAPTER_CONFIG: short_hash(json.dumps(config, sort_keys=True))}
 
 
 def check_adapter_identity(folder, base_name, content):
@@ -452,6 +458,8 @@ def check_adapter_identity(folder, base_name, content):
     old = old if isinstance(old, dict) else {}
     if SEEN_ROWS not in files:  # who gives an adapter away may keep them
         old.pop(SEEN_ROWS, None)
+    for name in {ADAPTER_WEIGHTS, ADAPTER_CONFIG} - old.keys():  # earlier versions recorded neither
+        del files[name]
     if trained_on.rpartition(" @ ")[2] != content:
         raise UserError(
             f"adapter {shown} does not fit its base model {base_name}: it was trained on {trained_on}, whose weights or"
@@ -467,7 +475,7 @@ def check_adapter_folder(path):
     folder = resolve_path(path)
     if not folder.is_dir():
         raise UserError(f"adapter folder {path} does not exist; train one first with python train.py")
-    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"adapter folder {path} holds no {name}; train again, or give the folder that holds it")
     return folder
@@ -479,7 +487,7 @@ def read_recorded_settings(adapter_path):
     recorded = {}
     if (folder / SETTINGS_FILE).is_file():
         recorded = read_json(folder / SETTINGS_FILE, "the adapter's settings")
-    adapter_config = read_json(folder / "adapter_config.json", "the adapter's configuration")
+    adapter_config = read_json(folder / ADAPTER_CONFIG, "the adapter's configuration")
     base = adapter_config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{adapter_path}/adapter_config.json names no base model; train again or restore the file")

@@ -63,7 +63,7 @@ def set_aside(output_dir, names, kept=()):
     What holds one of the `kept` paths, which a run reads, stays. Returns that folder, or None where there was nothing
     to move.
     """
-    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    found = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
     found = [path for path in found if not any(kept_path.is_relative_to(path) for kept_path in kept)]
     if not found:
         return None

@@ -375,6 +375,11 @@ def a_file_where_the_adapter_belongs(place):
     lies_in(place, "lora-adapter", folder=False)
 
 
+@fault("Skipped", "checkpoint-9: it has no manifest.json", code=0)
+def a_link_to_nowhere_among_the_checkpoints(place):
+    (interrupted(place).parent / "checkpoint-9").symlink_to(place.folder / "gone")
+
+
 @fault("An earlier run lies in", "moved to", code=0)
 def checkpoints_on_a_disk_of_their_own(place):
     shutil.copytree(place.finished, place.out)
@@ -472,14 +477,27 @@ def missing_adapter_weights(place):
     (adapter(place) / "adapter_model.safetensors").unlink()
 
 
+@fault("adapter_model.safetensors in", "changed since the adapter was trained; restore it or train again", main=talk)
+def adapter_weights_with_one_other_bit(place):
+    weights = adapter(place) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\x01\x02")
+
+
+@fault("adapter_config.json in", "changed since the adapter was trained; restore it or train again", main=talk)
+def an_adapter_whose_alpha_was_changed(place):
+    edit_json(adapter(place) / "adapter_config.json", lora_alpha=64)
+
+
 @fault("adapter_model.safetensors is damaged", "train again or restore it", main=talk)
-def corrupt_adapter_weights(place):
-    os.truncate(adapter(place) / "adapter_model.safetensors", 5000)
+def corrupt_adapter_weights_of_another_tool(place):
+    (adapter(place) / "identity.json").unlink()
+    os.truncate(place.folder / "adapter/adapter_model.safetensors", 5000)
 
 
 @fault("adapter_model.safetensors holds weights that are not finite, such as", "train again", main=talk)
-def adapter_weights_that_are_nan(place):
+def adapter_weights_of_another_tool_that_are_nan(place):
     weights = adapter(place) / "adapter_model.safetensors"
+    weights.with_name("identity.json").unlink()
     edit_weights(weights, lambda tensors: tensors[min(tensors)].fill_(torch.nan))
 
 
