@@ -118,6 +118,11 @@ class Journal:
     def __init__(self, path, identity):
         """Raises UserError if the file at `path` holds answers to another input, or given with other settings."""
         self.path, self.replies = path, {}
+        if path.is_symlink():
+            raise UserError(
+                f"{display_path(path)} is a link, expected a file of answers so far; move it away, or give another"
+                " --output_file"
+            )
         self.lock = FileLock(f"{path}.lock", blocking=False)
         try:
             self.lock.acquire()
@@ -186,7 +191,7 @@ def parse_line(line):
     """The object of a whole line, or None for one that was torn."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if line.endswith(b"\n") and isinstance(entry, dict) else None
 

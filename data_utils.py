@@ -433,7 +433,7 @@ def parse_text(value):
     """What a text says as JSON; another value, or a text that is no JSON, is returned as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -52,7 +52,7 @@ def main(argv):
     target = resolve_path(options.folder or output_dir / "merged-model")
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or name another: python merge.py FOLDER")
-    check_writable(target.parent, "the merged model's folder")
+    check_writable(target.parent, "python merge.py FOLDER")
     merge(adapter_path, output_dir, target, given, options.into)
 
 
@@ -144,7 +144,11 @@ def find_metrics(adapter_path):
     home = find_run_folder(adapter_path)
     files = (home / EVALUATION).glob("**/metrics.json") if home else ()
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        metrics = read_json(file, "the figures of an evaluation")
+        try:
+            metrics = read_json(file, "the figures of an evaluation")
+        except UserError as error:
+            say(f"Left out of the model card: {error}")
+            continue
         if metrics.get("adapter") == display_path(adapter_path):
             return metrics
     return None

@@ -240,7 +240,8 @@ def system_problem(error):
             each_process=True,
         )
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in STORAGE_ERROR_NUMBERS):
-        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "output"
+        refused = error.filename2 or error.filename  # of a rename it is the new name that something is in the way of
+        name = os.fsdecode(refused) if isinstance(refused, (str, bytes)) else "output"
         name = name if len(name) < 300 else f"{name[:300]}..."
         return UserError(f"{os.strerror(error.errno)}: {name}; mend that and try again", each_process=True)
     return None

@@ -145,7 +145,7 @@ def read_samples(path):
         return []
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{display_path(path)} is damaged ({error}); evaluate again") from None
 
 

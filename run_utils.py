@@ -208,7 +208,7 @@ class OutputLock:
         try:
             owner = json.loads(self.owner_file.read_text(encoding="utf-8"))
             return {name: owner[name] for name in ("pid", "host", "since")}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

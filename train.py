@@ -13,6 +13,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
+import os
 import platform
 import random
 import shlex
@@ -286,7 +287,7 @@ def open_checkpoints(settings, base, identity, fresh):
     """Decide, in the first process for all, whether an interrupted run goes on; refuse one that is another run's."""
     output_dir = resolve_path(settings.output_dir)
     resumption = None
-    if not (output_dir / ADAPTER).exists():  # else the run there had finished
+    if not os.path.lexists(output_dir / ADAPTER):  # else the run there had finished
         resumption = process_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
     run_name = process_utils.from_first_process(choose_run_name, settings, resumption)
     trainable = model_utils.count_parameters(base.shapes)[1]
