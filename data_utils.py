@@ -752,7 +752,7 @@ def split_conversations(conversations, validation_split, seed):
     held_out = max(1, round(len(shuffled) * validation_split))
     if held_out >= len(shuffled):
         raise UserError(
-            f"{len(shuffled)} usable row(s) cannot be split into training and validation rows;"
+            f"{counted(len(shuffled), 'usable row')} cannot be split into training and validation rows;"
             " add rows, or train without validation by --validation_split 0"
         )
     return conversations.select(shuffled[held_out:]), conversations.select(shuffled[:held_out])

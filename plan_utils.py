@@ -350,10 +350,12 @@ class RunTimes:
 
 
 def format_seconds(seconds):
-    """'0.21 s'; '1 min 5 s' of what is longer than ten seconds, '14.3 ms' of what many steps would make inexact."""
+    """Seconds to about a percent, since they are multiplied: '14.3 ms', '0.21 s', '12.4 s', '2 min 5 s'."""
     if seconds < 0.1:
         return f"{1000 * seconds:.1f} ms"
-    return f"{seconds:.2f} s" if seconds < 10 else format_duration(seconds)
+    if seconds < 100:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    return format_duration(seconds)
 
 
 def expected_seconds(plan, rehearsal, rows, steps, processes=1):
@@ -409,10 +411,8 @@ def print_plan(settings, base, rows, validation_rows, evaluated_rows, processes=
         if len(evaluated_rows) < len(validation_rows):
             rows_a_round += f" of the {len(validation_rows):,}, all of them at the end"
         answers = min(settings.sample_prompts, len(validation_rows))
-        say(
-            f"Plan: {describe_rounds(steps, settings.eval_steps)}, on {rows_a_round}, with"
-            f" {counted(answers, 'answer')} and a checkpoint"
-        )
+        answers = f"{counted(answers, 'answer')} and " if answers else ""
+        say(f"Plan: {describe_rounds(steps, settings.eval_steps)}, on {rows_a_round}, with {answers}a checkpoint")
     if steps == 1 and settings.warmup_ratio > 0:
         say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
 

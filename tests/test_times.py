@@ -29,8 +29,8 @@ def test_the_time_of_a_run_is_that_of_steps_evaluations_answers_saves_and_the_en
     assert times.left(0) == 100 * 2 + 4 * 16 + 40
     assert times.left(50) == 50 * 2 + 2 * 16 + 40
     assert times.describe(0, 500, 3, 2000) == (
-        "Time: 3 s so far, 100 x 2.00 s a step, 4 x 10 s an evaluation of 500 rows, 4 x 5.00 s for 3 answers,"
-        " 4 x 1.00 s a save, 1 x 40 s for all 2,000 rows at the end; about 5 min 7 s in all"
+        "Time: 3 s so far, 100 x 2.00 s a step, 4 x 10.0 s an evaluation of 500 rows, 4 x 5.00 s for 3 answers,"
+        " 4 x 1.00 s a save, 1 x 40.0 s for all 2,000 rows at the end; about 5 min 7 s in all"
     )
 
 
