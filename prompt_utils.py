@@ -343,6 +343,14 @@ def any_of(tokens):
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
+def private_use_codes(text):
+    """The code points of the private-use characters in a text."""
+    return frozenset(map(ord, PRIVATE_USE.findall(text)))
+
+
+template_codes = lru_cache(maxsize=8)(private_use_codes)  # rows are many and differ, a template is always the same
+
+
 def choose_stand_ins(tokenizer, messages):
     """The code point of the first stand-in for the control tokens in these texts.
 
@@ -350,9 +358,9 @@ def choose_stand_ins(tokenizer, messages):
     that is as long as it. None of these characters stands in the texts or in the template.
     """
     first, count = FIRST_STAND_IN, len(control_tokens(tokenizer).tokens)
-    texts = [str(tokenizer.chat_template)]
-    texts += [m["content"] if len(m) == 2 else json.dumps(m, ensure_ascii=False) for m in messages]
-    for code in sorted({ord(found) for text in texts for found in PRIVATE_USE.findall(text)}):
+    texts = [m["content"] if len(m) == 2 else json.dumps(m, ensure_ascii=False) for m in messages]
+    found = template_codes(str(tokenizer.chat_template)).union(*map(private_use_codes, texts))
+    for code in sorted(found):
         if code < first + count:
             first = code + 1
     if first + count > 0x110000:
@@ -436,7 +444,7 @@ def write_turn(tokenizer, messages, end_token):
     thought = (inline or message.get("reasoning_content", "")).strip()
     turns = (
         follow(prompt, render(tokenizer, [*earlier, form], False), text, earlier)
-        for form in forms(message, thought, text, inline or knows_thoughts(tokenizer))
+        for form in forms(message, thought, text, inline or (thought and knows_thoughts(tokenizer)))
     )
     for turn in turns:
         end = find_answer_end(turn, thought, text, message) if turn else None
@@ -651,7 +659,8 @@ def split_behind(answers, is_merged):
 
 def is_whole_text(tokenizer, text):
     """Whether nothing but BOS stands before what is trained in a MarkedText: it is encoded as if it stood alone."""
-    return bool(text.answers) and text.text[: text.answers[0][0]] in ("", tokenizer.bos_token)
+    start = text.answers[0][0] if text.answers else None
+    return start == 0 or (bool(start) and text.text[:start] == tokenizer.bos_token)
 
 
 def is_inside_token(offsets, place):
