@@ -747,6 +747,98 @@ def test_a_template_that_cannot_do_without_tools_takes_rows_with_tools(tokenizer
     assert "'NoneType' object is not iterable" in refusal(tokenize, tokenizer, [user("q"), assistant("a")])
 
 
+# ---- Thoughts --------------------------------------------------------------------------------------------------------
+def chat(answer, prompt, end="{{ eos_token }}"):
+    """A template of plain turns, with what it writes for an answer and what its prompt ends with."""
+    return (
+        "{{ bos_token }}{% for m in messages %}{% set last = loop.last %}{% if m.role == 'assistant' %}[A]"
+        f"{answer}{end}{{% else %}}{{{{ '[' + m.role + ']' + m.content }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}[A]{prompt}{{% endif %}}"
+    )
+
+
+SPOKEN = "{{ m.content.split('</think>')[-1] }}"
+REASONED = "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '</think>' }}{{ m.content }}"
+# a message of its own for the thought
+CHANNELS = "{{ '<|thoughts|>' + m.thinking + '<|next|>[A]' if m.thinking }}<|final|>{{ m.content }}"
+# template, what is trained of an answer without a thought, and with "I count."
+THOUGHTFUL = {
+    # written by an answer that is rendered, but not closed there
+    "open in both": (chat("<think>\n" + SPOKEN, "<think>\n"), "\n</think>\n\n4", "I count.\n</think>\n\n4"),
+    "only closed where none": (chat(REASONED, "<think>"), "</think>4", "I count.</think>4"),
+    "closed before": (chat("</think>" + SPOKEN, "</think>"), "4", None),
+    "always an empty one": (chat("<think></think>" + SPOKEN, ""), "<think></think>4", "<think>I count.</think>4"),
+    "marks of its own": (chat("{# [THINK] #}{{ m.content }}", ""), "4", "[THINK]I count.[/THINK]4"),
+    "a form of its own": (
+        chat("{{ '<seed:think>' + m.reasoning_content + '</seed:think>' if m.reasoning_content }}{{ m.content }}", ""),
+        "4",
+        "<seed:think>I count.</seed:think>4",
+    ),
+    "channels": (chat(CHANNELS, ""), "<|final|>4", "<|thoughts|>I count.<|next|>[A]<|final|>4"),
+    "behind a heading": (
+        chat(SPOKEN, "Here are my reasoning steps:\n"),
+        "\n[BEGIN FINAL RESPONSE]\n4",
+        "I count.\n[BEGIN FINAL RESPONSE]\n4",
+    ),
+    "another closing": (
+        chat(
+            "{{ '<think>\n' + m.reasoning_content + '\n</think>\n' if m.reasoning_content }}{{ m.content }}",
+            "<think>\n",
+        ),
+        "\n</think>\n4",
+        "I count.\n</think>\n4",
+    ),
+    "an answer begun": (
+        chat("{# <|START_THINKING|> #}" + "<|START_RESPONSE|>{{ m.content }}", "<|START_RESPONSE|>"),
+        "4",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", THOUGHTFUL)
+def test_a_thought_is_opened_once_and_closed_once_in_the_form_of_its_template(tokenizer, kind):
+    tokenizer.chat_template, bare, thoughtful = THOUGHTFUL[kind]
+    assert check_rule(tokenizer, [user("q"), assistant("4")])[0][1] == bare + "</s>"
+    reasoned = assistant("4") | {"reasoning_content": "I count."}
+    assert check_rule(tokenizer, [user("q"), reasoned])[0][1] == (thoughtful or bare) + "</s>"
+    assert prompt_utils.uses_reasoning(tokenizer) == (thoughtful is not None)
+    inline = check_rule(tokenizer, [user("q"), assistant(THOUGHT)])[0][1]
+    assert inline == thoughtful + "</s>" if thoughtful else "I count." in inline
+
+
+def test_templates_that_take_texts_as_parts_only_get_them_so(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' }}{% for part in m.content %}{{ part.text }}{% endfor %}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    ((text, answers, _),) = mark_answers(tokenizer, SEVERAL, find_end_token(tokenizer))
+    assert text == "user:q1</s>assistant:a1</s>user:SECRET</s>assistant:a2</s>"
+    assert [text[start:end] for start, end in answers] == ["a1</s>", "a2</s>"]
+
+
+def test_what_a_template_writes_behind_every_conversation_is_no_part_of_an_answer(tokenizer):
+    tokenizer.chat_template = TOOLS.replace(
+        "{% if add_generation_prompt %}",
+        "<|reserved_0|>system\nCall a tool.<|reserved_1|>\n{% if add_generation_prompt %}",
+    ).replace(
+        "</call>' }}{% endfor %}<|reserved_1|>", "</call>' }}{% endfor %}{{ '' if m.tool_calls else '<|reserved_1|>' }}"
+    )
+    texts = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+    trained_parts = [text.text[start:end] for text in texts for start, end in text.answers]
+    assert trained_parts == ['<call>stock {"item": "lamp"}</call><|reserved_1|>', "Three are left.<|reserved_1|>"]
+
+
+def test_a_reply_stops_at_the_token_that_ends_a_call_too(tokenizer):
+    tokenizer.chat_template = TOOLS.replace("</call>' }}{% endfor %}", "</call><|reserved_2|>' }}{% endfor %}").replace(
+        "<|reserved_1|>", "{{ '' if m.tool_calls else '<|reserved_1|>' }}"
+    )
+    stops = prompt_utils.end_token_ids(tokenizer)
+    assert stops == sorted(map(tokenizer.convert_tokens_to_ids, ["</s>", "<|reserved_1|>", "<|reserved_2|>"]))
+    ((text, answers, _), *_) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+    assert text[slice(*answers[0])] == '<call>stock {"item": "lamp"}</call><|reserved_2|>'
+
+
 # ---- Whole texts -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["bundled", "llama-like", "merges newlines"])
 def test_of_a_whole_text_every_token_is_trained_as_plain_text_up_to_eos(tokenizer, name):
