@@ -284,9 +284,22 @@ def describe_template(tokenizer):
     end = f"answers end with {find_end_token(tokenizer)}"
     if not writes_end_token(tokenizer):
         end = f"it ends answers with nothing, so {find_end_token(tokenizer)} is written and trained there"
+    if opening := find_opening(tokenizer):
+        end = f"answers begin with {json.dumps(opening, ensure_ascii=False)}, which is trained; {end}"
     date = written_date(tokenizer)
     dated = f"; it writes the date, in training that of the run's start: {date}" if date else ""
     return f"{source}; {describe_bos(tokenizer)}; {end}{dated}"
+
+
+def find_opening(tokenizer):
+    """What the template writes before an answer's text and not in its prompt, such as the name of a channel, or ""."""
+    with suppress(UserError):
+        return (
+            write_turn(tokenizer, list(PROBE), find_end_token(tokenizer))
+            .answer.partition(PROBE[1]["content"])[0]
+            .strip()
+        )
+    return ""
 
 
 def describe_bos(tokenizer):
@@ -508,10 +521,11 @@ def write_answer(tokenizer, prompt, earlier, message, end_token):
     plain = {key: value for key, value in message.items() if key != "reasoning_content"}
     plain["content"] = text.strip() if inline else text
 
-    def write(form, thought=""):
-        return find_turn(base, render(tokenizer, [*earlier, form], False), [thought, *said_in(plain)], earlier)
+    def write(form, parts):
+        return find_turn(base, render(tokenizer, [*earlier, form], False), parts, earlier)
 
-    turn = write(plain)
+    said = said_in(plain)
+    turn = write(plain, said)
     if turn is None or not (thought or begun):
         return turn
     block = thought_utils.split_block(turn)  # an empty thought, or its end alone, that the template writes itself
@@ -519,18 +533,18 @@ def write_answer(tokenizer, prompt, earlier, message, end_token):
         return thought_utils.write_block("", block, begun) if block else turn
     shown = thought or thought_utils.STAND_IN
     for form in thoughtful_forms(tokenizer, plain, shown):
-        written = write(form, shown)
+        written = write(form, [shown, *said])
         found = thought_utils.split_block(written or "", shown)
         if found and not thought_utils.split_block(found.rest):
             return thought_utils.write_block(thought, found, begun if is_open else None)
-        is_found = not begun and find_answer_end(written, [thought, *said_in(plain)], end_token)
+        is_found = not begun and find_answer_end(written, [thought, *said], end_token)
         if is_found and not any(mark in written.partition(thought)[0] for mark in thought_utils.MARKS):
             return written  # gpt-oss writes a thought as a message of its own
     if not block or not (is_open or block.opening.strip()):
         rest = block.rest if block else turn.removeprefix(begun.text) if is_open else turn
         block = thought_utils.own_block(str(tokenizer.chat_template), rest, begun and begun.mark)
     if not block or prompt.endswith(thought_utils.NO_PLACE):
-        return write(message) if inline else turn
+        return write(message, [message["content"].strip(), *said[1:]]) if inline else turn
     return thought_utils.write_block(thought, block, begun if is_open else None)
 
 

@@ -15,6 +15,9 @@ FORMS = (
     "<mm:think>{}</mm:think>",
     "<think:opensource>{}</think:opensource>",
     "<|inner_prefix|>{}<|inner_suffix|>",
+    "<thought>\n{}\n</thought>\n\n",
+    "<thinking>\n{}\n</thinking>\n\n",
+    "<reasoning>\n{}\n</reasoning>\n\n",
 )
 PAIRS = {opening.strip(): closing.strip() for opening, closing in (form.split("{}") for form in FORMS)}
 MARKS = {*PAIRS, *PAIRS.values()}

@@ -512,6 +512,11 @@ def test_a_template_without_an_end_token_gets_eos_which_is_trained_and_announced
     assert "</s> is written and trained there" in prompt_utils.describe_template(tokenizer)
 
 
+def test_what_a_template_writes_before_an_answer_and_not_in_its_prompt_is_announced(tokenizer):
+    tokenizer.chat_template = CHATML.partition("{% if add_generation_prompt")[0]
+    assert 'answers begin with "<|reserved_0|>assistant", which is trained' in prompt_utils.describe_template(tokenizer)
+
+
 def test_a_template_that_changes_the_answers_is_a_line_and_no_traceback(tokenizer):
     tokenizer.chat_template = CHATML.replace("message['content']", "(message['content'] | upper)")
     refusal(tokenize, tokenizer, (user("q"), assistant("a")))
