@@ -109,6 +109,7 @@ class DataReport:
     reasoning: int = 0  # those of them that have it as reasoning_content
     rows: int = 0
     kept: int = 0
+    left_out: int = 0  # rows that are dropped because they say so themselves
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
 
     def drop(self, reason, numbers):
@@ -565,12 +566,15 @@ def read_conversations(
             conversation = to_conversation(row, report.columns, where, report)
             report.rows += 1
             used |= {label} | {column for column in TOOL_COLUMNS if conversation and "tools" in conversation[0]}
+            if "chosen" in report.columns:
+                used.update(match_columns(row, ("instruction", "input", "messages")).values())
             if "instruction" in report.columns:
                 used |= {HISTORY} if isinstance(parse_text(row.get(HISTORY)), list) else set()
                 used.add(find_reasoning(row, report.columns))
             untrained = [name for name in WHOLE_ROW if name not in report.columns.values() and is_zero(row.get(name))]
             used.update(untrained)
             marked = label if good is False else next(iter(untrained), None)
+            report.left_out += bool(marked)
             if reason := f"{marked} is {json.dumps(row[marked])}" if marked else reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:

@@ -135,7 +135,7 @@ def check_rule(tokenizer, messages, texts, end_token, uses_reasoning):
             plain = prompt_utils.render(tokenizer, before, True)
             shown = [prompt_utils.public(message) for message in before]
             if not any("tool_calls" in message for message in before):
-                if prompt_utils.takes_parts(tokenizer, tokenizer.chat_template):
+                if prompt_utils.takes_parts(tokenizer, str(tokenizer.chat_template)):
                     shown = list(map(prompt_utils.in_parts, shown))
                 served = tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=True)
                 assert served == plain, "the prompt is not what servers write"

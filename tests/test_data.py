@@ -738,6 +738,7 @@ def test_answers_labelled_false_are_refused_or_left_out(write):
     conversations, report = load_conversations(path, chosen_only=True)
     assert [number for number, _ in conversations] == [1]
     assert "1 dropped: label is false (row 2)" in report.line()
+    assert report.left_out == 1
 
 
 @pytest.mark.parametrize(
@@ -751,7 +752,9 @@ def test_answers_labelled_false_are_refused_or_left_out(write):
 def test_preferences_are_refused_or_only_the_chosen_answer_is_read(write, row):
     path = write("rows.json", json.dumps([row]))
     assert "--chosen_only true" in refusal(path)
-    assert list(load_conversations(path, chosen_only=True)[0]) == [(1, [QUESTION, REPLY])]
+    conversations, report = load_conversations(path, chosen_only=True)
+    assert list(conversations) == [(1, [QUESTION, REPLY])]
+    assert report.unused == []
 
 
 def test_a_prompt_and_a_completion_may_be_lists_of_messages(write):
