@@ -500,52 +500,58 @@ def write_turn(tokenizer, messages, end_token):
     *earlier, message = messages
     prompt = render(tokenizer, earlier, add_generation_prompt=True)
     check_prompt(prompt, earlier)
-    turn = write_answer(tokenizer, prompt, earlier, message, end_token)
-    end = find_answer_end(turn, said_in(message), end_token)
+    begun = None if earlier and prompt.endswith(earlier[-1]["content"]) else thought_utils.find_begun(prompt)
+    inline, text = thought_utils.split_inline(message["content"], begun)
+    parts = parts_of(message, text)
+    turn = write_answer(tokenizer, prompt, begun, messages, inline, parts, end_token)
+    end = find_answer_end(turn, parts, end_token)
     if end is None:
-        raise UserError(explain_missing(tokenizer, messages, turn))
+        raise UserError(explain_missing(tokenizer, messages, turn, parts))
     return Turn(prompt, end_answer(tokenizer, turn, end, end_token, message))
 
 
-def write_answer(tokenizer, prompt, earlier, message, end_token):
+def write_answer(tokenizer, prompt, begun, messages, inline, parts, end_token):
     """What the template writes of an answer behind its prompt, with whatever follows it; None if it writes no answer.
 
-    Its thought is written as the template writes thoughts. One that the prompt has opened is closed in any case; where
-    the prompt has closed it, only a thought in the answer's text is kept.
+    Its thought is written as the template writes thoughts. One that the prompt has begun and left open is closed in any
+    case; where the prompt has closed it, only a thought in the answer's text, `inline`, is kept.
     """
-    begun = thought_utils.find_begun(prompt)
+    *earlier, message = messages
     base = prompt.removesuffix(begun.text) if begun else prompt
-    is_open = begun and not begun.closed
-    inline, text = thought_utils.split_inline(message["content"])
-    thought = inline.strip() or ("" if begun and begun.closed else message.get("reasoning_content", "").strip())
+    opened = begun if begun and not begun.closed else None
+    reasoning = "" if begun and begun.closed else message.get("reasoning_content", "")
+    thought = (inline or reasoning).strip()
     plain = {key: value for key, value in message.items() if key != "reasoning_content"}
-    plain["content"] = text.strip() if inline else text
+    plain["content"] = parts[0] if inline and parts else "" if inline else message["content"]
 
     def write(form, parts):
         return find_turn(base, render(tokenizer, [*earlier, form], False), parts, earlier)
 
-    said = said_in(plain)
-    turn = write(plain, said)
+    turn = write(plain, parts)
     if turn is None or not (thought or begun):
         return turn
-    block = thought_utils.split_block(turn)  # an empty thought, or its end alone, that the template writes itself
-    if not thought and (block or not is_open):
-        return thought_utils.write_block("", block, begun) if block else turn
+    empty = thought_utils.split_block(turn)  # an empty thought, or its end alone, that the template writes by itself
+    if not thought and (empty or not opened):
+        return thought_utils.write_block("", empty, begun) if empty else turn
+    # as the template writes thoughts
     shown = thought or thought_utils.STAND_IN
     for form in thoughtful_forms(tokenizer, plain, shown):
-        written = write(form, [shown, *said])
-        found = thought_utils.split_block(written or "", shown)
-        if found and not thought_utils.split_block(found.rest):
-            return thought_utils.write_block(thought, found, begun if is_open else None)
-        is_found = not begun and find_answer_end(written, [thought, *said], end_token)
+        written = write(form, [shown, *parts])
+        block = thought_utils.split_block(written or "", shown)
+        if block and not thought_utils.split_block(block.rest):
+            return thought_utils.write_block(thought, block, opened)
+        is_found = not begun and find_answer_end(written, [thought, *parts], end_token)
         if is_found and not any(mark in written.partition(thought)[0] for mark in thought_utils.MARKS):
             return written  # gpt-oss writes a thought as a message of its own
-    if not block or not (is_open or block.opening.strip()):
-        rest = block.rest if block else turn.removeprefix(begun.text) if is_open else turn
+    # it writes none: between the marks of an empty thought, or between those that it knows
+    block = empty if empty and (opened or empty.opening.strip()) else None
+    if not block:
+        rest = empty.rest if empty else turn.removeprefix(opened.text) if opened else turn
         block = thought_utils.own_block(str(tokenizer.chat_template), rest, begun and begun.mark)
-    if not block or prompt.endswith(thought_utils.NO_PLACE):
-        return write(message, [message["content"].strip(), *said[1:]]) if inline else turn
-    return thought_utils.write_block(thought, block, begun if is_open else None)
+    if block and not prompt.endswith(thought_utils.NO_PLACE):
+        return thought_utils.write_block(thought, block, opened)
+    # it knows none: the answer's text as it is
+    return write(message, parts_of(message, message["content"])) if inline else turn
 
 
 def thoughtful_forms(tokenizer, message, thought):
@@ -558,11 +564,10 @@ def thoughtful_forms(tokenizer, message, thought):
         yield message | {"content": thought_utils.FORMS[0].format(thought) + message["content"]}
 
 
-def said_in(message):
+def parts_of(message, text):
     """The parts of an answer that are looked for in what a template writes: its text and the names in its calls."""
-    _, text = thought_utils.split_inline(message["content"])
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    return list(filter(None, [text.strip(), *names]))
+    return [part for part in (text.strip(), *names) if part]
 
 
 def uses_reasoning(tokenizer):
@@ -611,7 +616,7 @@ def shared_end(one, other):
 def find_answer_end(turn, parts, end_token=None):
     """Where an answer's parts end in a turn; None where one is missing or an end token stands before."""
     end = 0
-    for part in filter(None, parts):
+    for part in parts:
         start = turn.find(part, end) if turn else -1
         if start < 0:
             return None
@@ -656,11 +661,11 @@ def check_prompt(prompt, messages):
             )
 
 
-def explain_missing(tokenizer, messages, turn):
+def explain_missing(tokenizer, messages, turn, parts):
     """The message of an answer, the last message, that a template does not write or not behind its prompt."""
     *earlier, message = messages
     number = len(messages)
-    if find_answer_end(turn, said_in(message)) is not None:
+    if find_answer_end(turn, parts) is not None:
         return (
             f"the model's chat template ends message {number} before all of it is written, as several turns; write its"
             " text and its tool call as messages of their own, or choose another base model"

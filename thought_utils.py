@@ -34,10 +34,18 @@ Begun = namedtuple("Begun", "text mark closed blanks")
 Block = namedtuple("Block", "opening closing rest")
 
 
-def split_inline(content):
-    """(thought, text) of an answer that begins with <think>...</think>, else ("", the answer)."""
+def split_inline(content, begun=None):
+    """(thought, text) of an answer that begins with <think>...</think>, else ("", the answer).
+
+    Where the prompt has Begun a thought, the answer may go on with it: then </think> alone divides them.
+    """
     found = INLINE.fullmatch(content)
-    return found.groups() if found else ("", content)
+    if found:
+        return found.groups()
+    thought, closing, text = content.partition("</think>")
+    if begun and not begun.closed and closing and "<think>" not in thought:
+        return thought, text
+    return "", content
 
 
 def find_begun(prompt):

@@ -812,6 +812,19 @@ def test_a_thought_is_opened_once_and_closed_once_in_the_form_of_its_template(to
     assert inline == thoughtful + "</s>" if thoughtful else "I count." in inline
 
 
+def test_an_answer_may_go_on_with_the_thought_that_the_prompt_has_opened(tokenizer):
+    tokenizer.chat_template = OPEN_THOUGHT
+    answer = assistant("I count.\n</think>\n\n4")
+    assert check_rule(tokenizer, [user("q"), answer])[0][1] == "I count.\n</think>\n\n4</s>"
+
+
+def test_what_a_user_writes_at_the_end_of_a_prompt_opens_no_thought(tokenizer):
+    tokenizer.chat_template = CHATML.partition("<|reserved_1|>")[0] + "' }}{% endfor %}"
+    assert check_rule(tokenizer, [user("What is <think>"), assistant("A mark.")])[0][1] == (
+        "<|reserved_0|>assistant\nA mark.</s>"
+    )
+
+
 def test_templates_that_take_texts_as_parts_only_get_them_so(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ':' }}{% for part in m.content %}{{ part.text }}{% endfor %}"
