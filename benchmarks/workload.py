@@ -107,8 +107,10 @@ def save_four_bits(base, copy, device, shape):
     draw, parts = torch.Generator(device).manual_seed(SEED), {}
     for name, weight in model.named_parameters():
         values = torch.ones(weight.shape, dtype=torch.bfloat16, device=device)
-        if weight.dim() == 2:
-            values.normal_(std=0.02, generator=draw)
+        if weight.dim() == 2:  # small enough that rounding does not grow from layer to layer, as in trained models
+            written = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = shape[0] ** -0.5 / (2 * shape[2]) ** (0.5 * written)
+            values.normal_(std=std, generator=draw)
         part = parts.setdefault(name.split(".layers.")[-1].split(".")[0], {})
         part[name] = values
         if name in linear - {"lm_head.weight"}:
