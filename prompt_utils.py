@@ -99,15 +99,22 @@ def render(tokenizer, messages, add_generation_prompt):
 
 def render_probe(tokenizer, messages, add_generation_prompt):
     """Render a conversation of our own, with a tool for templates that fail without any."""
-    try:
+    with suppress_refusals():
         return render(tokenizer, messages, add_generation_prompt)
+    first, *others = messages
+    with suppress_refusals():
+        return render(tokenizer, [first | {"tools": PROBE_TOOLS}, *others], add_generation_prompt)
+    return render(tokenizer, messages, add_generation_prompt)
+
+
+@contextmanager
+def suppress_refusals():
+    """Go on where a template refuses a conversation, but not where it never ends."""
+    try:
+        yield
     except UserError as error:
         if "did not end" in str(error):
             raise
-        first, *others = messages
-        with suppress(UserError):
-            return render(tokenizer, [first | {"tools": PROBE_TOOLS}, *others], add_generation_prompt)
-        raise
 
 
 def render_calls(tokenizer, messages, tools, add_generation_prompt):
@@ -503,29 +510,41 @@ def write_turn(tokenizer, messages, end_token):
     begun = None if earlier and prompt.endswith(earlier[-1]["content"]) else thought_utils.find_begun(prompt)
     inline, text = thought_utils.split_inline(message["content"], begun)
     parts = parts_of(message, text)
-    turn = write_answer(tokenizer, prompt, begun, messages, inline, parts, end_token)
+    turn = write_answer(tokenizer, prompt, begun, messages, (inline, text), end_token)
     end = find_answer_end(turn, parts, end_token)
+    calls = message.get("tool_calls", ())
+    if len(calls) > 1:
+        first = [*earlier, message | {"tool_calls": calls[:1]}]
+        end = end if render(tokenizer, messages, False) != render(tokenizer, first, False) else None
     if end is None:
         raise UserError(explain_missing(tokenizer, messages, turn, parts))
     return Turn(prompt, end_answer(tokenizer, turn, end, end_token, message))
 
 
-def write_answer(tokenizer, prompt, begun, messages, inline, parts, end_token):
+def write_answer(tokenizer, prompt, begun, messages, content, end_token):
     """What the template writes of an answer behind its prompt, with whatever follows it; None if it writes no answer.
 
     Its thought is written as the template writes thoughts. One that the prompt has begun and left open is closed in any
-    case; where the prompt has closed it, only a thought in the answer's text, `inline`, is kept.
+    case; where the prompt has closed it, only a thought in the answer's content is kept: (thought, text), as
+    split_inline returns it.
     """
     *earlier, message = messages
+    inline, text = content
+    parts = parts_of(message, text)
     base = prompt.removesuffix(begun.text) if begun else prompt
     opened = begun if begun and not begun.closed else None
     reasoning = "" if begun and begun.closed else message.get("reasoning_content", "")
     thought = (inline or reasoning).strip()
     plain = {key: value for key, value in message.items() if key != "reasoning_content"}
-    plain["content"] = parts[0] if inline and parts else "" if inline else message["content"]
+    plain["content"] = text.strip() if inline else text
 
     def write(form, parts):
         return find_turn(base, render(tokenizer, [*earlier, form], False), parts, earlier)
+
+    def try_form(form):
+        with suppress_refusals():
+            return write(form, [shown, *parts])
+        return None
 
     turn = write(plain, parts)
     if turn is None or not (thought or begun):
@@ -536,7 +555,7 @@ def write_answer(tokenizer, prompt, begun, messages, inline, parts, end_token):
     # as the template writes thoughts
     shown = thought or thought_utils.STAND_IN
     for form in thoughtful_forms(tokenizer, plain, shown):
-        written = write(form, [shown, *parts])
+        written = try_form(form)
         block = thought_utils.split_block(written or "", shown)
         if block and not thought_utils.split_block(block.rest):
             return thought_utils.write_block(thought, block, opened)
@@ -550,8 +569,12 @@ def write_answer(tokenizer, prompt, begun, messages, inline, parts, end_token):
         block = thought_utils.own_block(str(tokenizer.chat_template), rest, begun and begun.mark)
     if block and not prompt.endswith(thought_utils.NO_PLACE):
         return thought_utils.write_block(thought, block, opened)
+    if not inline:
+        return turn
     # it knows none: the answer's text as it is
-    return write(message, parts_of(message, message["content"])) if inline else turn
+    parts = parts_of(message, message["content"])
+    written = write(message, parts)
+    return written if find_answer_end(written, parts) else None
 
 
 def thoughtful_forms(tokenizer, message, thought):
@@ -573,12 +596,12 @@ def parts_of(message, text):
 def uses_reasoning(tokenizer):
     """Whether an answer's reasoning_content is trained: some templates have no place for it."""
     question, answer = PROBE
-    thought = "I see a fox."
-    try:
-        texts = mark_answers(tokenizer, [question, answer | {"reasoning_content": thought}], find_end_token(tokenizer))
-    except UserError:
-        return True  # the rows will tell
-    return thought in texts[0].text
+    thoughtful = answer | {"reasoning_content": "I see a fox."}
+    for asked in (question, question | {"tools": PROBE_TOOLS}):  # some templates cannot do without tools
+        with suppress(UserError):
+            texts = mark_answers(tokenizer, [asked, thoughtful], find_end_token(tokenizer))
+            return thoughtful["reasoning_content"] in texts[0].text
+    return True  # the rows will tell
 
 
 def find_turn(base, rendered, parts, earlier):
@@ -589,12 +612,9 @@ def find_turn(base, rendered, parts, earlier):
     """
     if rendered.startswith(base):
         return rendered[len(base) :]
-    place = len(rendered)
-    for part in reversed(parts):
-        found = rendered.rfind(part, 0, place)
-        if found < 0:
-            return None
-        place = found
+    place = next((place for order in orders(parts) if (place := find_back(rendered, order)) is not None), None)
+    if place is None:
+        return None
     starts = range(max(place - 200, 0), place + 1)
     start = max(starts, key=lambda start: (shared_end(rendered[:start], base), start))
     said = [message["content"].strip() for message in earlier]
@@ -613,15 +633,33 @@ def shared_end(one, other):
     return count_shared(one[:-501:-1], other[:-501:-1])
 
 
+def orders(parts):
+    """An answer's parts, and with the first one, the text, behind the calls, as some templates write it."""
+    return (parts, [*parts[1:], *parts[:1]]) if len(parts) > 1 else (parts,)
+
+
+def find_back(rendered, parts):
+    """Where the last of these parts in this order begin in a text, or None."""
+    place = len(rendered)
+    for part in reversed(parts):
+        place = rendered.rfind(part, 0, place)
+        if place < 0:
+            return None
+    return place
+
+
 def find_answer_end(turn, parts, end_token=None):
     """Where an answer's parts end in a turn; None where one is missing or an end token stands before."""
-    end = 0
-    for part in parts:
-        start = turn.find(part, end) if turn else -1
-        if start < 0:
-            return None
-        end = start + len(part)
-    return None if end_token and turn.find(end_token) not in (-1, turn.find(end_token, end)) else end
+    for order in orders(parts):
+        end = 0
+        for part in order:
+            start = turn.find(part, end) if turn else -1
+            if start < 0:
+                break
+            end = start + len(part)
+        else:
+            return None if end_token and turn.find(end_token) not in (-1, turn.find(end_token, end)) else end
+    return None
 
 
 def end_answer(tokenizer, turn, end, end_token, message):
@@ -670,20 +708,20 @@ def explain_missing(tokenizer, messages, turn, parts):
             f"the model's chat template ends message {number} before all of it is written, as several turns; write its"
             " text and its tool call as messages of their own, or choose another base model"
         )
-    if "tool_calls" in message:
-        without = [*earlier, {key: value for key, value in message.items() if key != "tool_calls"}]
-        if render(tokenizer, messages, False) == render(tokenizer, without, False):
-            return (
-                f"the model's chat template has no place for the tool call in message {number}; choose a base model"
-                " whose template knows calls, or write the call as text in content"
-            )
+    if "tool_calls" not in message:
         return (
-            f"the model's chat template does not write the tool call in message {number} behind its prompt, so that it"
-            " cannot be trained as a reply; choose another base model, or write the call as text in content"
+            f"the model's chat template changes message {number} or leaves it out, so the answer cannot be located; try"
+            " rows with plain text answers, or choose another base model"
+        )
+    written = render(tokenizer, messages, False)
+    if written == render(tokenizer, [*earlier, {key: message[key] for key in message if key != "tool_calls"}], False):
+        return (
+            f"the model's chat template has no place for the tool call in message {number}; choose a base model whose"
+            " template knows calls, or write the call as text in content"
         )
     return (
-        f"the model's chat template changes message {number} or leaves it out, so the answer cannot be located; try"
-        " rows with plain text answers, or choose another base model"
+        f"the model's chat template does not write all of message {number}, which has a tool call, behind its prompt;"
+        " give its text and each of its calls as messages of their own, or choose another base model"
     )
 
 

@@ -463,6 +463,38 @@ def test_calls_and_definitions_that_a_template_leaves_out_are_refused(chatml):
     assert "no place for the tool call in message 2" in refusal(tokenize, chatml, spoken)
 
 
+def test_a_call_may_stand_before_its_text_and_nothing_of_a_message_is_lost_in_silence(tokenizer):
+    calls = "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+    saying = assistant("I look.") | {"tool_calls": CALL}
+    tokenizer.chat_template = (
+        CHATML.replace("message['content']", "'' }}" + calls + "{{ m.content")
+        .replace("for message", "for m")
+        .replace("message[", "m[")
+    )
+    end_token = find_end_token(tokenizer)
+    ((text, answers, _),) = mark_answers(tokenizer, [user("q"), saying], end_token)
+    assert text[slice(*answers[0])] == "<call>stock</call>I look.<|reserved_1|>"
+    both = saying | {"tool_calls": 2 * CALL}
+    assert mark_answers(tokenizer, [user("q"), both], end_token)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), both])
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content", "{{ '' if m.tool_calls else m.content")
+    assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), saying])
+    thinking = assistant("<think>Look.</think>") | {"tool_calls": CALL}
+    assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), thinking])
+
+
+def test_a_thought_before_a_call_is_trained_in_the_form_of_the_template(tokenizer):
+    tokenizer.chat_template = TOOLS.replace(
+        "+ m.content }}",
+        "+ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content }}",
+    )
+    for thinking in ({"content": "<think>\nLook.\n</think>"}, {"reasoning_content": "Look."}):
+        message = assistant("") | {"tool_calls": CALL} | thinking
+        ((text, answers, _),) = mark_answers(tokenizer, [user("q"), message], find_end_token(tokenizer))
+        assert text[slice(*answers[0])] == '<think>Look.</think><call>stock {"item": "lamp"}</call><|reserved_1|>'
+
+
 # ---- Templates -------------------------------------------------------------------------------------------------------
 def test_the_end_token_is_found_where_the_template_writes_it(chatml):
     assert find_end_token(chatml) == "<|reserved_1|>"
