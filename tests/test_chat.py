@@ -1,6 +1,5 @@
 """The chat: what its commands do to a conversation, what the model is told, and what a terminal shows."""
 
-import contextlib
 import json
 import os
 import re
@@ -42,10 +41,10 @@ class FakeModel:
     def __init__(self):
         self.name, self.config = "tuned", FakeConfig()
 
-    @contextlib.contextmanager
-    def disable_adapter(self):
+    def disable_adapter_layers(self):
         self.name = "base"
-        yield
+
+    def enable_adapter_layers(self):
         self.name = "tuned"
 
 
@@ -53,15 +52,16 @@ class FakeStream:
     """A reply that says whose it is and to which question; "long" ones are cut, "endless" ones stopped by Ctrl-C."""
 
     asked = ()  # the texts of each conversation that was to be answered
+    can_wait = True
 
     def __init__(self, model, tokenizer, messages, generation, decoders):
         text = messages[-1]["content"]
         self.asked.append([message["content"] for message in messages])
-        self.name, self.text, self.reply = model.name, text, None
+        self.model, self.text, self.reply = model, text, None
         self.chunks = self.write()
 
     def write(self):
-        answer = "" if "silent" in self.text else f"{self.name} says {self.text}"
+        answer = "" if "silent" in self.text else f"{self.model.name} says {self.text}"
         yield f" {answer[:5]}"
         while "endless" in self.text:
             if not sys.stdin.isatty():
@@ -283,6 +283,18 @@ def test_base_and_tuned_answer_by_turns_or_side_by_side(chat, capsys):
     ]
 
 
+def test_an_interrupt_leaves_the_adapter_on_wherever_it_comes(chat, monkeypatch):
+    def interrupt():
+        chat.model.name = "base"
+        raise KeyboardInterrupt
+
+    type_lines(chat, "/base")
+    monkeypatch.setattr(chat.model, "disable_adapter_layers", interrupt)
+    type_lines(chat, "one", "/tuned", "two")
+    assert [answer.stopped for answer in chat.answers] == [True, False]
+    assert chat.turns[-1][-1]["content"] == "tuned says two"
+
+
 def test_a_base_model_alone_says_that_there_is_no_adapter(tokenizer, capsys):
     alone = SimpleNamespace(name="base", config=FakeModel().config)
     chat = fake_chat(tokenizer, model=alone)
@@ -393,6 +405,8 @@ def test_a_terminal_gets_editing_history_pastes_columns_and_typing_ahead(termina
     type_and_see(terminal, "/edi\t\r", "an endless one")
     type_and_see(terminal, "\x03short\r", "tuned says short", "You:")
     type_and_see(terminal, "/compare\rahead\r", "Base:.*Tuned:", "base says ahead.* +tuned says ahead", "You:")
+    type_and_see(terminal, "an endless one\r", "Base:.*Tuned:.*base word.* tunedword word")
+    type_and_see(terminal, "\x03", r"\[base answer stopped", r"\[tuned answer stopped", "You:")
     type_and_see(terminal, "/help\r", "Alt-Enter begins a new line", "inputs, for the arrow keys", "You:")
     type_and_see(terminal, "\x04", pexpect.EOF)
     terminal.wait()
