@@ -105,7 +105,7 @@ def switch_adapter(model, on):
 
 
 def write_answers(writings, decoders):
-    """Let answers be written by turns; returns the Answer of each. Ctrl-C ends those that are not whole, nothing else."""
+    """Let answers be written by turns; returns the Answer of each. Ctrl-C ends what is not whole, nothing else."""
     left = deque(writings)
     try:
         while left:
