@@ -143,20 +143,20 @@ class TemplatedModel(HFLM):
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
-def measure(model, tokenizer, tasks, limit, batch_size):
-    """{task: {"rows": n, "metrics": {metric: {"base", "tuned", "mean", "low", "high"}}}} of base and tuned.
+def compare_tasks(base, tuned):
+    """{task: {"rows": n, "metrics": {metric: {"base", "tuned", "mean", "low", "high"}}}} of what answer_tasks gave.
 
-    tasks: what find_tasks gave. limit: rows of each task, or None. The interval is that of the paired difference.
+    The interval is that of the paired difference.
     """
-    tuned = answer_tasks(TemplatedModel(model, tokenizer, "the tuned model", batch_size), tasks, limit)
-    with model.disable_adapter():
-        base = answer_tasks(TemplatedModel(model, tokenizer, "the base model", batch_size), tasks, limit)
     return {task: compare_task(base[task], tuned[task]) for task in tuned}
 
 
-def answer_tasks(model, tasks, limit):
-    """{task: its samples} of one model; a sample is a dict with a value of each of the task's metrics."""
-    manager, names = tasks
+def answer_tasks(model, tokenizer, name, tasks, limit, batch_size):
+    """{task: its samples} of one model; a sample is a dict with a value of each of the task's metrics.
+
+    name: the model's, for the bar. tasks: what find_tasks gave. limit: rows of each task, or None.
+    """
+    model, (manager, names) = TemplatedModel(model, tokenizer, name, batch_size), tasks
     with prepared(names):
         found = lm_eval.simple_evaluate(
             model, tasks=names, limit=limit, apply_chat_template=True, task_manager=manager, bootstrap_iters=0

@@ -116,11 +116,15 @@ def comparison_verdict(adapters):
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
-def write_results(evaluations, metrics, samples, columns, scores):
+CARD = "model-card.md"
+
+
+def write_results(evaluations, metrics, samples, columns, scores, write_card=lambda *found: None):
     """Write what was measured to a folder of its own in `evaluations`, <run>-<rows>, and return it.
 
     An earlier one of that name stays, and this one gets a number. Nothing of it is there until all of it is. `scores`
     are a dict of the columns for each row: its number, its size, and the loss of each model, in nats in all.
+    write_card: a function of the folder, the metrics and the samples that adds a file of its own.
     """
     name = f"{metrics['run']}-{metrics['data']['name']}"
     names = (name if number == 1 else f"{name}-{number}" for number in count(1))
@@ -136,6 +140,7 @@ def write_results(evaluations, metrics, samples, columns, scores):
         losses = ([score[row], score[size], *(score[model] / score[size] for model in models)] for score in scores)
         write_table(staged / "rows.csv", (row, size, *(f"{model}_loss" for model in models)), losses)
         write_report(staged)
+        write_card(staged, metrics, samples)
     return folder
 
 

@@ -59,11 +59,17 @@ def test_the_base_is_measured_without_the_adapter_in_the_same_load(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.05)
-    scores = evaluate.measure_losses(model.eval(), settings, IndexedRows(rows))
+    scores = scores_of_both(model.eval(), settings, IndexedRows(rows))
     for score, (nll, tokens), row in zip(scores, expected, rows, strict=True):
         assert (score["row"], score["tokens"]) == (row["row"], tokens)
         assert score["base"] == pytest.approx(nll, rel=1e-5)
         assert abs(score["tuned"] - nll) > 0.1
+
+
+def scores_of_both(model, settings, rows):
+    tuned = evaluate.measure_losses(model, settings, rows, "tuned")
+    with model.disable_adapter():
+        return evaluate.join_scores(evaluate.measure_losses(model, settings, rows, "base"), tuned)
 
 
 class IndexedRows(list):
@@ -79,7 +85,7 @@ def test_sequences_of_one_conversation_are_one_row(monkeypatch):
     rows = IndexedRows(make_rows((20, 30)))
     rows[1]["row"] = rows[0]["row"]
     model = attach_lora(load_base_model(TINY_BASE, CPU, "float32"), Settings(**DEFAULTS))
-    (score,) = evaluate.measure_losses(model.eval(), Settings(**DEFAULTS), rows)
+    (score,) = scores_of_both(model.eval(), Settings(**DEFAULTS), rows)
     assert score["tokens"] == 25
 
 
@@ -355,9 +361,11 @@ def test_base_and_tuned_answer_a_local_benchmark_with_the_prompts_of_training(un
     from_us = evaluate.generation_utils.encode_prompt(tokenizer, [{"role": "user", "content": "Is 1 green?"}])
     assert context == from_us
     assert tokenizer.decode(answer) == "yes"
-    found = benchmark_utils.measure(
-        model, tokenizer, benchmark_utils.find_tasks([str(tmp_path / "task.yaml")]), 8, batch_size=2
-    )
+    tasks = benchmark_utils.find_tasks([str(tmp_path / "task.yaml")])
+    tuned = benchmark_utils.answer_tasks(model, tokenizer, "the tuned model", tasks, 8, batch_size=2)
+    with model.disable_adapter():
+        base = benchmark_utils.answer_tasks(model, tokenizer, "the base model", tasks, 8, batch_size=2)
+    found = benchmark_utils.compare_tasks(base, tuned)
     assert found["colours"]["rows"] == 8
     figures = found["colours"]["metrics"]["acc"]
     assert 0 <= figures["base"] <= 1
