@@ -113,16 +113,16 @@ def evaluate(adapter_path, output_dir, given, options):
 
 
 def write_card(adapter_path, tokenizer, folder, metrics, samples):
-    """Write the adapter's model card with these figures into the folder of the evaluation.
+    """Write the model card of an adapter of this project, with these figures, into the folder of the evaluation.
 
     The card in the adapter's own folder stays as it is: nothing that was read is changed.
     """
-    if model_utils.is_merged(adapter_path):
+    trained, record = model_utils.read_training(adapter_path)
+    if trained is None or model_utils.is_merged(adapter_path):
         return
     sample = next(((sample["prompt"], sample["tuned"]) for sample in samples if sample["prompt"]), None)
     if sample:
         sample = sample[0], sample[1]["text"] if sample[1]["ended"] else f"{sample[1]['text']} ..."
-    trained, record = model_utils.read_training(adapter_path)
     base = metrics["base_model"]
     export_utils.write_adapter_card(folder, tokenizer, base, trained, record, metrics, sample, result_utils.CARD)
 

@@ -131,9 +131,10 @@ def describe_evaluation(metrics):
             known = change.get("low") is not None
             interval = f"{signed.format(change['low'])} to {signed.format(change['high'])}" if known else ""
             lines.append(f"| {label} | {form.format(base[key])} | {form.format(tuned[key])} | {interval} |")
-    held_out = "held-out rows" if metrics.get("held_out") else "rows"
+    rows = f"{metrics['rows']:,} {'held-out rows' if metrics.get('held_out') else 'rows'}"
+    answers = f", {base['answers']:,} of them answered" if base.get("answers") else ""
     heading = "| | base | tuned | difference, 95 % interval |\n|---|---|---|---|"
-    return f"On {metrics['rows']:,} {held_out}, measured on {metrics['date'][:10]}:\n\n{heading}\n" + "\n".join(lines)
+    return f"On {rows}{answers}, measured on {metrics['date'][:10]}:\n\n{heading}\n" + "\n".join(lines)
 
 
 def describe_merge(merge):

@@ -24,7 +24,7 @@ METRICS = {
     "rows": 20,
     "held_out": True,
     "date": "2026-11-28 10:15:00",
-    "base": {"loss": 3.0, "perplexity": 20.09, "chrf": 9.0},
+    "base": {"loss": 3.0, "perplexity": 20.09, "chrf": 9.0, "answers": 7},
     "tuned": {"loss": 1.5, "perplexity": 4.48, "chrf": 27.0},
     "difference": {"loss": -1.5, "low": -2.0, "high": -1.0, "chrf": {"mean": 18.0, "low": 12.0, "high": 24.0}},
 }
@@ -70,7 +70,7 @@ def test_a_card_tells_data_settings_figures_sample_and_template_and_no_path_of_t
     assert "/home" not in card
     for text in (
         "Loss 1.5000",
-        "On 20 held-out rows, measured on 2026-11-28:",
+        "On 20 held-out rows, 7 of them answered, measured on 2026-11-28:",
         "| loss, nats a token | 3.0000 | 1.5000 | -2.0000 to -1.0000 |",
         "| perplexity | 20.09 | 4.48 |  |",
         "| chrF | 9.0 | 27.0 | +12.0 to +24.0 |",
