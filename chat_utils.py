@@ -229,9 +229,7 @@ class Chat:
 
     def answer(self, messages):
         """Stream one answer to stdout, behind the name of who gives it where somebody watches."""
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            print_name(self.speaker.capitalize())
-        return self.print_answer(self.speaker, messages)
+        return self.print_answer(self.speaker, messages, named=sys.stdin.isatty() and sys.stdout.isatty())
 
     def answer_both(self, messages):
         """Stream the answers of base and tuned, in two columns at once, or below each other in a narrow terminal."""
@@ -244,16 +242,17 @@ class Chat:
                 return write_answers(writings, self.decoders)
         answers = []
         for name in ("base", "tuned"):
-            print_name(name.capitalize())
             answers.append(self.print_answer(name, messages))
             if answers[-1].stopped:
                 break
         return answers
 
-    def print_answer(self, name, messages):
+    def print_answer(self, name, messages, named=True):
         """Stream the answer of base or tuned model to stdout."""
         words = None if is_plain() else WordWrap(column=len(YOU))
         writing = self.writing(name, messages, words.add if words else print_chunk)
+        if named:
+            print_name(name.capitalize())
         [answer] = write_answers([writing], self.decoders)
         if words:
             words.end()

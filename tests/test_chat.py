@@ -173,8 +173,12 @@ def test_the_oldest_turns_make_room_whole_and_it_is_said(chat, capsys):
 
 def test_a_question_longer_than_the_context_is_refused_and_not_cut(chat, capsys, monkeypatch):
     monkeypatch.setattr(chat_utils, "stream_reply", stream_reply)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     type_lines(chat, "word " * 300)
-    (line,) = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr()
+    assert shown.out == ""  # nobody's name stands before it
+    (line,) = shown.err.splitlines()
     assert line.startswith("error: the prompt has 3")
     assert "/set max_new_tokens" in line
     assert not chat.turns
