@@ -18,7 +18,7 @@ import torch
 from data_utils import read_unanswered, require_text, unanswered, with_tools
 from file_utils import display_path, expand_home, whole_file
 from generation_utils import Decoders, build_generation_config, prompt_limit, stream_reply
-from message_utils import UserError, say
+from message_utils import UserError, say, system_problem
 from prompt_utils import begin_with, encode_prompt
 from settings_utils import DEFAULTS, check_value, parse_value
 from terminal_utils import (
@@ -187,6 +187,10 @@ class Chat:
                 self.ask([{"role": "user", "content": require_text(text.strip(), "the question")}], self.turns)
         except UserError as error:
             say(FLAG.sub(r"/set \1", f"error: {error}"))
+        except (OSError, MemoryError) as error:  # of a file behind /save or /load: the conversation goes on
+            if isinstance(error, OSError) and not error.filename:
+                raise
+            say(f"error: {system_problem(error)}")
         except torch.OutOfMemoryError:
             self.decoders.close()
             say(

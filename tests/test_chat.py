@@ -267,8 +267,9 @@ def test_what_cannot_be_saved_or_loaded_is_one_line(chat, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text("{}", encoding="utf-8")
     type_lines(chat, f"/save {tmp_path}/new.jsonl", "one", f"/save {tmp_path}/mine.jsonl", "/save chat.txt", "/save")
     type_lines(chat, f"/load {tmp_path}/none.jsonl", f"/load {tmp_path}/mine.jsonl", '/load "a.json')
+    type_lines(chat, f"/save {tmp_path}/none/chat.jsonl", f"/load {tmp_path}/{'x' * 300}.json")
     shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == 7
+    assert len(shown) == 9
     assert all(line.startswith("error: ") for line in shown)
     assert "exists already" in shown[1]
     assert (tmp_path / "mine.jsonl").read_text(encoding="utf-8") == "{}"
