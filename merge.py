@@ -54,18 +54,18 @@ def main(argv):
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or name another: python merge.py FOLDER")
     check_writable(target.parent, "the merged model's folder")
-    merge(adapter_path, target, given, options.into)
+    merge(adapter_path, target, given, options.into, output_dir / CACHE)
 
 
-def merge(adapter_path, target, given, into):
+def merge(adapter_path, target, given, into, cache_dir):
     """The phases: settings, model, held-out rows, merged weights and their scores, what lies beside them, report."""
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "merge.py")
     trained, record = model_utils.read_training(adapter_path)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     start_garbage_collection()
     runs = [folder for folder in adapter_path.parents[:2] if (folder / VALIDATION_ROWS).is_file()]
-    conversations = load_held_out(adapter_path, runs, settings, target.parent / CACHE)
-    score = RowScore(model, tokenizer, conversations, settings, target.parent / CACHE) if conversations else None
+    conversations = load_held_out(adapter_path, runs, settings, cache_dir)
+    score = RowScore(model, tokenizer, conversations, settings, cache_dir) if conversations else None
     sample = answer_one(model, tokenizer, conversations, settings)
     with model_utils.merged_folder(model, tokenizer, target, settings.models_dir, score, into) as (folder, merged):
         metrics = find_metrics(runs, adapter_path)

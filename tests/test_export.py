@@ -113,7 +113,9 @@ def merged(undisturbed, tmp_path_factory):
     adapter, target = undisturbed() / "lora-adapter", tmp_path_factory.mktemp("merge") / "merged"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        merge.main([str(target), "--adapter_path", str(adapter), "--device", "cpu"])
+        merge.main(
+            [str(target), "--adapter_path", str(adapter), "--device", "cpu", "--output_dir", str(adapter.parent)]
+        )
     return adapter, target, printed.getvalue()
 
 
@@ -124,6 +126,7 @@ def test_merge_py_scores_what_it_wrote_on_the_rows_that_the_run_held_out(merged)
     assert record["losses"]["full"] == pytest.approx(run["validation_loss"], rel=0.01)
     assert re.search(rf"^base \+ adapter +{record['adapter_loss']:.4f} +", printed, flags=re.MULTILINE)
     assert "bfloat16, merged into the base as it is stored" in printed
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]  # nothing is left beside it
     assert {"README.md", "Modelfile", "merge.json", "model.safetensors", "chat_template.jinja"} <= {
         path.name for path in target.iterdir()
     }
