@@ -25,7 +25,7 @@ except ImportError:  # a CPU build of PyTorch, Windows or macOS
     triton = None
 
 
-GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens
+GRAPH_TOKENS = 256  # recorded passes have a multiple of this many tokens; GPUs multiply in tiles of so many rows
 
 
 # ---- Rows laid end to end --------------------------------------------------------------------------------------------
@@ -104,9 +104,9 @@ def longest_pass(rows, max_tokens):
     return [rows[index] for index in max(passes, key=lambda group: sum(lengths[index] for index in group))]
 
 
-def recorded_tokens(count):
-    """The tokens of the recorded pass that serves a pass of so many."""
-    return math.ceil(count / GRAPH_TOKENS) * GRAPH_TOKENS
+def recorded_tokens(count, lengths=()):
+    """The tokens of the recorded pass that serves a pass of so many: the next of the lengths that are planned."""
+    return min((length for length in lengths if length >= count), default=-(-count // GRAPH_TOKENS) * GRAPH_TOKENS)
 
 
 def block_mask_tokens(base):

@@ -5,6 +5,7 @@ for is left out, and the plain way through transformers and peft remains.
 """
 
 import gc
+import math
 import time
 import weakref
 from collections import namedtuple
@@ -12,6 +13,7 @@ from functools import partial
 from types import MethodType
 
 import torch
+import torch._functorch.config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from engine_lora import FastLora, try_lora
@@ -44,8 +46,12 @@ from engine_passes import (
 )
 from message_utils import UserError, printable, say
 
-
 # ---- Decoder layers --------------------------------------------------------------------------------------------------
+# A compiled layer's backward pass computes again what takes no matrix product, the normalized inputs and the product of
+# gate and up: 44 of the 136 KB that a layer of Mistral-7B keeps of each token, for one or two percent of its time.
+KEEP_LITTLE = partial(functorch_config.patch, ban_recompute_materialized_backward=False)
+
+
 def layer_forward(layer, runner):
     """A forward for a decoder layer that checkpoints and compiles it while it trains, as the runner's plan has it."""
     plain = MethodType(type(layer).forward, layer)
@@ -55,10 +61,11 @@ def layer_forward(layer, runner):
         if not layer.training or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         inner = compiled if runner.plan.compiled else plain
-        if runner.plan.checkpointing:
-            keep = not runner.seeded_dropout
-            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=keep, **kwargs)
-        return inner(*args, **kwargs)
+        with KEEP_LITTLE():
+            if runner.plan.checkpointing:
+                keep = not runner.seeded_dropout
+                return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=keep, **kwargs)
+            return inner(*args, **kwargs)
 
     return forward
 
@@ -68,14 +75,14 @@ class PassGraph:
     """Forward and backward of the decoder for passes of one length, recorded as CUDA graphs and replayed.
 
     A recorded pass costs the host a few launches instead of thousands. Shapes are fixed: a shorter pass is filled up
-    with one more row, from which nothing is learned. The output layer and the loss stay outside.
+    with more rows, from which nothing is learned. The output layer and the loss stay outside.
     """
 
     def __init__(self, runner, tokens):
         base, recordings, parameters = runner.base, runner.recordings, runner.parameters
         self.tokens, device = tokens, base.device
-        self.rows = rows = runner.plan.rows_a_step + 1  # what fills a pass up is a row too
-        longest = max(runner.plan.longest_row, GRAPH_TOKENS)
+        self.longest = longest = max(runner.plan.longest_row, GRAPH_TOKENS)
+        self.rows = rows = runner.plan.rows_a_step + math.ceil(tokens / longest)
         self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device=device)
@@ -105,14 +112,25 @@ class PassGraph:
             torch._foreach_add_(runner.gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
 
     def fill(self, batch):
-        """Copy one pass's host tensors to the graph's inputs; what is left over becomes one more row."""
+        """Copy one pass's host tensors to the graph's inputs; what is left over becomes more rows."""
         count = batch["input_ids"].shape[1]
-        starts = torch.full((self.rows + 1,), self.tokens, dtype=torch.int32)
-        starts[: len(batch["row_starts"])] = batch["row_starts"]
+        starts = fill_up(batch["row_starts"], self.tokens, self.longest, self.rows)
         self.starts.copy_(starts.pin_memory(), non_blocking=True)
         self.ids[:, :count].copy_(batch["input_ids"].pin_memory(), non_blocking=True)
         self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
         self.positions[:, count:].zero_()  # rope_type "longrope" looks for the longest position of a pass
+
+
+def fill_up(row_starts, tokens, longest, rows):
+    """Where so many rows start, and where the last ends, (rows + 1,) int32, in a pass that is filled up to `tokens`.
+
+    row_starts: of the rows that are there. What fills it up are rows of at most `longest` tokens, since attention reads
+    no further; the others are empty.
+    """
+    starts = torch.full((rows + 1,), tokens, dtype=torch.int32)
+    more = torch.arange(int(row_starts[-1]), tokens, longest)
+    starts[: len(row_starts) - 1 + len(more)] = torch.cat([row_starts[:-1], more])
+    return starts
 
 
 class Recordings:
@@ -349,7 +367,8 @@ class StepRunner:
 
     def _graph(self, count):
         """The recorded pass that serves so many tokens; it is recorded when the first pass of its length comes."""
-        tokens = recorded_tokens(count)
+        longest = recorded_tokens(self.plan.max_pass_tokens)  # the memory ran out with longer ones
+        tokens = recorded_tokens(count, [length for length in self.plan.lengths if length <= longest])
         if self.recordings is None:
             self.recordings = Recordings(self.base.device)
             weakref.finalize(self, self.recordings.release)  # garbage collection keeps to no order

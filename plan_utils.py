@@ -12,6 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from checkpoint_utils import output_bytes
 from engine_lora import all_plain, triton
 from engine_passes import (
+    GRAPH_TOKENS,
     PLAIN,
     Kernels,
     LinearCrossEntropy,
@@ -27,6 +28,11 @@ from model_utils import GIB, count_parameters
 from progress_utils import format_duration
 
 PASSES_WORTH_COMPILING = 200
+# What recording a pass costs in tokens that could be trained meanwhile, measured on an H100 whose host is slow
+LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
+GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
+# Passes of more hidden values fill a GPU no better, where nothing is done but once a pass
+ENOUGH_TOKENS, ENOUGH_VALUES = 4096, 4096 * 4096
 ALLOCATOR = 1.06  # PyTorch reserves so much more than its tensors take, as measured on an H200
 NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # a weight takes four bits, and 64 weights share a scale of one byte, scaled too
 
@@ -81,17 +87,26 @@ def count_passes(rows, settings, max_pass_tokens, processes=1):
     return count_steps(len(rows), settings, processes) * passes
 
 
-def count_recordings(rows, rows_a_step, processes, steps, max_pass_tokens):
-    """About how many lengths of pass so many steps will meet, each of which is recorded once.
+def draw_passes(rows, plan, steps):
+    """The tokens of the passes of so many steps, (passes,): of each step, rows that are drawn at random."""
+    lengths, generator = row_lengths(rows), np.random.default_rng(0)
+    drawn = (generator.choice(lengths, min(plan.rows_a_step, len(lengths)), replace=False) for _ in range(steps))
+    return np.array([step[group].sum() for step in drawn for group in pack_rows(step.tolist(), plan.max_pass_tokens)])
 
-    Steps of rows that are drawn at random tell. The lengths of all processes count, since where one records a length
-    the others wait.
+
+def choose_lengths(passes, price):
+    """Lengths to which passes are filled up, so that they, and `price` for each length, make the fewest tokens in all.
+
+    passes: the tokens of each, (passes,). Lengths are multiples of GRAPH_TOKENS; the last one serves the longest pass.
     """
-    lengths, generator, met = row_lengths(rows), np.random.default_rng(0), set()
-    for _ in range(min(steps * processes, 1000)):
-        step = generator.choice(lengths, rows_a_step)
-        met |= {recorded_tokens(int(step[group].sum())) for group in pack_rows(step.tolist(), max_pass_tokens)}
-    return len(met)
+    candidates, counts = np.unique(-(-passes // GRAPH_TOKENS) * GRAPH_TOKENS, return_counts=True)
+    up_to = np.concatenate([[0], counts.cumsum()])  # how many passes the first candidates serve
+    fewest, chosen = [0.0], [()]
+    for end, length in enumerate(candidates.tolist(), start=1):
+        begin = int(np.argmin(fewest - up_to[:end] * length))
+        fewest.append(fewest[begin] + int(up_to[end] - up_to[begin]) * length + price)
+        chosen.append((*chosen[begin], length))
+    return chosen[-1]
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -123,6 +138,7 @@ class StepPlan(NamedTuple):
     dequantized: bool = False  # frozen 4-bit weights stay dequantized
     compiled: bool | str = False  # decoder layers are compiled; "auto": only if the fused LoRA layers serve the model
     recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
+    lengths: tuple = ()  # of recorded passes, in tokens; a shorter pass is filled up to the next one
     max_pass_tokens: int = 0  # a pass holds at most so many tokens; 0: each row is a pass of its own
     rows_a_step: int = 1  # in each process
     longest_row: int = 1  # in tokens, of the rows that are scored too
@@ -151,8 +167,29 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         return plan
     passes = count_passes(rows, settings, max_pass_tokens, processes)
     compiled = plan_compilation(shapes, settings, kernels, passes)
-    plan = plan._replace(compiled=compiled, recorded=bool(compiled))
-    return plan_memory(plan, shapes, settings, dtype, rows, gpu)
+    plan = plan_memory(plan._replace(compiled=compiled, recorded=bool(compiled)), shapes, settings, dtype, rows, gpu)
+    if not compiled:
+        return plan
+    return plan._replace(lengths=plan_lengths(plan, shapes, rows, count_steps(len(rows), settings, processes)))
+
+
+def plan_lengths(plan, shapes, rows, steps):
+    """The lengths of recorded passes of a run of so many steps; the last one serves its longest pass.
+
+    What recording costs is the same whenever it is asked, so that a run that goes on computes as it did before.
+    """
+    seconds = len(decoder_layers(shapes)) * (CHECKPOINTED_LAYER_SECONDS if plan.checkpointing else LAYER_SECONDS)
+    operations = (6 if plan.checkpointing else 4) * count_parameters(shapes)[0]
+    price = seconds * min(GPU_OPERATIONS / operations, GPU_TOKENS)
+    drawn = min(steps, 1000)
+    passes = draw_passes(rows, plan, drawn)
+    return choose_lengths(np.append(passes, longest_tokens(plan, rows)), price * drawn / steps)
+
+
+def longest_tokens(plan, rows):
+    """The tokens that no pass of these rows exceeds."""
+    longest = int(np.sort(row_lengths(rows))[-plan.rows_a_step :].sum())
+    return min(max(plan.max_pass_tokens, plan.longest_row), longest)
 
 
 def plan_kernels(model, dtype, gpu):
@@ -198,31 +235,50 @@ def plan_compilation(shapes, settings, kernels, passes):
 def plan_memory(plan, shapes, settings, dtype, rows, gpu):
     """Complete a StepPlan by what depends on a GPU's memory, and say how much training should take.
 
-    GRADIENT_CHECKPOINTING = "auto" recomputes where less than a tenth of the free memory would be left over. Without
-    checkpointing, frozen 4-bit weights stay dequantized where a tenth is left over beside them.
+    The fastest way is taken that leaves a tenth of the free memory over; where none does, the one that takes least.
+    GRADIENT_CHECKPOINTING = "auto" recomputes where all others do not fit.
     """
-    tokens = min(
-        max(plan.max_pass_tokens, plan.longest_row), int(np.sort(row_lengths(rows))[-plan.rows_a_step :].sum())
-    )
-    checkpointing, reason = settings.gradient_checkpointing, ""
-    if checkpointing == "auto":
-        plain = expected_peak(shapes, settings, dtype, tokens, False, plan.compiled)
-        checkpointing = plain > 0.9 * gpu.free
-        reason = f", as {plain / GIB:.1f} GiB would {'not fit' if checkpointing else 'fit'} without it"
-    peak = expected_peak(shapes, settings, dtype, tokens, checkpointing, plan.compiled)
-    fused = plan.kernels.lora and all_plain(shapes)
-    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
-    dequantized = 0 < more <= 0.9 * gpu.free - peak and not checkpointing
-    if dequantized:
-        peak += more
+    ways = memory_ways(plan, shapes, settings, dtype, rows)
+    plan, more = next((way for way in ways if way[0].expected_bytes <= 0.9 * gpu.free), ways[-1])
+    tokens, peak = longest_tokens(plan, rows), plan.expected_bytes
+    reason = ""
+    if settings.gradient_checkpointing == "auto":
+        plain = peak if not plan.checkpointing else ways[-2][0].expected_bytes
+        reason = f", as {plain / GIB:.1f} GiB would {'not fit' if plan.checkpointing else 'fit'} without it"
+    if plan.dequantized:
         reason += f"; {more / GIB:.1f} GiB are for weights that are dequantized once, which is faster"
     say(
         f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {gpu.free / GIB:.1f} of"
-        f" {gpu.total / GIB:.1f} GiB are free; gradient checkpointing {'on' if checkpointing else 'off'}{reason}"
+        f" {gpu.total / GIB:.1f} GiB are free; gradient checkpointing {'on' if plan.checkpointing else 'off'}{reason}"
     )
     if peak > gpu.free:
         say("That may not fit: lower --batch_size or --max_seq_length; passes that do not fit are made smaller")
-    return plan._replace(checkpointing=checkpointing, dequantized=dequantized, expected_bytes=peak)
+    return plan
+
+
+def memory_ways(plan, shapes, settings, dtype, rows):
+    """The ways in which memory can be used, the fastest first: of each a StepPlan and its dequantized weights' bytes.
+
+    Passes need no more tokens than fill the GPU, unless each of them dequantizes the frozen 4-bit weights.
+    """
+    hidden = transformers_model(shapes).config.get_text_config().hidden_size
+    whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
+    fused = plan.kernels.lora and all_plain(shapes)
+    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
+    few = min(whole, enough) if fused else whole
+
+    def way(checkpointing, tokens, more=0):
+        tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
+        peak = expected_peak(shapes, settings, dtype, longest_tokens(tried, rows), checkpointing, plan.compiled)
+        return tried._replace(expected_bytes=peak + more), more
+
+    ways = []
+    if settings.gradient_checkpointing is not True:
+        ways += [way(False, few, more)] if more or not settings.use_4bit_quantization else []
+        ways += [way(False, whole), way(False, few)]
+    if settings.gradient_checkpointing is not False:
+        ways.append(way(True, whole))
+    return ways
 
 
 def count_rounds(steps, eval_steps, done=0):
@@ -285,11 +341,16 @@ def format_seconds(seconds):
 
 def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     """Seconds that so many steps will take: the rehearsed pass's speed, and what recording each new length takes."""
-    seconds = steps * tokens_a_step(rows, plan.rows_a_step, processes) / rehearsal.tokens * rehearsal.seconds
-    if plan.recorded:
-        lengths = count_recordings(rows, plan.rows_a_step, processes, steps, plan.max_pass_tokens)
-        seconds += lengths * max(0, rehearsal.earlier_seconds - rehearsal.seconds)
-    return seconds
+    tokens = steps * tokens_a_step(rows, plan.rows_a_step, processes)
+    if not plan.recorded:
+        return tokens / rehearsal.tokens * rehearsal.seconds
+    passes = draw_passes(rows, plan, min(steps, 1000))
+    filled = [recorded_tokens(size, plan.lengths) for size in passes.tolist()]
+    a_token = rehearsal.seconds / recorded_tokens(rehearsal.tokens, plan.lengths)
+    lengths = len(set(filled) - {recorded_tokens(rehearsal.tokens, plan.lengths)})
+    return tokens * sum(filled) / sum(passes) * a_token + lengths * max(
+        0, rehearsal.earlier_seconds - rehearsal.seconds
+    )
 
 
 def check_compiler(settings, device):
@@ -391,12 +452,12 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
     trainable = count_parameters(model)[1]
     moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
-    # a layer keeps two residuals and norms; query, key, value and attention's output; gate, up and their product
-    kept = unit * (4 * hidden + 2 * (heads + groups) * width + 3 * inner)
+    # a layer keeps two residuals; query, key, value and attention's output; gate and up
+    kept = unit * (2 * hidden + 2 * (heads + groups) * width + 2 * inner)
     if compiled:  # a recorded pass has gradients of its own, which are then added to the step's
         fixed += trainable * 4
-    else:  # norms that are not compiled keep copies in float32
-        kept += 2 * (4 + unit) * hidden
+    else:  # norms and the product of gate and up, which compiled layers compute again; norms' copies are in float32
+        kept += unit * (2 * hidden + inner) + 2 * (4 + unit) * hidden
     inputs, constant = unit * hidden, 0
     working = tokens * unit * (3 * inner + 3 * hidden)
     if settings.use_dora:

@@ -1,15 +1,18 @@
 """Tokens/s and peak memory of QLoRA training on this machine: this project and others, in one run.
 
     python benchmarks/speed.py prepare --rows FILE      # once: a model of Mistral-7B's shape, its 4-bit copy, the rows
+    python benchmarks/speed.py prepare --shape 70b      # or Llama 2's 13B, Code Llama's 34B, Llama 2's 70B: 4-bit only
     python benchmarks/speed.py run --out results.jsonl  # every program in every configuration, a process each
     python benchmarks/speed.py run --only ours,trl --configs natural --steps 10 --warmup 4
     python benchmarks/speed.py run --together           # the same in less time, with memory for all the models at once
     python benchmarks/speed.py plot results.jsonl chart.svg
     python benchmarks/speed.py prepare --device cpu     # the same on models/tiny-base, in float32 and without 4-bit
 
-Every program gets the same token ids and labels, 16 rows to every optimizer step, in the same order, with the same
-seed. Tokens/s count real tokens only, never padding. All losses are recorded, and compared with those of a plain
-padded Trainer ("reference"), so that no speed is bought with a wrong loss. One run at a time in a work folder.
+Every program gets the same token ids and labels, as many rows to every optimizer step, in the same order, with the same
+seed; only programs that pack rows decide themselves what makes up their steps of 8,192 tokens. Tokens/s count real
+tokens only, never padding. All losses are recorded, and compared with those of a plain padded Trainer ("reference"), so
+that no speed is bought with a wrong loss. The other programs use FlashAttention-2 where the package flash-attn is
+installed. One run at a time in a work folder.
 """
 
 import argparse
@@ -29,11 +32,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROWS_A_STEP = 16
 LOSS_TOLERANCE = 0.005  # largest relative distance from the reference's logged loss, in bf16
 # given in full, so that an edited config.py changes nothing here
 RECIPE = {
-    "max_seq_length": 512,
     "lora_r": 16,
     "lora_alpha": 32,
     "lora_target_modules": "all-linear",
@@ -47,17 +48,28 @@ RECIPE = {
     "logging_steps": 5,
     "seed": 42,
 }
-# rows: "natural" or "full", which are all 512 tokens long; batch_size: ours, which bounds a pass, 4 where memory counts
-Configuration = namedtuple("Configuration", "rows checkpointing dropout batch_size")
+# rows: "natural", or "full", whose answers are repeated up to `length` tokens, the most that a row may have
+# batch_size: ours, which bounds a pass, 4 where memory counts
+# rows_a_step: 48 natural rows are about the 8,192 tokens of a step of packed rows
+Configuration = namedtuple(
+    "Configuration", "rows checkpointing dropout batch_size rows_a_step length", defaults=(16, 512)
+)
 CONFIGURATIONS = {
     "natural-dropout": Configuration("natural", False, 0.05, 16),
     "natural-plain": Configuration("natural", False, 0.0, 16),
     "natural-checkpointing": Configuration("natural", True, 0.05, 4),
+    "natural-plain-checkpointing": Configuration("natural", True, 0.0, 4),
     "full-plain": Configuration("full", False, 0.0, 16),
     "full-checkpointing": Configuration("full", True, 0.05, 4),
+    "packed-plain": Configuration("natural", False, 0.0, 16, 48),
+    "packed-plain-checkpointing": Configuration("natural", True, 0.0, 16, 48),
+    "long-8192": Configuration("full", True, 0.0, 1, 2, 8192),
+    "long-32768": Configuration("full", True, 0.0, 1, 1, 32768),
 }
-PROGRAMS = ("ours", "reference", "tutorial", "trl", "unsloth")
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger-kernel")
+# "-free": rows laid end to end without padding, "-packed": and cut into steps of 8,192 tokens
+OTHERS = ("trl", "unsloth")
+PROGRAMS = ("ours", "reference", "tutorial", *(name + how for name in OTHERS for how in ("", "-free", "-packed")))
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger-kernel", "flash-attn")
 
 
 def main():
@@ -71,7 +83,7 @@ def main():
     if options.command == "prepare":
         import workload
 
-        return workload.prepare(options.work_dir, options.device, options.rows)
+        return workload.prepare(options.work_dir, options.device, options.rows, options.shape)
     options.out = options.out.resolve()
     return run(options) if options.command == "run" else measure(options)
 
@@ -84,6 +96,7 @@ def build_parser():
         command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
         command.add_argument("--work_dir", type=Path, help="default: a folder of the device's among temporary files")
     prepare.add_argument("--rows", default="data/demo.json", help="JSON of instruction, input, output")
+    prepare.add_argument("--shape", choices=("7b", "13b", "34b", "70b"), default="7b", help="of the model, on a GPU")
     run.add_argument("--only", default=",".join(PROGRAMS), help="programs, separated by commas")
     run.add_argument("--configs", default="", help="names or their beginnings, separated by commas")
     run.add_argument("--timeout", type=int, default=600, help="seconds for one configuration; ten times that together")
@@ -110,7 +123,8 @@ def run(options):
     if not (options.work_dir / "prepared.json").exists():
         raise SystemExit(f"{options.work_dir} holds no prepared model; run: speed.py prepare --device {options.device}")
     programs, beginnings = options.only.split(","), tuple(options.configs.split(","))
-    chosen = [name for name in CONFIGURATIONS if name.startswith(beginnings)]
+    exactly = [name for name in CONFIGURATIONS if name in beginnings]
+    chosen = exactly or [name for name in CONFIGURATIONS if name.startswith(beginnings)]
     if unknown := sorted(set(programs) - set(PROGRAMS)) or not chosen:
         raise SystemExit(f"nothing to run: {unknown}; programs: {PROGRAMS}, configurations: {tuple(CONFIGURATIONS)}")
     if not 0 < options.warmup < options.steps:
@@ -131,8 +145,12 @@ def run(options):
 def suits(program, configuration):
     """Whether the program has this configuration: the tutorials' always checkpoints, the reference has no dropout."""
     if program == "tutorial":
-        return configuration.checkpointing
-    return program != "reference" or not configuration.dropout
+        return configuration.checkpointing and configuration.rows_a_step == 16
+    if program.endswith(("-free", "-packed")):
+        return program.endswith("-packed") == (configuration.rows_a_step == 48)
+    if program in OTHERS:
+        return configuration.rows_a_step < 48
+    return program != "reference" or not (configuration.dropout or configuration.length > 512)
 
 
 def results_of(jobs, options):
@@ -191,11 +209,12 @@ def run_one(program, name, options, turn=None):
 
 def missing(program, device):
     """Why a program cannot be measured here, or None."""
-    if program not in ("trl", "unsloth"):
+    package = program.partition("-")[0]
+    if package not in OTHERS:
         return None
     if device == "cpu":
         return "needs CUDA (Triton's kernels)"
-    if importlib.util.find_spec(program) is None:
+    if importlib.util.find_spec(package) is None:
         return "not installed"
     return None
 
@@ -250,7 +269,7 @@ def measure(options):
     from message_utils import quiet_libraries
 
     quiet_libraries()
-    if options.program == "unsloth":
+    if options.program.startswith("unsloth"):
         import unsloth  # noqa: F401  patches the libraries that are imported after it
     import programs
     from model_utils import load_tokenizer
@@ -258,36 +277,57 @@ def measure(options):
     prepared = json.loads((options.work_dir / "prepared.json").read_text())
     configuration = CONFIGURATIONS[options.configuration]
     settings = build_settings(configuration, prepared["base"], options)
-    rows, needed = prepared[configuration.rows], options.steps * ROWS_A_STEP
-    rows = (rows * (needed // len(rows) + 1))[:needed]
+    rows, needed = prepared["natural"], options.steps * configuration.rows_a_step
+    packed = options.program.endswith("-packed")
+    rows = (rows * (needed // len(rows) + 1))[: needed + needed // 4 * packed]  # packing may fit more rows into a step
+    if configuration.rows == "full":
+        rows = [programs.fill(row, configuration.length) for row in rows]
     tokenizer = load_tokenizer(prepared["base"])
-    trainer = programs.BUILDERS[options.program](settings, rows, tokenizer, prepared["copy"])
+    kind, _, laid_out = options.program.partition("-")
+    trainer = programs.BUILDERS[kind](settings, rows, tokenizer, prepared["copy"], laid_out)
     stopwatch = programs.Stopwatch(trainer)
     if options.turn:
         wait_for_turn(options)
     trainer.train()
-    lengths = [len(row["input_ids"]) for row in rows]
-    assert stopwatch.lengths == lengths, f"saw {len(stopwatch.lengths)} rows, not these {needed} in their order"
+    if not packed:
+        lengths = [len(row["input_ids"]) for row in rows]
+        assert [length for call in stopwatch.lengths for length in call] == lengths, "not these rows in their order"
     losses = {str(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     ours = options.program == "ours"  # its Trainer's batch is all rows of a step, whatever its passes hold
-    seconds, tokens = stopwatch.step_seconds(options.warmup), sum(lengths[options.warmup * ROWS_A_STEP :])
+    calls = trainer.args.gradient_accumulation_steps
+    seconds = stopwatch.step_seconds(options.warmup)
+    tokens = sum(map(sum, stopwatch.lengths[options.warmup * calls : options.steps * calls]))
     line = {
         "program": options.program,
         "configuration": options.configuration,
         "rows": configuration.rows,
+        "longest": configuration.length,
+        "rows_a_step": configuration.rows_a_step,
         "checkpointing": configuration.checkpointing,
         "dropout": configuration.dropout,
         "batch_size": settings.batch_size if ours else trainer.args.per_device_train_batch_size,
         "tokens_per_second": round(tokens / sum(seconds), 1),
         "median_step_seconds": round(statistics.median(seconds), 4),
-        "workload": fingerprint(prepared[configuration.rows]),
+        "shape": prepared["shape"],
+        "workload": fingerprint(prepared["natural"]),
+        "step_seconds": [round(second, 4) for second in stopwatch.step_seconds(1)],
         "timed_steps": len(seconds),
         "timed_tokens": tokens,
         **stopwatch.peak_memory(),
-        **({"dequantized": trainer.runner.plan.dequantized} if ours else {}),
+        **(plan_of(trainer.runner.plan) if ours else {}),
         "losses": losses,
     }
     append(options.out, line | machine(options.device))
+
+
+def plan_of(plan):
+    """What a result says of the plan that was in force at its end."""
+    return {
+        "dequantized": plan.dequantized,
+        "lengths": plan.lengths,
+        "pass_tokens": plan.max_pass_tokens,
+        "expected_gib": round(plan.expected_bytes / 2**30, 2),
+    }
 
 
 def wait_for_turn(options):
@@ -317,7 +357,8 @@ def build_settings(configuration, base, options):
         "gradient_checkpointing": configuration.checkpointing,
         "torch_compile": options.device == "cuda",  # as "auto" does in a run longer than this
         "batch_size": configuration.batch_size,
-        "gradient_accumulation_steps": ROWS_A_STEP // configuration.batch_size,
+        "gradient_accumulation_steps": configuration.rows_a_step // configuration.batch_size,
+        "max_seq_length": configuration.length,
         "max_steps": options.steps,
         "output_dir": str(options.work_dir / "output"),
     }

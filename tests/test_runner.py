@@ -1,11 +1,13 @@
 """The runner carries out a plan, lowers it where it must, and leaves the model as it was."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from conftest import refusal
 from engine_passes import Kernels, mean_loss, score_rows
-from engine_runner import StepRunner
+from engine_runner import StepRunner, fill_up
 from plan_utils import StepPlan
 from tiny import (
     SETTINGS,
@@ -207,3 +209,14 @@ def test_the_rehearsal_tells_the_longest_pass_and_leaves_no_trace():
     assert rehearsal.seconds > 0
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name])
+
+
+# ---- Recorded passes -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ends", [[7], [3, 9], [4, 8, 10], [60]])
+def test_a_pass_is_filled_up_by_rows_that_are_no_longer_than_attention_reads(ends):
+    starts = fill_up(torch.tensor([0, *ends], dtype=torch.int32), tokens=60, longest=16, rows=8).tolist()
+    assert starts[: len(ends) + 1] == [0, *ends]
+    lengths = [end - start for start, end in pairwise(starts)]
+    assert len(lengths) == 8
+    assert sum(lengths) == 60
+    assert all(0 <= length <= 16 for length in lengths[len(ends) :])
