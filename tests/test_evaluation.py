@@ -1,12 +1,16 @@
 """What evaluate.py measures, on which rows, what it claims of them and what it writes."""
 
 import csv
+import importlib
 import json
 import math
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import engine_passes
@@ -18,6 +22,7 @@ from conftest import TINY_BASE, refusal, small_run
 from data_utils import load_conversations
 from evidence_utils import SEEN_ROWS
 from model_utils import attach_lora, load_base_model
+from prompt_utils import encode_prompt
 from settings_utils import DEFAULTS, Settings
 from tiny import CPU, make_rows
 
@@ -372,6 +377,33 @@ def test_base_and_tuned_answer_a_local_benchmark_with_the_prompts_of_training(un
     assert figures["low"] <= figures["mean"] <= figures["high"]
     assert sys_evaluate() is evaluate
     assert len(list(result_utils.benchmark_lines(found))) == 2
+
+
+def test_a_benchmark_asks_with_the_prompts_of_training_also_where_the_library_is_not_installed(tokenizer, monkeypatch):
+    """The part of the model that is ours, in the place of the library that a test environment may lack."""
+
+    class HFLM:
+        def __init__(self, tokenizer, **options):
+            self.tokenizer = tokenizer
+
+    for name, content in (
+        ("lm_eval", {}),
+        ("lm_eval.models", {}),
+        ("lm_eval.models.huggingface", {"HFLM": HFLM}),
+        ("lm_eval.tasks", {"TaskManager": object}),
+    ):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    monkeypatch.delitem(sys.modules, "benchmark_utils", raising=False)
+    asked = importlib.import_module("benchmark_utils").TemplatedModel(
+        SimpleNamespace(dtype=torch.float32), tokenizer, "it", 2
+    )
+    monkeypatch.delitem(sys.modules, "benchmark_utils")
+    question = [{"role": "user", "content": "Is </s> green?"}]
+    prompt = asked.apply_chat_template(question)
+    context, answer = asked._encode_pair(prompt, "yes")
+    assert context == asked.tok_encode(prompt) == encode_prompt(tokenizer, question)
+    assert tokenizer.decode(answer) == "yes"
+    assert [len(row) for row in asked.tok_batch_encode([prompt, prompt + "x y z"])[0]] == [len(context) + 3] * 2
 
 
 def sys_evaluate():
