@@ -21,6 +21,7 @@ from score_utils import (
     band,
     compare_answers,
     ratio_interval,
+    speaks_against,
     summarize_answers,
     verdict,
 )
@@ -109,10 +110,12 @@ def comparison_verdict(adapters):
     if TOO_FEW in verdicts:
         return "Too few rows for a verdict."
     if better := [adapter for adapter in others if adapter["verdict"] == "better"]:
-        return f"{min(better, key=lambda adapter: adapter['loss'])['run']} is better than {first['run']}."
+        best = min(better, key=lambda adapter: adapter["loss"])["run"]
+        return f"By the loss on these answers {best} is better than {first['run']}."
     if verdicts == {"worse"}:
-        return f"{first['run']} is better than {'all others' if len(others) > 1 else others[0]['run']}."
-    return f"None is clearly better than {first['run']}."
+        beaten = "all others" if len(others) > 1 else others[0]["run"]
+        return f"By the loss on these answers {first['run']} is better than {beaten}."
+    return f"By the loss on these answers none is clearly better than {first['run']}."
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -183,6 +186,9 @@ def print_report(folder, metrics, samples):
     for line in answer_lines(metrics):
         print(line)
     print(verdict_line(metrics))
+    if against := speaks_against(metrics["verdict"], metrics["difference"]):
+        names = ", ".join(FIGURES[name][0] for name in against)
+        print(f"But the answers themselves are {OPPOSITE[metrics['verdict']]} by {names}: read them")
     for line in benchmark_lines(metrics.get("benchmarks", {})):
         print(line)
     print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
@@ -209,6 +215,9 @@ FIGURES = {
     "rouge_l": ("ROUGE-L", "{:.3f}"),
     "accuracy": ("accuracy", "{:.0%}"),
 }
+
+
+OPPOSITE = {"better": "worse", "worse": "better"}
 
 
 def answer_lines(metrics):

@@ -32,6 +32,21 @@ def verdict(rows, low, high):
     return "better" if high < 0 else "worse" if low > 0 else "no clear difference"
 
 
+# Figures of answers that tell how good they are: 1 where more is better, -1 where less is
+GOOD = {"accuracy": 1, "exact_match": 1, "chrf": 1, "rouge_l": 1, "ended": 1, "repetition": -1}
+
+
+def speaks_against(verdict, difference):
+    """The figures of answers whose whole interval says the opposite of a verdict on the loss, "better" or "worse"."""
+    against = {"better": -1, "worse": 1}.get(verdict, 0)
+    found = []
+    for name, sign in GOOD.items():
+        change = difference.get(name)
+        if change and change["low"] is not None and min(against * sign * change[end] for end in ("low", "high")) > 0:
+            found.append(name)
+    return found
+
+
 # ---- Intervals -------------------------------------------------------------------------------------------------------
 def ratio_interval(amounts, sizes):
     """(sum of amounts / sum of sizes, low, high): the ratio over rows like these, and its 95 % interval.

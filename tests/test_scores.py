@@ -73,6 +73,20 @@ def test_the_interval_of_two_shares_holds_at_few_rows_and_is_never_a_point(befor
         assert mean == pytest.approx(tuned.mean(-1) - base.mean(-1))
 
 
+def test_figures_of_answers_speak_against_a_verdict_only_with_their_whole_interval():
+    difference = {
+        "loss": -0.2,
+        "chrf": {"mean": -4.0, "low": -8.0, "high": -0.5},
+        "rouge_l": {"mean": -0.1, "low": -0.3, "high": 0.1},
+        "repetition": {"mean": 0.2, "low": 0.1, "high": 0.3},
+        "ended": {"mean": 0.5, "low": 0.2, "high": 0.8},
+        "exact_match": {"mean": -1.0, "low": None, "high": None},
+    }
+    assert score_utils.speaks_against("better", difference) == ["chrf", "repetition"]
+    assert score_utils.speaks_against("worse", difference) == ["ended"]
+    assert score_utils.speaks_against("too few rows", difference) == []
+
+
 def test_one_row_has_a_difference_and_no_interval():
     figures = score_utils.as_figures(score_utils.ratio_interval([-3.0], [2]), "loss")
     assert figures == {"loss": -1.5, "low": None, "high": None}
