@@ -17,7 +17,7 @@ import shutil
 import sys
 
 from file_utils import check_writable, display_path, read_json, resolve_path, write_json
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import LateImport, UserError, printable, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import CACHE, RUN_RECORD, TRAINER_STATE, VALIDATION_ROWS, find_adapter
 from settings_utils import PLACES, build_parser, make_settings, parse_command_line
 
@@ -181,7 +181,7 @@ def print_report(target, merged, score):
         for name, loss in lines:
             print(f"{name:<43}{loss:8.4f}  {engine_passes.perplexity(loss):10.2f}")
     into = export_utils.MERGED_INTO[merged.merged_into]
-    print(f"Merged model: {display_path(target)}, {merged.dtype}, merged into {into}", flush=True)
+    print(printable(f"Merged model: {display_path(target)}, {merged.dtype}, merged into {into}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -170,28 +170,33 @@ def write_table(path, columns, rows):
 
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
+def show(line):
+    """Print a line; texts of models, data and files in it steer no terminal."""
+    print(printable(line), flush=True)
+
+
 def print_report(folder, metrics, samples):
     """Print three answers, the figures and the verdict on stdout."""
     for sample in samples[:3]:
-        print(f"\nPrompt:   {printable(sample['prompt'])}")
+        show(f"\nPrompt:   {sample['prompt']}")
         for name in ("base", "tuned"):
             cut = "" if sample[name]["ended"] else " [cut]"
-            print(f"{name.capitalize() + ':':<10}{printable(sample[name]['text'])}{cut}")
-        print(f"Expected: {printable(sample['expected'])}")
-    print(f"\n{describe_rows(metrics)}, {metrics['answer_tokens']:,} answer tokens")
-    print("        loss   perplexity")
+            show(f"{name.capitalize() + ':':<10}{sample[name]['text']}{cut}")
+        show(f"Expected: {sample['expected']}")
+    show(f"\n{describe_rows(metrics)}, {metrics['answer_tokens']:,} answer tokens")
+    show("        loss   perplexity")
     for name in ("base", "tuned"):
         figures = f"{metrics[name]['loss']:.4f}  {metrics[name]['perplexity']:10.2f}"
-        print(f"{name:<6}{figures}  {metrics[name]['band']}")
+        show(f"{name:<6}{figures}  {metrics[name]['band']}")
     for line in answer_lines(metrics):
-        print(line)
-    print(verdict_line(metrics))
+        show(line)
+    show(verdict_line(metrics))
     if against := speaks_against(metrics["verdict"], metrics["difference"]):
         names = ", ".join(FIGURES[name][0] for name in against)
-        print(f"But the answers themselves are {OPPOSITE[metrics['verdict']]} by {names}: read them")
+        show(f"But the answers themselves are {OPPOSITE[metrics['verdict']]} by {names}: read them")
     for line in benchmark_lines(metrics.get("benchmarks", {})):
-        print(line)
-    print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
+        show(line)
+    show(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def describe_rows(metrics):
@@ -274,13 +279,13 @@ def print_comparison(folder, metrics):
     width = max(len(adapter["run"]) for adapter in adapters)
     shown = [name for name in ("ended", "chrf", "accuracy") if name in adapters[0]]
     titles = "".join(f"  {FIGURES[name][0]:>15}" for name in shown)
-    print(f"\n{describe_rows(metrics)}, compared with {adapters[0]['run']} by the loss a {metrics['unit']}")
-    print(f"{'':<{width}}    loss{titles}  difference in loss, 95 % interval")
+    show(f"\n{describe_rows(metrics)}, compared with {adapters[0]['run']} by the loss a {metrics['unit']}")
+    show(f"{'':<{width}}    loss{titles}  difference in loss, 95 % interval")
     for adapter in adapters:
         cells = "".join(f"  {FIGURES[name][1].format(adapter[name]):>15}" for name in shown)
         change = ""
         if adapter["difference"] and adapter["difference"]["low"] is not None:
             change = "  {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**adapter["difference"])
-        print(f"{printable(adapter['run']):<{width}}  {adapter['loss']:.4f}{cells}{change}")
-    print(f"Verdict: {metrics['verdict']}")
-    print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
+        show(f"{adapter['run']:<{width}}  {adapter['loss']:.4f}{cells}{change}")
+    show(f"Verdict: {metrics['verdict']}")
+    show(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

@@ -13,7 +13,7 @@ import time
 from filelock import FileLock, Timeout
 
 from file_utils import display_path, read_json, resolve_path, write_json
-from message_utils import VOICE, UserError, is_first_process, say
+from message_utils import VOICE, UserError, is_first_process, printable, say
 from settings_utils import DEFAULTS, is_folder_name
 
 # What train.py writes to OUTPUT_DIR
@@ -52,7 +52,7 @@ def read_run_name(adapter_path):
     record = read_json(path, "the record of the run") if path.is_file() else {}
     name = record.get("run_name" if checkpoint else "run")
     if not isinstance(name, str) or not is_folder_name(name):
-        name = adapter_path.name or "adapter"
+        name = printable(adapter_path.name) or "adapter"
     elif checkpoint:
         name = f"{name}-{adapter_path.name}"
     elif (adapter_path / MERGE_RECORD).is_file():

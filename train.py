@@ -34,7 +34,16 @@ from file_utils import (
     storage_errors,
     write_json,
 )
-from message_utils import LateImport, UserError, note, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import (
+    LateImport,
+    UserError,
+    note,
+    printable,
+    quiet_libraries,
+    run_script,
+    say,
+    start_garbage_collection,
+)
 from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
@@ -428,7 +437,7 @@ def print_summary(settings, adapter_dir, record):
         f"Adapter: {display_path(adapter_dir)}",
         *following,
     ]
-    print("\n".join(lines), flush=True)
+    print(printable("\n".join(lines)), flush=True)
     note("\n".join(lines))
 
 
