@@ -88,10 +88,16 @@ def count_passes(rows, settings, max_pass_tokens, processes=1):
 
 
 def draw_passes(rows, plan, steps):
-    """The tokens of the passes of so many steps, (passes,): of each step, rows that are drawn at random."""
+    """The tokens of the passes of steps whose rows are drawn at random, (passes,), and how many steps were drawn.
+
+    No more than the run has, nor than take long to cut into passes.
+    """
     lengths, generator = row_lengths(rows), np.random.default_rng(0)
-    drawn = (generator.choice(lengths, min(plan.rows_a_step, len(lengths)), replace=False) for _ in range(steps))
-    return np.array([step[group].sum() for step in drawn for group in pack_rows(step.tolist(), plan.max_pass_tokens)])
+    rows_a_step = min(plan.rows_a_step, len(lengths))
+    count = min(steps, max(50, 16_000 // rows_a_step))
+    drawn = [generator.choice(lengths, rows_a_step, replace=False) for _ in range(count)]
+    groups = ((step, group) for step in drawn for group in pack_rows(step.tolist(), plan.max_pass_tokens))
+    return np.array([int(step[group].sum()) for step, group in groups]), count
 
 
 def choose_lengths(passes, price):
@@ -181,8 +187,7 @@ def plan_lengths(plan, shapes, rows, steps):
     seconds = len(decoder_layers(shapes)) * (CHECKPOINTED_LAYER_SECONDS if plan.checkpointing else LAYER_SECONDS)
     operations = (6 if plan.checkpointing else 4) * count_parameters(shapes)[0]
     price = seconds * min(GPU_OPERATIONS / operations, GPU_TOKENS)
-    drawn = min(steps, 1000)
-    passes = draw_passes(rows, plan, drawn)
+    passes, drawn = draw_passes(rows, plan, steps)
     return choose_lengths(np.append(passes, longest_tokens(plan, rows)), price * drawn / steps)
 
 
@@ -344,13 +349,11 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     tokens = steps * tokens_a_step(rows, plan.rows_a_step, processes)
     if not plan.recorded:
         return tokens / rehearsal.tokens * rehearsal.seconds
-    passes = draw_passes(rows, plan, min(steps, 1000))
+    passes, _ = draw_passes(rows, plan, steps)
     filled = [recorded_tokens(size, plan.lengths) for size in passes.tolist()]
-    a_token = rehearsal.seconds / recorded_tokens(rehearsal.tokens, plan.lengths)
-    lengths = len(set(filled) - {recorded_tokens(rehearsal.tokens, plan.lengths)})
-    return tokens * sum(filled) / sum(passes) * a_token + lengths * max(
-        0, rehearsal.earlier_seconds - rehearsal.seconds
-    )
+    longest = recorded_tokens(rehearsal.tokens, plan.lengths)
+    training = tokens * sum(filled) / sum(passes) / longest * rehearsal.seconds
+    return training + len(set(filled) - {longest}) * max(0, rehearsal.earlier_seconds - rehearsal.seconds)
 
 
 def check_compiler(settings, device):

@@ -25,7 +25,9 @@ def draw(results, chart):
             parts += bar(line, top, BAR / max(speeds))
             top += ROW
     measured = next(line for line in reversed(lines) if "failed" not in line)
-    parts.append(text(10, top + 28, footer(measured), "fill='#64748b'"))
+    for line in footer(measured):
+        parts.append(text(10, top + 28, line, "fill='#64748b'"))
+        top += ROW
     size = f"width='{WIDTH}' height='{top + HEADING}' viewBox='0 0 {WIDTH} {top + HEADING}'"
     body = "\n".join([f"<rect width='{WIDTH}' height='{top + HEADING}' fill='white'/>", *parts])
     svg = f"<svg xmlns='http://www.w3.org/2000/svg' {size} font-family='sans-serif' font-size='13'>\n{body}\n</svg>\n"
@@ -37,9 +39,10 @@ def title(name, group):
     measured = next((line for line in group.values() if "failed" not in line), None)
     if measured is None:
         return name
-    rows = "rows of natural length" if measured["rows"] == "natural" else "rows of 512 tokens"
+    rows = "rows of natural length" if measured["rows"] == "natural" else f"rows of {measured['longest']:,} tokens"
     checkpointing = "with" if measured["checkpointing"] else "no"
-    return f"{rows}, {checkpointing} gradient checkpointing, dropout {measured['dropout']:g}"
+    step = f"{measured['rows_a_step']} a step" if measured["rows_a_step"] < 48 else "8,192 tokens a step"
+    return f"{rows}, {step}, {checkpointing} gradient checkpointing, dropout {measured['dropout']:g}"
 
 
 def bar(line, top, scale):
@@ -49,9 +52,7 @@ def bar(line, top, scale):
         return [label, text(LABELS + 10, top + 16, line["failed"][:90], "fill='#64748b' font-style='italic'")]
     width = line["tokens_per_second"] * scale
     figures = f"{line['tokens_per_second']:,.0f} tokens/s, {line['peak_reserved_gib']:.1f} GiB"
-    if line["batch_size"] < 16:
-        figures += f" ({line['batch_size']} x {16 // line['batch_size']})"
-    color = COLORS[line["program"]]
+    color = COLORS[line["program"].partition("-")[0]]
     return [
         label,
         f"<rect x='{LABELS + 10}' y='{top + 2}' width='{width:.1f}' height='{ROW - 6}' fill='{color}'/>",
@@ -61,7 +62,7 @@ def bar(line, top, scale):
 
 def footer(line):
     versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
-    return f"{line['device']}, {line['date']}; {versions}"
+    return f"{line['device']}, {line['date']}", versions
 
 
 def text(x, y, content, style=""):

@@ -1,12 +1,13 @@
 """The runner carries out a plan, lowers it where it must, and leaves the model as it was."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
 from conftest import refusal
-from engine_passes import Kernels, mean_loss, score_rows
+from engine_passes import Kernels, decoder_layers, mean_loss, score_rows, transformers_model
 from engine_runner import StepRunner, fill_up
 from plan_utils import StepPlan
 from tiny import (
@@ -220,3 +221,25 @@ def test_a_pass_is_filled_up_by_rows_that_are_no_longer_than_attention_reads(end
     assert len(lengths) == 8
     assert sum(lengths) == 60
     assert all(0 <= length <= 16 for length in lengths[len(ends) :])
+
+
+# ---- What compiled layers keep ---------------------------------------------------------------------------------------
+def test_a_compiled_layer_keeps_only_what_takes_a_product_to_compute(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    model, tokens, held = make_model(), 40, {}
+    base = transformers_model(model)
+    hidden = torch.randn(1, tokens, base.config.hidden_size, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    rotary = base.get_decoder().rotary_emb(hidden, positions)
+
+    def hold(tensor):
+        if tensor.dim() > 1 and tokens in tensor.shape:
+            held[tensor.untyped_storage().data_ptr()] = tensor.numel() // tokens
+        return tensor
+
+    with StepRunner(model, LONG._replace(kernels=Kernels(lora=True), compiled=True)):
+        layer = decoder_layers(base)[0].train()
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            layer(hidden, position_embeddings=rotary, position_ids=positions, attention_mask=None)
+    inner = base.config.intermediate_size
+    assert list(held.values()).count(inner) == 2, held  # gate and up, and not their product
