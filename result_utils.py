@@ -158,13 +158,19 @@ def flatten(sample, models):
 
 
 # What a spreadsheet would run as a formula, also behind characters that it does not show
-FORMULA = re.compile(r"[\s\x00-\x1f\x7f-\xa0\u00ad\u200b-\u200f\u2060\ufeff]*[-=+@\uff1d\uff0b\uff0d\uff20]|[\t\r]")
+FORMULA = re.compile(
+    r"[\s\x00-\x1f\x7f-\xa0\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]*[-=+@\uff1d\uff0b\uff0d\uff20]"
+    r"|[\t\r]"
+)
 
 
 def write_table(path, columns, rows):
     """Write a CSV file for spreadsheets; a text that one would run as a formula gets an apostrophe before it."""
-    table = pandas.DataFrame(rows, columns=columns)
-    table = table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell)
+
+    def defused(cell):
+        return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+    table = pandas.DataFrame(rows, columns=list(map(defused, columns))).map(defused)  # names of runs are columns too
     # with all cells in quotes a carriage return alone ends no row either
     table.to_csv(path, index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
 

@@ -110,6 +110,7 @@ DANGEROUS = [
         "\ufeff=1",
         "\x01=1",
         "\u200b+1",
+        "\u202e=1",
     ),
     *("\uff1d1", "\uff0b1", "\uff0d1", "\uff201", " \uff1d1"),
 ]
@@ -118,10 +119,10 @@ HARMLESS = ["a=1", "1-1", 'a "quoted", cell\nof two lines', "a\rb", "", "(-1)", 
 
 def test_cells_that_a_spreadsheet_would_run_are_defused_and_others_are_as_they_were(tmp_path):
     cells = DANGEROUS + HARMLESS
-    result_utils.write_table(tmp_path / "table.csv", ("row", "text"), [(n, text) for n, text in enumerate(cells)])
+    result_utils.write_table(tmp_path / "table.csv", ("row", "=run"), [(n, text) for n, text in enumerate(cells)])
     with open(tmp_path / "table.csv", encoding="utf-8-sig", newline="") as file:
         found = list(csv.reader(file))
-    assert found[0] == ["row", "text"]
+    assert found[0] == ["row", "'=run"]
     assert [row[1] for row in found[1:]] == ["'" + text for text in DANGEROUS] + HARMLESS
     assert [row[0] for row in found[1:]] == [str(n) for n in range(len(cells))]
     raw = (tmp_path / "table.csv").read_bytes().decode("utf-8-sig")
