@@ -240,10 +240,11 @@ class Chat:
         columns = columns_for(("Base", "Tuned"))
         if columns:
             writings = [
-                self.writing(name, messages, partial(columns.add, name.capitalize())) for name in ("base", "tuned")
+                self.writing(name, messages, partial(columns.add, name.capitalize())) for name in ("tuned", "base")
             ]
             with columns:
-                return write_answers(writings, self.decoders)
+                tuned, base = write_answers(writings, self.decoders)
+            return [base, tuned]
         answers = []
         for name in ("base", "tuned"):
             answers.append(self.print_answer(name, messages))

@@ -189,7 +189,8 @@ def left_pad(prompts, pad_id, device):
 class Decoders:
     """The decoders of a chat, one with the adapter and one without it, kept from reply to reply while they fit.
 
-    close() gives their memory back. Replies to the same prompt may be written by turns.
+    close() gives their memory back. Replies of both to the same prompt may be written by turns, where the one with the
+    adapter is begun first.
     """
 
     def __init__(self):
@@ -203,6 +204,8 @@ class Decoders:
         self.fit = fit
         adapters = tuple(layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer))
         if adapters not in self.kept:
+            if not any(adapters):  # what a Decoder computes is compared with the model: no other may have changed it
+                self.close()
             length = min(max(2 * tokens, 1024), context(model))
             self.kept[adapters] = try_decoder(model, generation_config, 1, max(length, tokens))
         return self.kept[adapters]
