@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from contextlib import closing
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -39,6 +40,7 @@ from message_utils import (
     UserError,
     counted,
     note,
+    printable,
     quiet_libraries,
     run_script,
     say,
@@ -358,7 +360,7 @@ def run(trainer, settings, base, rows, started):
     """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
     resumption = trainer.checkpoints.resumption
     say(f"Training; watch it with: tensorboard --logdir {shlex.quote(settings.logs_dir)}")
-    with trainer.signals, trainer.runner:
+    with trainer.signals, trainer.runner, closing(trainer):
         try:
             trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
         except KeyboardInterrupt:
@@ -437,7 +439,7 @@ def print_summary(settings, adapter_dir, record):
         f"Adapter: {display_path(adapter_dir)}",
         *following,
     ]
-    print("\n".join(lines), flush=True)
+    print(printable("\n".join(lines)), flush=True)
     note("\n".join(lines))
 
 

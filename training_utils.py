@@ -100,12 +100,13 @@ class LoraTrainer(Trainer):
         self.speed = SpeedMeter()
 
     def train(self, *args, **kwargs):
-        try:
-            with progress("Training", left=self.seconds_left) as self.bar:
-                return super().train(*args, **kwargs)
-        finally:
-            for board in self._callbacks(RunBoard):
-                board.close()
+        with progress("Training", left=self.seconds_left) as self.bar:
+            return super().train(*args, **kwargs)
+
+    def close(self):
+        """Write what waits to be shown of the training."""
+        for board in self._callbacks(RunBoard):
+            board.close()
 
     def seconds_left(self):
         """Seconds to the end of the run; None until they were rehearsed."""
@@ -327,6 +328,9 @@ class LoraTrainer(Trainer):
                 f"Validation loss {self.final_loss:.4f}, perplexity {perplexities}, on all"
                 f" {counted(len(self.all_validation_rows), 'row')}"
             )
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        for board in self._callbacks(RunBoard):
+            board.add_final(self.final_loss, losses[-1] if losses else None, self.state.global_step)
 
     def log(self, logs, start_time=None):
         """Add speed and memory to the training losses. Speed counts real tokens and training time only."""

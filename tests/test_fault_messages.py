@@ -321,7 +321,7 @@ def an_adapter_of_a_user_that_is_not_there(place):
     place.patch.setenv("ADAPTER", "~nouser/x")
 
 
-@fault("--run_name is", "expected one folder's name, without slashes")
+@fault("--run_name is", "expected one folder's name, no slashes")
 def a_run_name_that_is_too_long(place):
     return {"run_name": LONG}
 
