@@ -10,6 +10,7 @@ from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
 
 from data_utils import last_answer
+from engine_shards import is_sharded
 from file_utils import display_path
 from generation_utils import generate_replies
 from message_utils import say
@@ -141,10 +142,13 @@ class SampleAnswers(TrainerCallback):
         self.board = board
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or not self.prompts:
+        # where the processes share out the weights of the model, all of them answer, and the first one's answers count
+        if not self.prompts or not (state.is_world_process_zero or is_sharded(model)):
             return
         with progress("Answering", len(self.prompts), "prompts") as bar:
             replies = self.answer(model, self.prompts, self.generation_config, lambda index, reply: bar.update())
+        if not state.is_world_process_zero:
+            return
         texts = [reply.text for reply in replies]
         self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, texts, state.global_step)
 

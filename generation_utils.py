@@ -7,11 +7,13 @@ from queue import Queue
 from threading import Thread
 
 import torch
+from accelerate.utils import gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, TextStreamer
 
 from engine_passes import autocast, transformers_model
 from engine_replies import MAX_SLOTS, Decoder, cache_bytes
+from engine_shards import is_sharded
 from message_utils import UserError, printable, say
 from prompt_utils import encode_prompt, end_token_ids
 from token_utils import newest_positions
@@ -118,7 +120,7 @@ def write_replies(model, prompts, generation_config):
                 del left[index]
                 yield index, ids
         except torch.OutOfMemoryError:
-            if slots == 1:
+            if slots == 1 or is_sharded(model):
                 raise
         finally:
             if decoder:
@@ -135,12 +137,16 @@ def choose_slots(model, count, tokens):
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         free = torch.cuda.mem_get_info(model.device)[0] + unused
         slots = min(slots, int(0.6 * free / (tokens * cache_bytes(transformers_model(model)))))
+    if is_sharded(model):  # all processes compute together
+        slots = min(gather_object([slots]))
     return max(slots, 1)
 
 
 def try_decoder(model, generation_config, slots, tokens):
     """A Decoder of the model as it is now, or None where transformers' generate has to serve, which is said once."""
     try:
+        if is_sharded(model):
+            raise NotImplementedError("the weights are shared out over the processes")
         return Decoder(model, generation_config, slots, tokens)
     except NotImplementedError as error:
         say_slower(str(error))
@@ -170,7 +176,7 @@ def write_by_generate(model, slots, prompts, generation_config):
         chosen = order[start : start + slots]
         batch = left_pad([prompts[index] for index in chosen], generation_config.pad_token_id, model.device)
         with generating(model):
-            output = model.generate(**batch, generation_config=generation_config)
+            output = model.generate(**batch, generation_config=generation_config, synced_gpus=is_sharded(model))
         yield from zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
 
 

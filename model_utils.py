@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
+from engine_shards import is_sharded, quantizing_on, shard
 from evidence_utils import SEEN_ROWS, write_seen_rows
 from export_utils import write_adapter_card
 from file_utils import (
@@ -63,7 +64,7 @@ except ImportError:  # Windows has no such figure in its standard library
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "settings.json"
 IDENTITY_FILE, ADAPTER_CONFIG = "identity.json", "adapter_config.json"  # beside an adapter
-GIB = 2**30
+GIB, CPU = 2**30, torch.device("cpu")
 # A base's config.json may name kernels for attention and experts, such as one that is downloaded from the Hub. Given in
 # the call beside the config they are the library's own choice for this model and machine, whatever that file says.
 OWN_KERNELS = {"attn_implementation": None, "experts_implementation": None}
@@ -185,6 +186,7 @@ class Base(NamedTuple):
     tokenizer: object
     shapes: object  # the model with its adapter, on the device meta: without memory for its weights
     content: str | None = None  # base_content, known once the weights are there
+    shards: object = None  # the ShardEngine that is to share the weights out over the processes, or None
 
 
 def find_base(settings):
@@ -203,14 +205,25 @@ def find_base(settings):
 
 def load_for_training(settings, base):
     """Load the weights of a Base and attach a fresh adapter; returns the model, and the Base with its content."""
-    quantization = build_quantization_config(settings, base.dtype)
-    model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
+    quantization = build_quantization_config(settings, base.dtype, sharded=base.shards is not None)
+    if base.shards:
+        with quantizing_on(base.device):
+            model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir, CPU)
+    else:
+        model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
     share_token_ids(model, base.tokenizer)
-    return attach_lora(model, settings), base._replace(content=base_content(base.path, base.models_dir))
+    if base.shards:
+        model = shard(model, base.shards, base.device, lambda model: attach_lora(model, settings))
+    else:
+        model = attach_lora(model, settings)
+    return model, base._replace(content=base_content(base.path, base.models_dir))
 
 
-def build_quantization_config(settings, dtype):
-    """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off."""
+def build_quantization_config(settings, dtype, sharded=False):
+    """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off.
+
+    sharded: the packed weights are stored as numbers of dtype, as FSDP2 and DeepSpeed share out, and not as bytes.
+    """
     if not settings.use_4bit_quantization:
         return None
     return BitsAndBytesConfig(
@@ -218,11 +231,15 @@ def build_quantization_config(settings, dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
 
 
-def load_base_model(path, device, dtype, quantization_config=None, models_dir=None):
-    """Load a causal LM in eval mode onto one device; a 4-bit model on a CPU works, slowly, and is announced."""
+def load_base_model(path, device, dtype, quantization_config=None, models_dir=None, place=None):
+    """Load a causal LM in eval mode onto one device; a 4-bit model on a CPU works, slowly, and is announced.
+
+    place: where its weights are to lie meanwhile, if they are brought to the device later.
+    """
     if quantization_config is not None and device.type == "cpu":
         say("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here")
     if quantization_config is not None and device.type == "mps":
@@ -235,7 +252,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
             dtype=dtype,
             quantization_config=quantization_config,
-            device_map={"": device},
+            device_map={"": place or device},
             cache_dir=models_dir,
             use_safetensors=True,
             trust_remote_code=False,
@@ -401,8 +418,10 @@ def save_adapter(model, tokenizer, path, content=None, seen=None):
     content: the base's base_content, which the adapter records; None: nothing is recorded. seen: the SeenRows of its
     run, or None.
     """
+    # one process alone must not touch weights that all share out, and what is trained is all that is saved
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
-    model.save_pretrained(path, save_embedding_layers=False)
+    model.save_pretrained(path, state_dict=trained if is_sharded(model) else None, save_embedding_layers=False)
     tokenizer.save_pretrained(path)
     if seen is not None:
         write_seen_rows(path, seen)
