@@ -89,15 +89,13 @@ class RunBoard(TrainerCallback):
         _, start, _ = hparams(shown, {})
         self.writer.file_writer.add_summary(start)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """The figures of the run's end beside its settings: the best validation loss is that of the adapter."""
+    def add_final(self, validation_loss, training_loss, step):
+        """The figures of the run's end beside its settings; the validation loss is the adapter's, on all rows."""
         if self.writer is not None:
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            figures = (state.best_metric, losses[-1] if losses else None)
             with self.kept_going():
-                for name, figure in zip(self.FINAL, figures, strict=True):
+                for name, figure in zip(self.FINAL, (validation_loss, training_loss), strict=True):
                     if figure is not None:
-                        self.writer.add_scalar(name, figure, state.global_step)
+                        self.writer.add_scalar(name, figure, step)
 
     def add_samples(self, prompts, expected, replies, step):
         """Show each prompt with the reply of this step and the answer in the data."""

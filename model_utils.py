@@ -44,7 +44,7 @@ from file_utils import (
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
-from message_utils import UserError, quiet_libraries, say
+from message_utils import UserError, counted, quiet_libraries, say
 from progress_utils import progress
 from prompt_utils import (
     ALPACA_TEMPLATE,
@@ -53,7 +53,8 @@ from prompt_utils import (
     has_thinking_default,
     set_thinking,
 )
-from settings_utils import DEFAULTS, make_settings
+from run_utils import MERGE_RECORD, RUN_RECORD, TRAINER_STATE
+from settings_utils import DEFAULTS, Settings, check_settings, make_settings
 
 try:
     import resource
@@ -62,7 +63,7 @@ except ImportError:  # Windows has no such figure in its standard library
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "settings.json"
-IDENTITY_FILE = "identity.json"  # beside an adapter
+IDENTITY_FILE, ADAPTER_CONFIG = "identity.json", "adapter_config.json"  # beside an adapter
 GIB, CPU = 2**30, torch.device("cpu")
 # A base's config.json may name kernels for attention and experts, such as one that is downloaded from the Hub. Given in
 # the call beside the config they are the library's own choice for this model and machine, whatever that file says.
@@ -439,9 +440,9 @@ def save_finished_adapter(model, base, path, settings, record, state, seen=None)
     with staged_folder(path) as staged:
         save_adapter(model, base.tokenizer, staged, base.content, seen)
         write_recorded_settings(staged, settings)
-        write_json(staged / "run.json", record)
-        state.save_to_json(staged / "trainer_state.json")
-        write_adapter_card(staged, base.tokenizer, settings, record)
+        write_json(staged / RUN_RECORD, record)
+        state.save_to_json(staged / TRAINER_STATE)
+        write_adapter_card(staged, base.tokenizer, settings.base_model_name, settings, record)
 
 
 def write_adapter_identity(folder, name, content):
@@ -450,11 +451,17 @@ def write_adapter_identity(folder, name, content):
 
 
 def recorded_files(folder):
-    """{name: hash} of the files that make prompts and answers token ids, and of the digests of the rows it has seen."""
+    """{name: hash} of an adapter's files: its weights, all that makes texts token ids, the digests of rows it has seen.
+
+    Of its config the name of the base does not count, which a user may have to correct.
+    """
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
-    names = (*names, SEEN_ROWS)
+    names = (ADAPTER_WEIGHTS, *names, SEEN_ROWS)
     paths = [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): short_hash(path) for path in paths}
+    hashes = {path.relative_to(folder).as_posix(): short_hash(path) for path in paths}
+    config = read_json(folder / ADAPTER_CONFIG, "the adapter's configuration")
+    config.pop("base_model_name_or_path", None)
+    return hashes | {ADAPTER_CONFIG: short_hash(json.dumps(config, sort_keys=True))}
 
 
 def check_adapter_identity(folder, base_name, content):
@@ -471,6 +478,8 @@ def check_adapter_identity(folder, base_name, content):
     old = old if isinstance(old, dict) else {}
     if SEEN_ROWS not in files:  # who gives an adapter away may keep them
         old.pop(SEEN_ROWS, None)
+    for name in {ADAPTER_WEIGHTS, ADAPTER_CONFIG} - old.keys():  # earlier versions recorded neither
+        del files[name]
     if trained_on.rpartition(" @ ")[2] != content:
         raise UserError(
             f"adapter {shown} does not fit its base model {base_name}: it was trained on {trained_on}, whose weights or"
@@ -486,7 +495,12 @@ def check_adapter_folder(path):
     folder = resolve_path(path)
     if not folder.is_dir():
         raise UserError(f"adapter folder {path} does not exist; train one first with python train.py")
-    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
+    if is_merged(folder):
+        raise UserError(
+            f"{path} holds a merged model and no adapter; python inference.py --base_only --base_model_name {path}"
+            " talks to it, and python evaluate.py --adapter_path measures it"
+        )
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"adapter folder {path} holds no {name}; train again, or give the folder that holds it")
     return folder
@@ -498,13 +512,21 @@ def read_recorded_settings(adapter_path):
     recorded = {}
     if (folder / SETTINGS_FILE).is_file():
         recorded = read_json(folder / SETTINGS_FILE, "the adapter's settings")
-    adapter_config = read_json(folder / "adapter_config.json", "the adapter's configuration")
+    adapter_config = read_json(folder / ADAPTER_CONFIG, "the adapter's configuration")
     base = adapter_config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{adapter_path}/adapter_config.json names no base model; train again or restore the file")
     if adapter_config.get("peft_type") != "LORA":
         raise UserError(f"{adapter_path}/adapter_config.json describes no LoRA adapter; give the folder of one")
     return recorded | {"base_model_name": base}
+
+
+def read_training(folder):
+    """(the settings that an adapter was trained with, what run.json holds of its run); None and {} where unknown."""
+    files = [Path(folder) / SETTINGS_FILE, Path(folder) / RUN_RECORD]
+    recorded, record = (read_json(file, "the adapter's record") if file.is_file() else {} for file in files)
+    known = {name: value for name, value in recorded.items() if name in DEFAULTS}
+    return check_settings(Settings(**(DEFAULTS | known))) if known else None, record
 
 
 def write_recorded_settings(adapter_path, settings):
@@ -573,16 +595,64 @@ def load_adapter(base, folder):
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != expected:
         raise UserError(
-            f"adapter {name} does not fit its base model {base.name_or_path}: {len(expected - saved)} weights are"
-            f" missing and {len(saved - expected)} are unknown; it was trained on another one"
+            f"adapter {name} does not fit its base model {base.name_or_path}:"
+            f" {counted(len(expected - saved), 'weight')} missing and {len(saved - expected):,} unknown; it was"
+            " trained on another one"
         )
     return model
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
 FULL, DEQUANTIZED = "full", "dequantized"  # bases to merge into: as stored; or its 4-bit weights, dequantized
-MERGE_RECORD = "merge.json"  # in a merged model's folder
 TOLERANCE = 0.02  # share by which a merged model's loss may differ; rounding to 16 bits makes about a tenth of it
+
+
+def is_merged(folder):
+    """Whether a folder holds a merged model that merge.py wrote."""
+    return (folder / MERGE_RECORD).is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def read_settings(path):
+    """As read_recorded_settings, of an adapter or of a merged model, whose base model is the one it was merged into."""
+    folder = resolve_path(path)
+    if not is_merged(folder):
+        return read_recorded_settings(path)
+    base = read_json(folder / MERGE_RECORD, "the record of the merge").get("base_model")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{display_path(folder / MERGE_RECORD)} names no base model; merge again or restore the file")
+    file = folder / SETTINGS_FILE
+    recorded = read_json(file, "the settings of the training") if file.is_file() else {}
+    return recorded | {"base_model_name": base, "use_4bit_quantization": False}
+
+
+def tuned_and_base(path, settings):
+    """Yield ("tuned", model, tokenizer) of an adapter or a merged model, then ("base", model, tokenizer) of its base.
+
+    With an adapter both are one model. A merged one must be let go before the base is asked for: it is loaded then.
+    """
+    folder = resolve_path(path)
+    if not is_merged(folder):
+        model, tokenizer = load_trained_model(path, settings)
+        yield "tuned", model, tokenizer
+        with model.disable_adapter():
+            yield "base", model, tokenizer
+        return
+    base = read_settings(path)["base_model_name"]
+    if settings.base_model_name != base:
+        raise UserError(
+            f"{display_path(folder)} was merged into {base} and cannot be measured against {settings.base_model_name};"
+            f" leave out --base_model_name (if the base was moved, correct base_model in its {MERGE_RECORD})"
+        )
+    tokenizer = load_tokenizer(str(folder))
+    say(f"Merged model: {display_path(folder)}, its base model: {base}")
+    announce_system_text(tokenizer, settings.system_prompt)
+    for name, source in (("tuned", str(folder)), ("base", base)):
+        model = load_settings_base(settings._replace(base_model_name=source))
+        fit_pad_token(tokenizer, model, choose_pad_token)
+        check_prompt(model, tokenizer)
+        yield name, model, tokenizer
+        del model
+        gc.collect()
 
 
 class Merge(NamedTuple):

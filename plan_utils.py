@@ -23,7 +23,7 @@ from engine_passes import (
     recorded_tokens,
     transformers_model,
 )
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from model_utils import GIB, count_parameters
 from progress_utils import format_duration
 
@@ -319,6 +319,16 @@ def count_rounds(steps, eval_steps, done=0):
     return -(-steps // eval_steps) - done // eval_steps if done < steps else 0
 
 
+def describe_rounds(steps, eval_steps):
+    """'4 evaluations, one every 23 steps', where the last one falls on the last step, or as it is else."""
+    rounds = count_rounds(steps, eval_steps)
+    if rounds == 1:
+        return "1 evaluation, after the last step"
+    last = " and one after the last" if steps % eval_steps else ""
+    often = f"every {eval_steps:,} steps" if eval_steps > 1 else "after each step"
+    return f"{counted(rounds, 'evaluation')}, one {often}{last}"
+
+
 class RunTimes:
     """Seconds that the parts of a run take: as they were rehearsed, and then as they turn out."""
 
@@ -351,25 +361,34 @@ class RunTimes:
         return (self.steps - step) * self.each("step") + rounds * a_round + self.each("end")
 
     def describe(self, step, evaluated, answered, final):
-        """The line that tells what a run will take: steps, evaluations of so many rows, answers, saves, and all."""
+        """The line that tells what a run will take: steps, evaluations of so many rows, answers, saves, and all.
+
+        Its parts add up to the whole; what went by before the first step is one of them.
+        """
         steps, rounds = self.steps - step, count_rounds(self.steps, self.eval_steps, step)
         parts = [
             (steps, "step", "a step"),
-            (rounds, "evaluation", f"an evaluation of {evaluated:,} rows"),
-            (rounds, "answers", f"for {answered} answers"),
+            (rounds, "evaluation", f"an evaluation of {counted(evaluated, 'row')}"),
+            (rounds, "answers", f"for {counted(answered, 'answer')}"),
             (rounds, "save", "a save"),
-            (1, "end", f"for all {final:,} rows at the end"),
+            (1, "end", f"for all {counted(final, 'row')} at the end"),
         ]
         # of a run of seconds nothing but the steps was rehearsed
         parts = [
             f"{times:,} x {format_seconds(self.each(part))} {what}" for times, part, what in parts if part in self.sums
         ]
-        return f"Time: {', '.join(parts)}; about {format_duration(self.elapsed() + self.left(step))} in all"
+        elapsed = self.elapsed()
+        before = f"{format_duration(elapsed)} so far"
+        return f"Time: {', '.join([before, *parts])}; about {format_duration(elapsed + self.left(step))} in all"
 
 
 def format_seconds(seconds):
-    """'0.21 s', or '1 min 5 s' of what is longer than ten seconds."""
-    return f"{seconds:.2f} s" if seconds < 10 else format_duration(seconds)
+    """Seconds to about a percent, since they are multiplied: '14.3 ms', '0.21 s', '12.4 s', '2 min 5 s'."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 100:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    return format_duration(seconds)
 
 
 def expected_seconds(plan, rehearsal, rows, steps, processes=1):
@@ -407,26 +426,24 @@ def print_plan(settings, base, rows, validation_rows, evaluated_rows, processes=
     steps = count_steps(len(rows), settings, processes)
     tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
     quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
+    rows_a_step = settings.batch_size * settings.gradient_accumulation_steps * processes
     disk = output_bytes(trainable, settings.save_total_limit) / 2**20
     say(
         f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(base.dtype).removeprefix('torch.')}"
         f" on {base.device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
     )
     say(
-        f"Plan: {len(rows)} rows ({tokens:,} tokens, {trained / tokens:.0%} trained), {len(validation_rows)} held out;"
-        f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
+        f"Plan: {counted(len(rows), 'row')} ({counted(tokens, 'token')}, {trained / tokens:.0%} trained),"
+        f" {len(validation_rows):,} held out; {counted(rows_a_step, 'row')} a step, {counted(steps, 'step')};"
         f" about {disk:,.0f} MiB on disk"
     )
     if len(validation_rows):
-        rounds = count_rounds(steps, settings.eval_steps)
-        rows_a_round = f"{len(evaluated_rows):,} rows"
+        rows_a_round = counted(len(evaluated_rows), "row")
         if len(evaluated_rows) < len(validation_rows):
             rows_a_round += f" of the {len(validation_rows):,}, all of them at the end"
         answers = min(settings.sample_prompts, len(validation_rows))
-        say(
-            f"Plan: {rounds} evaluations, one every {settings.eval_steps} steps, each on {rows_a_round}, with {answers}"
-            " answers and a checkpoint"
-        )
+        answers = f"{counted(answers, 'answer')} and " if answers else ""
+        say(f"Plan: {describe_rounds(steps, settings.eval_steps)}, on {rows_a_round}, with {answers}a checkpoint")
     if steps == 1 and settings.warmup_ratio > 0:
         say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
 

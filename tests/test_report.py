@@ -128,7 +128,7 @@ def test_the_report_on_a_small_dataset_is_exact_from_the_file_to_the_lines(token
         "  --max_seq_length 40: 2 rows whole, 1 with the prompt's start cut off, answer whole (row 2),"
         f" 1 with the answer's end cut off (row 3); {max(lengths)} would cut none"
     )
-    assert "Notice: 1 answers hold control tokens, trained as plain text (row 6)" in lines
+    assert "Notice: 1 answer with control tokens, trained as plain text (row 6)" in lines
     assert not [line for line in lines if line.startswith("Validation")]
 
 
@@ -173,7 +173,7 @@ def test_validation_prompts_that_are_trained_with_another_answer_are_counted_and
     )
     assert report["validation_prompts_also_trained"] == {"count": 2, "rows": [102, 103]}
     assert (
-        "Notice: 2 validation prompts stand in the training rows too (rows 102, 103); the validation loss flatters"
+        "Notice: 2 validation prompts with a twin in the training rows (rows 102, 103); the validation loss flatters"
     ) in told(capsys, report)
 
 
@@ -233,7 +233,7 @@ def test_the_last_answer_of_a_conversation_is_the_one_that_is_compared(tokenizer
 
 
 # ---- ANSWERS_CUT_LIMIT -----------------------------------------------------------------------------------------------
-def report_of_counts(read, dropped, used, cut, no_token=0, validation=None):
+def report_of_counts(read, dropped, used, cut, no_token=0, validation=None, left_out=0):
     def counts(rows, cut, no_token):
         return {
             "rows": rows,
@@ -243,7 +243,9 @@ def report_of_counts(read, dropped, used, cut, no_token=0, validation=None):
         }
 
     return {
-        "files": [{"rows": read, "dropped": {"duplicate": {"count": dropped}} if dropped else {}}],
+        "files": [
+            {"rows": read, "left_out": left_out, "dropped": {"duplicate": {"count": dropped}} if dropped else {}}
+        ],
         "training": counts(used, cut, no_token),
         "validation": counts(*validation) if validation else None,
     }
@@ -256,6 +258,8 @@ CUT_SHARES = {
     "both sets together": (report_of_counts(100, 0, 80, 20, validation=(20, 5, 5)), 0.3),
     # a quarter dropped, of the rest 1 in 3 cut: 1/4 + 3/4 x 1/3
     "some dropped, some cut, few of the rows used": (report_of_counts(1000, 250, 30, 10), 0.5),
+    # of 80 rows that are to be learned, 20 are duplicates
+    "rows that are not to be learned do not count": (report_of_counts(100, 40, 60, 0, left_out=20), 0.25),
     "nothing cut": (report_of_counts(10, 0, 10, 0), 0.0),
     "all cut": (report_of_counts(10, 0, 10, 10), 1.0),
 }
@@ -296,7 +300,7 @@ def test_a_run_whose_answers_are_cut_is_refused_and_goes_on_with_the_limit_at_1(
     rows = [{"instruction": f"q{n}", "response": "word " * 60 if n < 4 else "Short."} for n in range(10)]
     cut = {"max_seq_length": LIMIT, "validation_split": 0.0}
     message = refusal(lambda: dry_run(rows, **cut))
-    assert message.startswith("0 of 10 rows are dropped and 4 of 10 lose the end of their answer")
+    assert message.startswith("0 of 10 rows dropped, 4 of 10 without the end of their answer")
     assert "more than 30%" in message
     longest = re.search(r"--max_seq_length \((\d+) cuts none\)", message)[1]
     assert "Plan:" not in capsys.readouterr().err

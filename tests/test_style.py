@@ -107,6 +107,7 @@ def test_every_flag_and_setting_that_the_readme_names_exists():
         "dry_run",
         "fresh",
         "debug",
+        "events",
         "config",
         "demo",
         "base_only",
