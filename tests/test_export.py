@@ -12,6 +12,7 @@ import pytest
 
 import evaluate
 import merge
+import model_utils
 from conftest import PROJECT, TINY_BASE
 from export_utils import hub_id, ollama_template, write_adapter_card, write_merged_card, write_modelfile
 from message_utils import UserError
@@ -215,12 +216,12 @@ def test_merge_py_scores_on_no_rows_of_another_run(undisturbed, tmp_path, capsys
     (tmp_path / "validation.jsonl").write_text(
         '{"row": 1, "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}\n'
     )
-    assert merge.load_held_out(adapter, tmp_path, merge.read_training(adapter)[0], tmp_path / "cache") is None
+    assert merge.load_held_out(adapter, tmp_path, model_utils.read_training(adapter)[0], tmp_path / "cache") is None
     said = capsys.readouterr().err
     assert "Nothing is scored: " in said
     assert "does not hold the rows that this adapter's run held out" in said
     # its own lie in OUTPUT_DIR
-    assert merge.load_held_out(adapter, undisturbed(), merge.read_training(adapter)[0], tmp_path / "cache")
+    assert merge.load_held_out(adapter, undisturbed(), model_utils.read_training(adapter)[0], tmp_path / "cache")
 
 
 def test_merge_py_overwrites_nothing(undisturbed, tmp_path):
