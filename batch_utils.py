@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 from data_utils import read_unanswered, unanswered
 from file_utils import display_path, sha256, whole_file
 from generation_utils import build_generation_config, generate_replies, prompt_limit
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from progress_utils import progress
 from prompt_utils import begin_with, encode_prompt
 
@@ -32,18 +32,18 @@ def answer_file(model, tokenizer, settings, adapter_path, source, target, cache_
     with Journal(target.with_name(f"{target.name}.unfinished"), identity) as journal:
         missing = [index for index in range(len(rows)) if index not in journal.replies]
         if len(missing) < len(rows):
-            say(f"Going on: {len(journal.replies):,} of {len(rows):,} answers are there")
+            say(f"Going on: {len(journal.replies):,} of {counted(len(rows), 'answer')} found")
         try:
             answer_missing(model, tokenizer, settings, prompts, missing, journal)
         except KeyboardInterrupt:
-            say(f"\n{len(journal.replies):,} of {len(rows):,} answers are kept; the same command goes on")
+            say(f"\n{len(journal.replies):,} of {counted(len(rows), 'answer')} kept; the same command goes on")
             raise
         with whole_file(target) as file:
             file.writelines(to_json(row | journal.replies[index]) + "\n" for index, row in enumerate(rows))
         journal.remove()
     ended = sum(reply["ended"] for reply in journal.replies.values())
-    cut = f"; the others were cut at {settings.max_new_tokens:,} tokens" if ended < len(rows) else ""
-    say(f"{ended:,} of {len(rows):,} answers ended by themselves{cut}. Written to {display_path(target)}")
+    cut = f", {len(rows) - ended:,} cut at {counted(settings.max_new_tokens, 'token')}" if ended < len(rows) else ""
+    say(f"{counted(len(rows), 'answer')}, {ended:,} ended by the model{cut}. Written to {display_path(target)}")
 
 
 def answer_missing(model, tokenizer, settings, prompts, missing, journal):
@@ -86,8 +86,8 @@ def check_prompt(tokenizer, prompt, limit, where):
         raise UserError(f"{where}: {error}") from None
     if tokens > limit:
         raise UserError(
-            f"{where}: a prompt of {tokens:,} tokens, and the model's context has room for {limit:,} beside the answer;"
-            " shorten it, or lower --max_new_tokens"
+            f"{where}: a prompt of {counted(tokens, 'token')}, and the model's context has room for {limit:,} beside"
+            " the answer; shorten it, or lower --max_new_tokens"
         )
 
 
@@ -118,6 +118,11 @@ class Journal:
     def __init__(self, path, identity):
         """Raises UserError if the file at `path` holds answers to another input, or given with other settings."""
         self.path, self.replies = path, {}
+        if path.is_symlink():
+            raise UserError(
+                f"{display_path(path)} is a link, expected a file of answers so far; move it away, or give another"
+                " --output_file"
+            )
         self.lock = FileLock(f"{path}.lock", blocking=False)
         try:
             self.lock.acquire()
@@ -186,7 +191,7 @@ def parse_line(line):
     """The object of a whole line, or None for one that was torn."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if line.endswith(b"\n") and isinstance(entry, dict) else None
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import pickle
 import re
 import shutil
@@ -129,7 +130,7 @@ def version_differences(old, new):
 
 def run_date(output_dir, fresh):
     """The date that templates write in a run: that of an interrupted run in output_dir, which may go on, else now."""
-    checkpoints = [] if fresh or (output_dir / ADAPTER).exists() else list_checkpoints(output_dir / CHECKPOINTS)
+    checkpoints = [] if fresh or os.path.lexists(output_dir / ADAPTER) else list_checkpoints(output_dir / CHECKPOINTS)
     for folder in checkpoints:
         with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # verified later, by find_resumption
             return datetime.fromisoformat(read_json(folder / MANIFEST, "its manifest")["identity"]["template_date"])

@@ -24,7 +24,7 @@ import numpy as np
 
 from file_utils import cached_folder, digest, sha256
 from hub_utils import find_files
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from progress_utils import progress
 from prompt_utils import begin_with
 from reader_utils import check_beginning, expected_rows, read_rows
@@ -128,20 +128,19 @@ class DataReport:
             columns += f"; not used: {', '.join(self.unused)}"
         if self.unused_keys:
             columns += f"; not used in messages: {', '.join(self.unused_keys)}"
-        parts = [f"{self.rows:,} rows", f"{self.kept:,} kept"]
+        parts = [counted(self.rows, "row"), f"{self.kept:,} kept"]
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
         if "text" in self.columns:
             parts.append("whole texts: every token is trained, and no chat template is used")
         if self.context_only:
-            parts.append(f"{self.context_only:,} answers of weight 0 read but not trained")
+            parts.append(f"{counted(self.context_only, 'answer')} of weight 0 read but not trained")
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
 
 
 def list_rows(count, rows):
     """'row 7', 'rows 7, 8', or 'rows 1, 2, 3, 4, 5, ...' where there are more."""
-    noun = "row" if count == 1 else "rows"
     more = ", ..." if count > len(rows) else ""
-    return f"{noun} {', '.join(map(str, rows))}{more}"
+    return f"{'row' if count == 1 else 'rows'} {', '.join(map(str, rows))}{more}"
 
 
 # ---- Rows to conversations -------------------------------------------------------------------------------------------
@@ -484,7 +483,7 @@ def parse_text(value):
     """What a text says as JSON; another value, or a text that is no JSON, is returned as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -819,7 +818,7 @@ def split_conversations(conversations, validation_split, seed):
     held_out = max(1, round(len(shuffled) * validation_split))
     if held_out >= len(shuffled):
         raise UserError(
-            f"{len(shuffled)} usable row(s) cannot be split into training and validation rows;"
+            f"{counted(len(shuffled), 'usable row')} cannot be split into training and validation rows;"
             " add rows, or train without validation by --validation_split 0"
         )
     return conversations.select(shuffled[held_out:]), conversations.select(shuffled[:held_out])
@@ -829,7 +828,8 @@ def remove_overlap(conversations, validation):
     """Drop training conversations that the validation set holds too, and say how many."""
     distinct = ~np.isin(conversations.index["text"], validation.index["text"])
     if not distinct.all():
-        say(f"{(~distinct).sum()} training rows stand in the validation file too and are not trained on")
+        left_out = counted(int((~distinct).sum()), "training row")
+        say(f"{left_out} left out, to be found in the validation file too")
     if not distinct.any():
         raise UserError("every training row stands in the validation file too; give a validation file of other rows")
     return conversations.select(distinct)

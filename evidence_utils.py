@@ -1,4 +1,4 @@
-"""Evidence: digests of the rows that an adapter was trained on and validated with, and what they say of other rows.
+"""Evidence: digests of the rows that an adapter was trained on and validated with, and the rows that it is measured by.
 
 An adapter's folder carries them in seen_rows.safetensors: 16 bytes a row, from which no text can be read. Who has a row
 can tell by them whether the adapter has seen it; without the file nothing is claimed of any row.
@@ -11,8 +11,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from data_utils import load_announced, load_conversations
 from file_utils import display_path
 from message_utils import UserError
+from run_utils import VALIDATION_ROWS
 
 SEEN_ROWS = "seen_rows.safetensors"  # beside an adapter's weights
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no answer's digest is lost in the product
@@ -68,3 +70,45 @@ def read_seen_rows(folder):
             f"{display_path(path)} is damaged ({type(error).__name__}: {error}); restore it, or remove it: then it is"
             " unknown which rows the adapter has seen"
         ) from None
+
+
+# ---- The rows that an adapter is measured by -------------------------------------------------------------------------
+def load_rows(settings, adapter_path, output_dir, seen, cache_dir):
+    """(the Conversations that an adapter is measured by, where they come from); UserError where there are none.
+
+    They are those of VALIDATION_DATASET_PATH, or else those that its run held out. seen: its SeenRows, or None.
+    """
+    if settings.validation_dataset_path is None:
+        path = find_own_rows(adapter_path, output_dir, seen, cache_dir)
+        return load_own_rows(path, cache_dir, settings.system_prompt), display_path(path)
+    path, columns = settings.validation_dataset_path, settings.dataset_columns
+    more = {"system_prompt": settings.system_prompt, "or_usual_names": True}
+    return load_announced("Validation data", path, columns, cache_dir, settings.chosen_only, **more)[0], path
+
+
+def find_own_rows(adapter_path, output_dir, seen, cache_dir):
+    """The file of the rows that the adapter's run held out: beside the adapter, or in OUTPUT_DIR.
+
+    The adapter's digests prove that they are its own. One without digests is believed about what lies beside it.
+    """
+    remedy = "give rows by --validation_dataset_path"
+    folders = [*adapter_path.parents[:2], *([output_dir] if seen else [])]
+    files = [folder / VALIDATION_ROWS for folder in dict.fromkeys(folders) if (folder / VALIDATION_ROWS).is_file()]
+    if seen is None and files:
+        return files[0]
+    if seen is not None and not len(seen.validated):
+        raise UserError(f"the adapter was trained without validation rows; {remedy}")
+    for path in files if seen is not None else ():
+        if is_own_validation(seen, load_own_rows(path, cache_dir)):
+            return path
+    if files:
+        raise UserError(f"{display_path(files[0])} does not hold the rows that this adapter's run held out; {remedy}")
+    raise UserError(
+        f"no {VALIDATION_ROWS} lies beside {display_path(adapter_path)}, so the rows that its run held out are unknown;"
+        f" {remedy}"
+    )
+
+
+def load_own_rows(path, cache_dir, system_prompt=None):
+    """The Conversations of a run's validation.jsonl, with the numbers that they had in the user's file."""
+    return load_conversations(path, cache_dir=cache_dir, number_column="row", system_prompt=system_prompt)[0]

@@ -20,12 +20,20 @@ PROJECT_DIR = Path(__file__).resolve().parent
 
 
 def resolve_path(path):
-    """Anchor a relative path at the project's folder, so that scripts work from any folder; ~ is expanded."""
-    return (PROJECT_DIR / expand_home(path)).resolve()
+    """Anchor a relative path at the project's folder, so that scripts work from any folder; ~ is expanded.
+
+    Raises UserError for what is no path: an unknown user's home, a NUL character, links that lead round in a circle.
+    """
+    try:
+        return (PROJECT_DIR / expand_home(path)).resolve()
+    except RuntimeError:  # before Python 3.13
+        raise UserError(f"{path} is a link that leads back to itself; correct it") from None
 
 
 def expand_home(path):
-    """The path with its ~ or ~name expanded; UserError if the system knows no such user."""
+    """The path with its ~ or ~name expanded; UserError if the system knows no such user, and for a NUL character."""
+    if "\0" in str(path):
+        raise UserError(f"{path} holds a NUL character, which no name has; correct it")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -139,7 +147,7 @@ def staged_folder(target, staged=None):
     attempt removes what is left. If the target exists already it must be empty.
     """
     staged = staged or target.with_name(f"{target.name}.incomplete")
-    shutil.rmtree(staged, ignore_errors=True)
+    remove(staged)
     staged.mkdir(parents=True)
     try:
         yield staged
@@ -150,7 +158,7 @@ def staged_folder(target, staged=None):
         os.replace(staged, target)
         sync_folder(target.parent)
     except BaseException:  # also for Ctrl-C
-        shutil.rmtree(staged, ignore_errors=True)
+        remove(staged)
         raise
 
 

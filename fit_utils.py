@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from message_utils import UserError, printable, say
+from message_utils import UserError, counted, printable, say
 from prompt_utils import encode_prompt
 
 LINEAR = (torch.nn.Linear, Conv1D)
@@ -198,7 +198,9 @@ def check_lengths(model, rows, name):
     if not positions or longest <= positions:
         return
     beyond = int((rows.index["length"] > positions).sum())
-    found = f"{beyond} rows of the {name} are longer than the model's {positions:,} positions, up to {longest:,} tokens"
+    found = (
+        f"{counted(beyond, 'row')} of the {name} beyond the model's {positions:,} positions, up to {longest:,} tokens"
+    )
     if has_position_table(model, positions):
         raise UserError(f"{found}; lower --max_seq_length to {positions}, or give a model with more positions")
     say(f"{found}, which it was not made for and may compute badly; --max_seq_length {positions} cuts them")

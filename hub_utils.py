@@ -8,16 +8,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
-from safetensors import SafetensorError
 
 from file_utils import PROJECT_DIR, display_path, resolve_input, resolve_path
 from message_utils import UserError, say
 from progress_utils import progress, silent_bar
 from reader_utils import FILE_TYPES, SUFFIXES
-
-# The exceptions in which the Hub and the libraries that load from it report a failure
-# ImportError: httpx raises it for a SOCKS proxy
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, HTTPError)
 
 SHIPPED_MODELS_DIR = "models"  # MODELS_DIR as config.py ships it
 
@@ -38,7 +33,10 @@ def hub_errors(name, remedy="give a causal language model with safetensors weigh
     """
     try:
         yield
-    except LOADING_ERRORS as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # of any type: tokenizers raises a plain Exception, httpx an ImportError for a SOCKS proxy, and configs anything
         raise UserError(hub_problem(error, name, kind) or loading_problem(error, name, remedy)) from error
 
 
@@ -95,7 +93,7 @@ def loading_problem(error, name, remedy):
         return f"{name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
     if "out of memory" in str(error):
         return f"{name} does not fit into the GPU's memory; close other programs on it or give a smaller model"
-    first_line = str(error).strip().split("\n")[0]
+    first_line = str(error).strip().split("\n")[0] or type(error).__name__
     return f"{name} cannot be loaded: {first_line}; {remedy}"
 
 

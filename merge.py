@@ -13,12 +13,22 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
+import shutil
 import sys
 
-from file_utils import check_writable, display_path, read_json, resolve_path
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
-from run_utils import CACHE, VALIDATION_ROWS, find_adapter
-from settings_utils import DEFAULTS, Settings, build_parser, check_settings, make_settings, parse_command_line
+from file_utils import check_writable, display_path, read_json, resolve_path, write_json
+from message_utils import (
+    LateImport,
+    UserError,
+    counted,
+    printable,
+    quiet_libraries,
+    run_script,
+    say,
+    start_garbage_collection,
+)
+from run_utils import CACHE, EVALUATION, RUN_RECORD, TRAINER_STATE, find_adapter, find_run_folder
+from settings_utils import PLACES, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 data_utils = LateImport("data_utils")
@@ -52,69 +62,60 @@ def main(argv):
     target = resolve_path(options.folder or output_dir / "merged-model")
     if target.exists():
         raise UserError(f"{display_path(target)} exists already; remove it, or name another: python merge.py FOLDER")
-    check_writable(target.parent, "the merged model's folder")
-    merge(adapter_path, target, given, options.into)
+    check_writable(target.parent, "python merge.py FOLDER")
+    merge(adapter_path, output_dir, target, given, options.into)
 
 
-def merge(adapter_path, target, given, into):
+def merge(adapter_path, output_dir, target, given, into):
     """The phases: settings, model, held-out rows, merged weights and their scores, what lies beside them, report."""
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "merge.py")
-    trained, record = read_training(adapter_path)
+    trained, record = model_utils.read_training(adapter_path)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     start_garbage_collection()
-    runs = [folder for folder in adapter_path.parents[:2] if (folder / VALIDATION_ROWS).is_file()]
-    conversations = load_held_out(adapter_path, runs, settings, target.parent / CACHE)
-    score = RowScore(model, tokenizer, conversations, settings, target.parent / CACHE) if conversations else None
+    conversations = load_held_out(adapter_path, output_dir, settings, output_dir / CACHE)
+    score = RowScore(model, tokenizer, conversations, settings, output_dir / CACHE) if conversations else None
     sample = answer_one(model, tokenizer, conversations, settings)
     with model_utils.merged_folder(model, tokenizer, target, settings.models_dir, score, into) as (folder, merged):
-        metrics = find_metrics(runs, adapter_path)
+        metrics = find_metrics(adapter_path)
+        write_record(folder, adapter_path, trained)
         export_utils.write_merged_card(folder, tokenizer, merged, trained, record, metrics, sample)
         if not export_utils.write_modelfile(folder, tokenizer, settings, trained):
             say("The model's chat template cannot be written as an Ollama template, so the Modelfile has none")
     print_report(target, merged, score)
 
 
-def read_training(adapter_path):
-    """(the settings that an adapter was trained with, what run.json holds of its run); None and {} where unknown."""
-    files = [adapter_path / name for name in (model_utils.SETTINGS_FILE, "run.json")]
-    recorded, record = (read_json(file, "the adapter's record") if file.is_file() else {} for file in files)
-    known = {name: value for name, value in recorded.items() if name in DEFAULTS}
-    return check_settings(Settings(**(DEFAULTS | known))) if known else None, record
-
-
-def load_held_out(adapter_path, runs, settings, cache_dir):
-    """The Conversations to score with, or None: rows that the adapter was not trained on.
-
-    They are those of VALIDATION_DATASET_PATH, or those that lie beside the adapter's run.
-    """
-    if settings.validation_dataset_path is not None:
-        path, columns = settings.validation_dataset_path, settings.dataset_columns
-        more = {"system_prompt": settings.system_prompt, "or_usual_names": True}
-        found = data_utils.load_announced("Validation data", path, columns, cache_dir, settings.chosen_only, **more)[0]
-    elif runs:
-        found = data_utils.load_conversations(
-            runs[0] / VALIDATION_ROWS,
-            cache_dir=cache_dir,
-            number_column="row",
-            system_prompt=settings.system_prompt,
-        )[0]
-    else:
-        say(
-            "No held-out rows lie beside this adapter's run, so nothing is scored; --validation_dataset_path names some"
+def write_record(folder, adapter_path, trained):
+    """Write beside a merged model what evaluate.py wants to know of its training, and no path of this machine."""
+    if trained is not None:
+        left_out = (*PLACES, "custom_dataset_path", "validation_dataset_path")
+        write_json(
+            folder / model_utils.SETTINGS_FILE,
+            {name: value for name, value in trained._asdict().items() if name not in left_out},
         )
-        return None
+    for name in (evidence_utils.SEEN_ROWS, RUN_RECORD, TRAINER_STATE):
+        if (adapter_path / name).is_file():
+            shutil.copyfile(adapter_path / name, folder / name)
+
+
+def load_held_out(adapter_path, output_dir, settings, cache_dir):
+    """The Conversations to score with, or None: evaluate.py's, less what the adapter was trained on."""
     seen = evidence_utils.read_seen_rows(adapter_path)
+    try:
+        found, path = evidence_utils.load_rows(settings, adapter_path, output_dir, seen, cache_dir)
+    except UserError as error:
+        if settings.validation_dataset_path is not None:
+            raise
+        say(f"Nothing is scored: {error}")
+        return None
     if seen is None:
         say(f"Whether the adapter was trained on these rows is unknown: it carries no {evidence_utils.SEEN_ROWS}")
         return found
     trained = evidence_utils.find_overlap(seen, found).trained
     if trained.all():
-        say(
-            "The adapter was trained on all of these rows, so nothing is scored; --validation_dataset_path names others"
-        )
+        say(f"Nothing is scored: the adapter was trained on all rows of {path}; --validation_dataset_path names others")
         return None
     if trained.any():
-        say(f"{int(trained.sum()):,} of {len(found):,} rows are left out: the adapter was trained on them")
+        say(f"{int(trained.sum()):,} of {counted(len(found), 'row')} left out: the adapter was trained on them")
     return found.select(~trained)
 
 
@@ -154,11 +155,16 @@ def answer_one(model, tokenizer, conversations, settings):
     return (question, reply.text if reply.ended else f"{reply.text} ...") if isinstance(question, str) else None
 
 
-def find_metrics(runs, adapter_path):
+def find_metrics(adapter_path):
     """What evaluate.py has measured of this adapter, the newest, or None."""
-    files = [file for run in runs for file in (run / "evaluation").glob("**/metrics.json")]
+    home = find_run_folder(adapter_path)
+    files = (home / EVALUATION).glob("**/metrics.json") if home else ()
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        metrics = read_json(file, "the figures of an evaluation")
+        try:
+            metrics = read_json(file, "the figures of an evaluation")
+        except UserError as error:
+            say(f"Left out of the model card: {error}")
+            continue
         if metrics.get("adapter") == display_path(adapter_path):
             return metrics
     return None
@@ -169,12 +175,12 @@ def print_report(target, merged, score):
     if score:
         lines = [("base + adapter", merged.adapter_loss)]
         lines += [(f"merged into {export_utils.MERGED_INTO[kind]}", loss) for kind, loss in merged.losses.items()]
-        print(f"{len(score.rows)} rows, {score.tokens:,} answer tokens")
+        print(f"{counted(len(score.rows), 'row')}, {counted(score.tokens, 'answer token')}")
         print(f"{'':<44}  loss   perplexity")
         for name, loss in lines:
             print(f"{name:<43}{loss:8.4f}  {engine_passes.perplexity(loss):10.2f}")
     into = export_utils.MERGED_INTO[merged.merged_into]
-    print(f"Merged model: {display_path(target)}, {merged.dtype}, merged into {into}", flush=True)
+    print(printable(f"Merged model: {display_path(target)}, {merged.dtype}, merged into {into}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ def printable(text):
     return text.translate(CONTROL_CHARACTERS)
 
 
+def counted(number, noun):
+    """1 and "row" -> '1 row', 2000 -> '2,000 rows'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def is_first_process():
     """Whether this is the only process or the first of those that a launcher started (it sets RANK in each)."""
     return os.environ.get("RANK", "0") == "0"
@@ -235,7 +240,8 @@ def system_problem(error):
             each_process=True,
         )
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in STORAGE_ERROR_NUMBERS):
-        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "output"
+        refused = error.filename2 or error.filename  # of a rename it is the new name that something is in the way of
+        name = os.fsdecode(refused) if isinstance(refused, (str, bytes)) else "output"
         name = name if len(name) < 300 else f"{name[:300]}..."
         return UserError(f"{os.strerror(error.errno)}: {name}; mend that and try again", each_process=True)
     return None
@@ -288,5 +294,7 @@ def quiet_libraries():
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     # the Trainer causes it on a machine with several GPUs
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    # FSDP2 warns of operations in place, of which there are none
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # transformers 5.23 renames it to activation checkpointing, but peft and older releases know only the old name
     warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated")

@@ -18,10 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from chart_utils import Curve, draw_bars, draw_curves, draw_interval
 from data_utils import DataReport
 from file_utils import PROJECT_DIR, display_path, read_json, resolve_path, whole_file
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from progress_utils import format_duration
 from report_utils import notices
 from run_utils import DATA_REPORT
+from score_utils import speaks_against
 from settings_utils import PLACES
 
 REPORT, METRICS, SAMPLES = "report.html", "metrics.json", "samples.jsonl"
@@ -46,9 +47,9 @@ BENCHMARK = Figure("benchmark", "", 0, "{:.3f}", "")  # of a benchmark it is not
 COMPARED = ("loss", "perplexity", "accuracy", "chrf", "ended")  # the columns of a comparison
 
 VERDICTS = {
-    "better": "The tuned model is better.",
-    "worse": "The tuned model is worse.",
-    "no clear difference": "No clear difference.",
+    "better": "Better, by the loss on these answers.",
+    "worse": "Worse, by the loss on these answers.",
+    "no clear difference": "No clear difference in the loss on these answers.",
     "too few rows": "Too few rows for a verdict.",
 }
 
@@ -99,7 +100,7 @@ def describe_comparison(metrics, samples):
         "title": f"Comparison of {', '.join(names)}",
         "headline": metrics["verdict"],
         "lead": [
-            f"{show_count(len(names), 'adapter')} on the same {describe_rows(metrics)}. Compared is the loss of the"
+            f"{counted(len(names), 'adapter')} on the same {describe_rows(metrics)}. Compared is the loss of the"
             f" expected answers, in nats a {metrics['unit']}, with that of {names[0]}."
         ],
         "warnings": list(warnings(metrics)),
@@ -129,7 +130,7 @@ def render(page):
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters |= {"csp_hash": csp_hash, "figure": show_figure, "count": show_count}
+    environment.filters |= {"csp_hash": csp_hash, "figure": show_figure, "count": counted}
     return environment.get_template(TEMPLATE).render(page)
 
 
@@ -145,7 +146,7 @@ def read_samples(path):
         return []
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{display_path(path)} is damaged ({error}); evaluate again") from None
 
 
@@ -174,7 +175,7 @@ def read_part(path):
 # ---- In words --------------------------------------------------------------------------------------------------------
 def describe_rows(metrics):
     """'20 held-out rows', or '20 rows' where the adapter has seen some of them or nobody knows."""
-    return show_count(metrics["rows"], "held-out row" if metrics["held_out"] else "row")
+    return counted(metrics["rows"], "held-out row" if metrics["held_out"] else "row")
 
 
 def lead(metrics):
@@ -188,6 +189,10 @@ def lead(metrics):
     )
     if metrics["verdict"] == "too few rows":
         yield "Ten rows are the least for a verdict: of fewer, a few odd ones would decide."
+    if against := speaks_against(metrics["verdict"], metrics["difference"]):
+        names = " and ".join(figure.label for figure in FIGURES if figure.key in against)
+        opposite = "worse" if metrics["verdict"] == "better" else "better"
+        yield f"But the answers that the tuned model writes are {opposite} by {names}: read them before you decide."
 
 
 def warnings(metrics):
@@ -197,9 +202,9 @@ def warnings(metrics):
         yield "These rows may have been trained on: the adapter carries no record of the rows that it has seen."
         return
     if left_out:
-        yield f"{show_count(left_out, 'row')} of the file had been trained on and left out of every figure here."
+        yield f"{counted(left_out, 'row')} of the file had been trained on and left out of every figure here."
     if seen > left_out:
-        yield f"{show_count(seen - left_out, 'row')} of these had been trained on, which flatters the tuned model."
+        yield f"{counted(seen - left_out, 'row')} of these had been trained on, which flatters the tuned model."
 
 
 def describe_measured(metrics):
@@ -249,11 +254,6 @@ def show_figure(value, form, signed=False):
     return ("" if is_zero else "\u2212" if value < 0 else "+" if signed else "") + text
 
 
-def show_count(number, noun):
-    """1 -> '1 row', 2,000 -> '2,000 rows'."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def figure_rows(metrics):
     """The table's rows of an evaluation: base, tuned, and their difference with its interval, where there is one."""
     loss = {"mean": metrics["difference"]["loss"]} | metrics["difference"]
@@ -270,7 +270,7 @@ def figure_rows(metrics):
         for name, values in found["metrics"].items():
             yield {
                 "label": f"{task}: {name}",
-                "meaning": f"{show_count(found['rows'], 'row')} of a benchmark, by lm-evaluation-harness",
+                "meaning": f"{counted(found['rows'], 'row')} of a benchmark, by lm-evaluation-harness",
                 "cells": [show_figure(values[model], BENCHMARK.form) for model in ("base", "tuned")],
                 **describe_difference(values, BENCHMARK),
             }
@@ -353,7 +353,9 @@ def describe_curves(history, best_step):
         Curve("base", training, False),
         Curve("tuned", validation, len(validation) <= 40),
     ]
-    says = [f"Training loss went from {training[0][1]:.3f} to {training[-1][1]:.3f} in {training[-1][0]:,} steps."]
+    says = [
+        f"Training loss went from {training[0][1]:.3f} to {training[-1][1]:.3f} in {counted(training[-1][0], 'step')}."
+    ]
     if validation:
         step, lowest = min(validation, key=lambda point: point[1])
         says.append(f"Validation loss was lowest at step {step:,}, {lowest:.3f}.")
@@ -383,7 +385,7 @@ def describe_data(report):
 def show_data(report):
     histogram = report["training"]["histogram"]
     return {
-        "files": [DataReport(**file).line() for file in report["files"]],
+        "files": [DataReport(**file | {"name": short_path(file["name"])}).line() for file in report["files"]],
         "sets": {name: report[name] for name in ("training", "validation") if report[name]},
         "notices": list(notices(report)),
         "chart": draw_bars(histogram["counts"], histogram["up_to"], "tokens of a training row", "rows"),
@@ -435,7 +437,7 @@ def answer_facts(answer):
     if "accuracy" in answer:
         yield "right" if answer["accuracy"] else "wrong"
     yield f"chrF {answer['chrf']:.1f}"
-    yield show_count(answer["tokens"], "token")
+    yield counted(answer["tokens"], "token")
     if not answer["ended"]:
         yield "cut"
 

@@ -23,7 +23,7 @@ from engine_passes import (
     recorded_tokens,
     transformers_model,
 )
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from model_utils import GIB, count_parameters
 from progress_utils import format_duration
 
@@ -130,7 +130,10 @@ def look_at_gpu(device):
     if device.type != "cuda":
         return None
     newer = torch.cuda.get_device_capability(device)[0] >= 8
-    return Gpu(*torch.cuda.mem_get_info(device), flash_attention=newer, triton=triton is not None)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    free = min(free, allowed - torch.cuda.memory_reserved(device))
+    return Gpu(free, allowed, flash_attention=newer, triton=triton is not None)
 
 
 class StepPlan(NamedTuple):
@@ -150,13 +153,14 @@ class StepPlan(NamedTuple):
     longest_row: int = 1  # in tokens, of the rows that are scored too
     expected_bytes: float = 0.0  # peak of the GPU's memory; 0 on other devices
     expected_seconds: float = 0.0  # of all steps; the rehearsal tells
+    shards: int = 1  # so many processes share out the frozen weights, and must compute equally many passes
 
 
-def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()):
+def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=(), shards=None):
     """Decide how the steps of a run on these TokenizedRows are computed, and say it of a CUDA GPU; a StepPlan.
 
     shapes: the model with its adapter, without weights. gpu: None where there is no CUDA GPU. held_out: the rows that
-    are only scored.
+    are only scored. shards: the ShardEngine, or None.
     """
     base, rows_a_step = transformers_model(shapes), settings.batch_size * settings.gradient_accumulation_steps
     kernels = plan_kernels(shapes, dtype, gpu)
@@ -169,8 +173,14 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         rows_a_step=rows_a_step,
         longest_row=longest_row(rows, held_out),
     )
+    if shards:
+        say_shards(shapes, settings, dtype, shards, gpu)
+        kernels = kernels._replace(lora=kernels.lora and shards.whole_layers)
+        plan = plan._replace(shards=shards.processes, compiled=False, kernels=kernels)
     if gpu is None:
         return plan
+    if shards:
+        return plan_memory(plan, shapes, settings, dtype, rows, gpu)
     passes = count_passes(rows, settings, max_pass_tokens, processes)
     compiled = plan_compilation(shapes, settings, kernels, passes)
     plan = plan_memory(plan._replace(compiled=compiled, recorded=bool(compiled)), shapes, settings, dtype, rows, gpu)
@@ -195,6 +205,18 @@ def longest_tokens(plan, rows):
     """The tokens that no pass of these rows exceeds."""
     longest = int(np.sort(row_lengths(rows))[-plan.rows_a_step :].sum())
     return min(max(plan.max_pass_tokens, plan.longest_row), longest)
+
+
+def say_shards(shapes, settings, dtype, shards, gpu):
+    """Say what each process holds of the base model that a ShardEngine shares out, and what a GPU then does without."""
+    whole, held, gathered = shard_bytes(shapes, settings, dtype, shards.processes)
+    say(
+        f"Shards: {shards.processes} processes share the base model's {whole / GIB:.2f} GiB by {shards.name}; each"
+        f" holds {held / GIB:.2f} GiB of it, gathers {gathered / GIB:.2f} GiB at a time, and keeps the adapter whole"
+    )
+    if gpu:
+        fused = "" if shards.whole_layers else "fused nor "
+        say(f"The layers are neither {fused}compiled nor recorded, since their weights come and go, which is slower")
 
 
 def plan_kernels(model, dtype, gpu):
@@ -269,12 +291,18 @@ def memory_ways(plan, shapes, settings, dtype, rows):
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
     whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
     fused = plan.kernels.lora and all_plain(shapes)
-    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
+    keeps = fused and plan.shards == 1
+    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and keeps else 0
     few = min(whole, enough) if fused else whole
+    elsewhere = 0
+    if plan.shards > 1:
+        all_weights, held, gathered = shard_bytes(shapes, settings, dtype, plan.shards)
+        elsewhere = ALLOCATOR * (all_weights - held - gathered)
 
     def way(checkpointing, tokens, more=0):
         tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
         peak = expected_peak(shapes, settings, dtype, longest_tokens(tried, rows), checkpointing, plan.compiled)
+        peak -= elsewhere
         return tried._replace(expected_bytes=peak + more), more
 
     ways = []
@@ -289,6 +317,16 @@ def memory_ways(plan, shapes, settings, dtype, rows):
 def count_rounds(steps, eval_steps, done=0):
     """The evaluations, or saves, behind the step `done`: one every eval_steps, and one at the last step."""
     return -(-steps // eval_steps) - done // eval_steps if done < steps else 0
+
+
+def describe_rounds(steps, eval_steps):
+    """'4 evaluations, one every 23 steps', where the last one falls on the last step, or as it is else."""
+    rounds = count_rounds(steps, eval_steps)
+    if rounds == 1:
+        return "1 evaluation, after the last step"
+    last = " and one after the last" if steps % eval_steps else ""
+    often = f"every {eval_steps:,} steps" if eval_steps > 1 else "after each step"
+    return f"{counted(rounds, 'evaluation')}, one {often}{last}"
 
 
 class RunTimes:
@@ -323,25 +361,34 @@ class RunTimes:
         return (self.steps - step) * self.each("step") + rounds * a_round + self.each("end")
 
     def describe(self, step, evaluated, answered, final):
-        """The line that tells what a run will take: steps, evaluations of so many rows, answers, saves, and all."""
+        """The line that tells what a run will take: steps, evaluations of so many rows, answers, saves, and all.
+
+        Its parts add up to the whole; what went by before the first step is one of them.
+        """
         steps, rounds = self.steps - step, count_rounds(self.steps, self.eval_steps, step)
         parts = [
             (steps, "step", "a step"),
-            (rounds, "evaluation", f"an evaluation of {evaluated:,} rows"),
-            (rounds, "answers", f"for {answered} answers"),
+            (rounds, "evaluation", f"an evaluation of {counted(evaluated, 'row')}"),
+            (rounds, "answers", f"for {counted(answered, 'answer')}"),
             (rounds, "save", "a save"),
-            (1, "end", f"for all {final:,} rows at the end"),
+            (1, "end", f"for all {counted(final, 'row')} at the end"),
         ]
         # of a run of seconds nothing but the steps was rehearsed
         parts = [
             f"{times:,} x {format_seconds(self.each(part))} {what}" for times, part, what in parts if part in self.sums
         ]
-        return f"Time: {', '.join(parts)}; about {format_duration(self.elapsed() + self.left(step))} in all"
+        elapsed = self.elapsed()
+        before = f"{format_duration(elapsed)} so far"
+        return f"Time: {', '.join([before, *parts])}; about {format_duration(elapsed + self.left(step))} in all"
 
 
 def format_seconds(seconds):
-    """'0.21 s', or '1 min 5 s' of what is longer than ten seconds."""
-    return f"{seconds:.2f} s" if seconds < 10 else format_duration(seconds)
+    """Seconds to about a percent, since they are multiplied: '14.3 ms', '0.21 s', '12.4 s', '2 min 5 s'."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 100:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    return format_duration(seconds)
 
 
 def expected_seconds(plan, rehearsal, rows, steps, processes=1):
@@ -379,36 +426,37 @@ def print_plan(settings, base, rows, validation_rows, evaluated_rows, processes=
     steps = count_steps(len(rows), settings, processes)
     tokens, trained = int(rows.index["length"].sum()), int(rows.index["trained"].sum())
     quantized = "4-bit NF4, " if settings.use_4bit_quantization else ""
+    rows_a_step = settings.batch_size * settings.gradient_accumulation_steps * processes
     disk = output_bytes(trainable, settings.save_total_limit) / 2**20
     say(
         f"Model: {settings.base_model_name}, {total:,} parameters, {quantized}{str(base.dtype).removeprefix('torch.')}"
         f" on {base.device.type.upper()}; LoRA r={settings.lora_r} trains {trainable:,} ({trainable / total:.2%})"
     )
     say(
-        f"Plan: {len(rows)} rows ({tokens:,} tokens, {trained / tokens:.0%} trained), {len(validation_rows)} held out;"
-        f" {settings.batch_size * settings.gradient_accumulation_steps * processes} rows a step, {steps} steps;"
+        f"Plan: {counted(len(rows), 'row')} ({counted(tokens, 'token')}, {trained / tokens:.0%} trained),"
+        f" {len(validation_rows):,} held out; {counted(rows_a_step, 'row')} a step, {counted(steps, 'step')};"
         f" about {disk:,.0f} MiB on disk"
     )
     if len(validation_rows):
-        rounds = count_rounds(steps, settings.eval_steps)
-        rows_a_round = f"{len(evaluated_rows):,} rows"
+        rows_a_round = counted(len(evaluated_rows), "row")
         if len(evaluated_rows) < len(validation_rows):
             rows_a_round += f" of the {len(validation_rows):,}, all of them at the end"
         answers = min(settings.sample_prompts, len(validation_rows))
-        say(
-            f"Plan: {rounds} evaluations, one every {settings.eval_steps} steps, each on {rows_a_round}, with {answers}"
-            " answers and a checkpoint"
-        )
+        answers = f"{counted(answers, 'answer')} and " if answers else ""
+        say(f"Plan: {describe_rounds(steps, settings.eval_steps)}, on {rows_a_round}, with {answers}a checkpoint")
     if steps == 1 and settings.warmup_ratio > 0:
         say("A run of one step trains nothing, since the learning rate starts at 0; add --warmup_ratio 0")
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
-def weight_bytes(model, settings, dtype):
-    """Bytes of the base's weights as they will be loaded: where quantized, linear layers but the output are in NF4."""
+def weight_bytes(model, settings, dtype, part=None):
+    """Bytes of the base's weights as they will be loaded: where quantized, linear layers but the output are in NF4.
+
+    part: the module of it whose weights count; None: all of them.
+    """
     base = transformers_model(model)
     head, seen, total = base.get_output_embeddings(), set(), 0
-    for module in base.modules():
+    for module in (part or base).modules():
         quantized = settings.use_4bit_quantization and isinstance(module, torch.nn.Linear) and module is not head
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad or id(parameter) in seen:
@@ -416,6 +464,21 @@ def weight_bytes(model, settings, dtype):
             seen.add(id(parameter))
             total += parameter.numel() * (NF4_BYTES if quantized and name == "weight" else dtype.itemsize)
     return total
+
+
+def shard_bytes(model, settings, dtype, processes):
+    """Of weights that so many processes share out: the bytes of all, of a process's part, and of what it gathers.
+
+    Gathered are the layer that computes and the one after it, and the output layer. The scales of 4-bit weights stay
+    whole in each process.
+    """
+    base = transformers_model(model)
+    whole, layers = weight_bytes(model, settings, dtype), decoder_layers(base)
+    largest = max((weight_bytes(model, settings, dtype, layer) for layer in layers), default=whole / 2)
+    in_layers = sum(weight_bytes(model, settings, dtype, layer) for layer in layers)
+    scales = in_layers * (1 - 0.5 / NF4_BYTES) if settings.use_4bit_quantization else 0
+    head = base.get_output_embeddings().weight.numel() * dtype.itemsize
+    return whole, (whole - scales) / processes + scales, 2 * largest + head
 
 
 def dequantized_bytes(model, dtype):

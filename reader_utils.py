@@ -13,7 +13,7 @@ from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
 from file_utils import READ_BYTES
-from message_utils import UserError
+from message_utils import UserError, counted
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 FILE_TYPES = ".json, .jsonl, .csv or .parquet"
@@ -285,8 +285,8 @@ def csv_rows(reader, name, skipped, delimiter):
                     cells = cells[: len(header)]
                 if len(cells) != len(header):
                     raise UserError(
-                        f"dataset {name}, line {line}: {len(cells)} cells, expected {len(header)} as in the header"
-                        f" ({', '.join(header)}); put quotes around texts that hold a {delimiter!r}"
+                        f"dataset {name}, line {line}: {counted(len(cells), 'cell')}, expected {len(header)} as in the"
+                        f" header ({', '.join(header)}); put quotes around texts that hold a {delimiter!r}"
                     )
                 yield dict(zip(header, cells, strict=True))
             line = skipped + reader.line_num + 1

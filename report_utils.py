@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from data_utils import last_answer, list_rows
-from message_utils import UserError, say
+from message_utils import UserError, counted, say
 from token_utils import ANSWER_CUT, DROPPED, KEPT, SHORTENED
 
 QUANTILES = {"min": 0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1}
@@ -90,7 +90,7 @@ def print_report(report):
 def token_lines(name, found, max_seq_length):
     lengths = found["length_quantiles"]
     yield (
-        f"{name.capitalize()}: {found['rows']:,} rows, {found['tokens']:,} tokens,"
+        f"{name.capitalize()}: {counted(found['rows'], 'row')}, {counted(found['tokens'], 'token')},"
         f" {found['trained_tokens'] / max(found['tokens'], 1):.0%} trained; tokens a row: {lengths['min']:,} to"
         f" {lengths['max']:,}, median {lengths['median']:,}, 90 % within {lengths['90 %']:,}, 99 % within"
         f" {lengths['99 %']:,}"
@@ -108,7 +108,7 @@ def token_lines(name, found, max_seq_length):
     ]
     if cut:
         yield (
-            f"  --max_seq_length {max_seq_length}: {found['whole']:,} rows whole, {', '.join(cut)};"
+            f"  --max_seq_length {max_seq_length}: {counted(found['whole'], 'row')} whole, {', '.join(cut)};"
             f" {found['length_that_cuts_none']:,} would cut none"
         )
 
@@ -129,29 +129,30 @@ def notices(report):
     leaked, answers = report["validation_prompts_also_trained"], report["answers"]
     if leaked["count"]:
         yield (
-            f"{leaked['count']:,} validation prompts stand in the training rows too"
-            f" ({list_rows(**leaked)}); the validation loss flatters"
+            f"{counted(leaked['count'], 'validation prompt')} with a twin in the training rows ({list_rows(**leaked)});"
+            " the validation loss flatters"
         )
     further = report["training"]["further_sequences"]
     if further["count"]:
         yield (
             f"the model's template or tokenizer writes earlier answers otherwise than the last one, so"
-            f" {further['count']:,} answers of conversations with several are rows of their own"
+            f" conversations with several answers become several rows: {counted(further['count'], 'further row')}"
             f" ({list_rows(**further)})"
         )
     control = report["training"]["answers_with_control_tokens"]
     if control["count"]:
-        yield f"{control['count']:,} answers hold control tokens, trained as plain text ({list_rows(**control)})"
+        found = counted(control["count"], "answer")
+        yield f"{found} with control tokens, trained as plain text ({list_rows(**control)})"
     prompted = report["training"]["prompts_with_control_tokens"]
     if prompted["count"]:
         yield (
-            f"{prompted['count']:,} prompts hold control tokens or other marks of a chat template, read as plain text"
-            f" ({list_rows(**prompted)}); if the rows were templated already, give the bare texts"
+            f"{counted(prompted['count'], 'prompt')} with control tokens or other marks of a chat template, read as"
+            f" plain text ({list_rows(**prompted)}); if the rows were templated already, give the bare texts"
         )
     if report["reasoning_not_used"]:
         yield (
-            f"{report['reasoning_not_used']:,} answers have reasoning_content, which is not used: the model's template,"
-            " at its defaults, has no place for it"
+            f"{counted(report['reasoning_not_used'], 'answer')} with reasoning_content, which is not used: the model's"
+            " template, at its defaults, has no place for it"
         )
     if answers["answer"]["share"] >= COMMON_ANSWER:
         yield f"{answers['answer']['share']:.0%} of the training rows have one answer: {answers['answer']['text']!r}"
@@ -174,7 +175,7 @@ def check_cut_limit(report, limit):
     if dropped / read + (1 - dropped / read) * cut / used > limit:
         longest = max(found["length_that_cuts_none"] for found in sets)
         raise UserError(
-            f"{dropped:,} of {read:,} rows are dropped and {cut:,} of {used:,} lose the end of their answer, together"
-            f" more than {limit:.0%}; mend the data, raise --max_seq_length ({longest:,} cuts none), or accept it by"
-            " --answers_cut_limit 1"
+            f"{dropped:,} of {counted(read, 'row')} dropped, {cut:,} of {used:,} without the end of their answer,"
+            f" together more than {limit:.0%}; mend the data, raise --max_seq_length ({longest:,} cuts none), or accept"
+            " it by --answers_cut_limit 1"
         )

@@ -13,7 +13,7 @@ import time
 from filelock import FileLock, Timeout
 
 from file_utils import display_path, read_json, resolve_path, write_json
-from message_utils import VOICE, UserError, is_first_process, say
+from message_utils import VOICE, UserError, is_first_process, printable, say
 from settings_utils import DEFAULTS, is_folder_name
 
 # What train.py writes to OUTPUT_DIR
@@ -22,6 +22,7 @@ ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validati
 
 DATA_REPORT, CACHE, RUN_LOG, EVALUATION = "data_report.json", "cache", "train.log", "evaluation"
 RUN_RECORD, MANIFEST = "run.json", "manifest.json"  # in an adapter's folder and in a checkpoint's; both name the run
+TRAINER_STATE, MERGE_RECORD = "trainer_state.json", "merge.json"  # beside an adapter; in a merged model's folder
 
 
 # What belongs to one run of train.py and is moved to OUTPUT_DIR/previous before the next one. The adapter is moved
@@ -45,15 +46,17 @@ def find_run_folder(adapter_path):
 
 
 def read_run_name(adapter_path):
-    """The name of the run that an adapter is of, with its step for a checkpoint; fit for the name of a folder."""
+    """The name of the run that an adapter or a merged model is of, with its step for a checkpoint; fit for a folder."""
     checkpoint = (adapter_path / MANIFEST).is_file()
     path = adapter_path / (MANIFEST if checkpoint else RUN_RECORD)
     record = read_json(path, "the record of the run") if path.is_file() else {}
     name = record.get("run_name" if checkpoint else "run")
     if not isinstance(name, str) or not is_folder_name(name):
-        name = adapter_path.name or "adapter"
+        name = printable(adapter_path.name) or "adapter"
     elif checkpoint:
         name = f"{name}-{adapter_path.name}"
+    elif (adapter_path / MERGE_RECORD).is_file():
+        name = f"{name}-merged"
     return name
 
 
@@ -63,7 +66,7 @@ def set_aside(output_dir, names, kept=()):
     What holds one of the `kept` paths, which a run reads, stays. Returns that folder, or None where there was nothing
     to move.
     """
-    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    found = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
     found = [path for path in found if not any(kept_path.is_relative_to(path) for kept_path in kept)]
     if not found:
         return None
@@ -208,7 +211,7 @@ class OutputLock:
         try:
             owner = json.loads(self.owner_file.read_text(encoding="utf-8"))
             return {name: owner[name] for name in ("pid", "host", "since")}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

@@ -10,7 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from file_utils import PROJECT_DIR, display_path, resolve_input
-from message_utils import LateImport, UserError, say
+from message_utils import LateImport, UserError, printable, say
 
 torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
 
@@ -18,7 +18,7 @@ CONFIG_FILE = PROJECT_DIR / "config.py"
 
 
 def read_config(path):
-    """{NAME: value} of a settings file; UserError, with file and line, if it cannot be read or executed."""
+    """{name: value} of a settings file's names; UserError, with file and line, if it cannot be read or executed."""
     path, shown = Path(path), display_path(path)
     values = {"__file__": str(path)}
     try:
@@ -30,7 +30,7 @@ def read_config(path):
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         place = f"{shown}, line {line}" if line else shown
         raise UserError(f"{place}: {getattr(error, 'msg', error)} ({type(error).__name__}); correct it") from None
-    return {name: value for name, value in values.items() if re.fullmatch("[A-Z][A-Z0-9_]*", name)}
+    return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
 # A config.py that cannot be read is told of when a command line is parsed or settings are made, not at this import
@@ -41,7 +41,7 @@ except UserError as problem:
 
 
 # {name: value} of config.py: its constants in lower case, as the flags are written
-DEFAULTS = {name.lower(): value for name, value in CONFIG.items() if name != "CPU_DEMO"}
+DEFAULTS = {name.lower(): value for name, value in CONFIG.items() if name.isupper() and name != "CPU_DEMO"}
 # {name: file} of the settings that the file named by --config sets
 OTHER_FILES = {}
 
@@ -93,6 +93,9 @@ CHOICES = {
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
     "optimizer": ("adamw_torch", "paged_adamw_8bit"),
 }
+
+# All settings, be config.py as it may
+KNOWN = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS, *OPTIONAL_TEXTS, "dataset_columns"}
 
 # What config.py ships with of the settings that CPU_DEMO replaces: another value was set by the user, and wins over it
 SHIPPED = {
@@ -246,11 +249,10 @@ def use_config(path):
     """Let the settings in another file win over those of config.py; it may hold all of them or some."""
     file = resolve_input(path)
     values = read_config(file)
-    for name in values:
-        if name not in CONFIG:
-            near = difflib.get_close_matches(name, CONFIG, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else "config.py lists all settings"
-            raise UserError(f"{place_of(name, file)} is no setting; {hint}")
+    check_known(values, file)
+    values = {name: value for name, value in values.items() if name.isupper()}
+    if not values:
+        raise UserError(f"settings file {display_path(file)} sets nothing, expected lines such as LORA_R = 8")
     OTHER_FILES.update({name.lower(): file for name in values})
     CONFIG.update(values)
     DEFAULTS.update({name.lower(): value for name, value in values.items() if name != "CPU_DEMO"})
@@ -265,10 +267,23 @@ def place_of(name, file=None):
     return f"{display_path(file)}{f', line {numbers[-1]}' if numbers else ''}: {name}"
 
 
+def check_known(names, file):
+    """Raise UserError for a name in capitals that is no setting, or a setting's name in other letters.
+
+    Other names in small letters, of what a file computes its settings by, are the user's own.
+    """
+    known = [*map(str.upper, KNOWN), "CPU_DEMO"]
+    for name in names:
+        if name not in known and (name.isupper() or name.upper() in known):
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "config.py lists all settings"
+            raise UserError(f"{place_of(name, file)} is no setting; {hint}")
+
+
 def check_config():
-    """Raise UserError, with file and line, for a setting that is missing, of another type or out of its range."""
-    required = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS, *OPTIONAL_TEXTS}
-    if missing := sorted(required - set(DEFAULTS)):
+    """Raise UserError, with file and line, for no setting, a missing one, or a value that it may not have."""
+    check_known(CONFIG, CONFIG_FILE)
+    if missing := sorted(KNOWN - set(DEFAULTS)):
         raise UserError(f"config.py lacks {', '.join(missing).upper()}; restore what was there")
     for name, value in DEFAULTS.items():
         check_value(name, value, place_of(name.upper()))
@@ -381,14 +396,15 @@ def check_value(name, value, shown):
     if name == "system_prompt" and re.search("[\ud800-\udfff]", value or ""):
         raise UserError(f"{shown} is not UTF-8 text; correct it")
     if name == "run_name" and value is not None and not is_folder_name(value):
-        raise UserError(f"{shown} is {shortened(value)}, expected one folder's name, without slashes")
+        raise UserError(f"{shown} is {shortened(value)}, expected one folder's name, no slashes or control characters")
 
 
 def is_folder_name(text):
     """Whether a text is the name of one folder and leads to no other place."""
     return (
         text not in ("", ".", "..")
-        and not {"/", os.sep, "\0"} & set(text)
+        and not {"/", os.sep, "\n", "\t"} & set(text)
+        and text == printable(text)
         and len(text.encode(errors="replace")) <= 255
     )
 

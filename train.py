@@ -13,6 +13,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
+import os
 import platform
 import random
 import shlex
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from contextlib import closing
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -33,7 +35,17 @@ from file_utils import (
     storage_errors,
     write_json,
 )
-from message_utils import LateImport, UserError, note, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import (
+    LateImport,
+    UserError,
+    counted,
+    note,
+    printable,
+    quiet_libraries,
+    run_script,
+    say,
+    start_garbage_collection,
+)
 from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
@@ -54,6 +66,7 @@ board_utils = LateImport("board_utils")
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
+engine_shards = LateImport("engine_shards")
 evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
@@ -109,6 +122,7 @@ def train(settings, dry_run=False, fresh=False):
         lock.check()
     base = model_utils.find_base(settings)
     folder = resolve_path(settings.output_dir) / CHECKPOINTS
+    base = base._replace(shards=engine_shards.find_engine())  # before the Trainer looks for it
     arguments = training_utils.build_training_arguments(
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
@@ -123,6 +137,7 @@ def train(settings, dry_run=False, fresh=False):
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
     with lock, process_utils.StopAtOnce():
+        check_same_folder(lock)
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)
         trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started)
@@ -197,7 +212,7 @@ def tokenize(settings, base, conversations, name):
     rows = token_utils.tokenize_conversations(base.tokenizer, conversations, settings.max_seq_length, name, cache_dir)
     if len(conversations) and not len(rows):
         raise UserError(
-            f"no token of the {name}'s {len(conversations)} rows can be trained at --max_seq_length"
+            f"no token of the {name} ({counted(len(conversations), 'row')}) can be trained at --max_seq_length"
             f" {settings.max_seq_length}; raise it"
         )
     fit_utils.check_rows(base.shapes, base.tokenizer, rows, name)
@@ -219,7 +234,7 @@ def show_example(tokenizer, rows):
     color = sys.stderr.isatty()
     start, end = ("\x1b[1;32m", "\x1b[0m") if color else ("[", "]")
     marks = "green" if color else "[ ]"
-    say(f"Example: row {example['row']}, {len(example['input_ids'])} tokens, the trained ones in {marks}:\n")
+    say(f"Example: row {example['row']}, {counted(len(example['input_ids']), 'token')}, the trained ones in {marks}:\n")
     say(token_utils.mark_trained_tokens(tokenizer, example, start, end) + "\n", styled=True)
 
 
@@ -239,7 +254,7 @@ def make_plan(settings, base, rows, arguments):
     plan_utils.print_plan(settings, base, rows.training, rows.validation, rows.evaluated, arguments.world_size)
     gpu = plan_utils.look_at_gpu(base.device)
     steps = plan_utils.plan_steps(
-        base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation
+        base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation, base.shards
     )
     plan_utils.check_compiler(settings, base.device)
     return Plan(arguments, steps)
@@ -277,7 +292,7 @@ def open_checkpoints(settings, base, identity, fresh):
     """Decide, in the first process for all, whether an interrupted run goes on; refuse one that is another run's."""
     output_dir = resolve_path(settings.output_dir)
     resumption = None
-    if not (output_dir / ADAPTER).exists():  # else the run there had finished
+    if not os.path.lexists(output_dir / ADAPTER):  # else the run there had finished
         resumption = process_utils.from_first_process(checkpoint_utils.find_resumption, output_dir, identity, fresh)
     run_name = process_utils.from_first_process(choose_run_name, settings, resumption)
     trainable = model_utils.count_parameters(base.shapes)[1]
@@ -285,6 +300,20 @@ def open_checkpoints(settings, base, identity, fresh):
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
     checkpoints.check_space()
     return checkpoints
+
+
+def check_same_folder(lock):
+    """Raise UserError unless all processes see the first one's output folder: on other machines it may be another one.
+
+    lock: the OutputLock, which the first process holds.
+    """
+    owner = process_utils.from_first_process(lock.read_owner)
+    with process_utils.shared_errors():
+        if lock.read_owner() != owner:
+            raise UserError(
+                f"the processes do not share one {display_path(lock.folder)}, in which all of them write and read"
+                " checkpoints; give a folder that all machines see with --output_dir"
+            )
 
 
 def choose_run_name(settings, resumption):
@@ -348,7 +377,7 @@ def run(trainer, settings, base, rows, started):
     """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
     resumption = trainer.checkpoints.resumption
     say(f"Training; watch it with: tensorboard --logdir {shlex.quote(settings.logs_dir)}")
-    with trainer.signals, trainer.runner:
+    with trainer.signals, trainer.runner, closing(trainer):
         try:
             trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
         except KeyboardInterrupt:
@@ -418,16 +447,16 @@ def print_summary(settings, adapter_dir, record):
         if record["best_step"]:
             validation += f" from step {record['best_step']}"
         if record["evaluated_rows"] < record["validation_rows"]:
-            validation += f" on all {record['validation_rows']:,} rows"
+            validation += f" on all {counted(record['validation_rows'], 'row')}"
         following.insert(0, f"Next: python evaluate.py{where}    base versus tuned, in figures and answers")
     duration = format_duration(record["seconds"])
     lines = [
-        f"\nDone in {duration}: {record['steps']} steps, training loss {record['first_loss']:.4f} ->"
+        f"\nDone in {duration}: {counted(record['steps'], 'step')}, training loss {record['first_loss']:.4f} ->"
         f" {record['last_loss']:.4f}{validation}, peak memory {record['peak_memory_gib']:.2f} GiB.",
         f"Adapter: {display_path(adapter_dir)}",
         *following,
     ]
-    print("\n".join(lines), flush=True)
+    print(printable("\n".join(lines)), flush=True)
     note("\n".join(lines))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast, gather_object
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
@@ -18,7 +18,7 @@ from checkpoint_utils import AGAIN, best_whole_step, validation_losses
 from engine_passes import count_tokens, pack_rows, perplexity
 from engine_runner import StepCheck, StepRunner
 from file_utils import display_path, files_in, sha256, storage_errors, sync_file
-from message_utils import Stopped, UserError, say
+from message_utils import Stopped, UserError, counted, say
 from model_utils import ADAPTER_WEIGHTS, measured_peak, save_adapter
 from plan_utils import (
     RunTimes,
@@ -35,6 +35,7 @@ from progress_utils import progress
 # What LoraTrainer relies on beside the Trainer's public methods. A test tells when a release of it has lost one.
 TRAINER_METHODS = (
     "_clip_grad_norm",
+    "_finalize_training",
     "_get_grad_norm",
     "_get_output_dir",
     "_init_training_state",
@@ -91,6 +92,7 @@ class LoraTrainer(Trainer):
         self.bar = progress("Training")
         self.signals = StopSignals()
         self.stop_now = 0  # how many processes had got a signal by the last step whose flags were read
+        self.going_on = None  # the Resumption, until what it left was taken up
         self.evaluation_due = False  # whether the step that is saved still has to be evaluated
         self.rehearsed = False
         self.rows_of_step, self.loss_of_step = [], None
@@ -98,12 +100,13 @@ class LoraTrainer(Trainer):
         self.speed = SpeedMeter()
 
     def train(self, *args, **kwargs):
-        try:
-            with progress("Training", left=self.seconds_left) as self.bar:
-                return super().train(*args, **kwargs)
-        finally:
-            for board in self._callbacks(RunBoard):
-                board.close()
+        with progress("Training", left=self.seconds_left) as self.bar:
+            return super().train(*args, **kwargs)
+
+    def close(self):
+        """Write what waits to be shown of the training."""
+        for board in self._callbacks(RunBoard):
+            board.close()
 
     def seconds_left(self):
         """Seconds to the end of the run; None until they were rehearsed."""
@@ -152,7 +155,7 @@ class LoraTrainer(Trainer):
                 seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, processes)
             self.runner.lower(expected_seconds=seconds)
             self.times.expect("step", seconds / max(steps, 1))
-            if self._rough_seconds() >= SHORT_RUN:
+            if max(gather_object([self._rough_seconds()])) >= SHORT_RUN:
                 self._rehearse_rounds(scratch)
         say(self.times.describe(done, *self._round()))
 
@@ -204,11 +207,11 @@ class LoraTrainer(Trainer):
             self.times.expect("evaluation", a_token * int(lengths.sum()))
             if self.all_validation_rows:
                 self.times.expect("end", a_token * int(row_lengths(self.all_validation_rows).sum()))
-        if self.is_world_process_zero():
-            if answers := self._sample_answers():
-                self.times.expect("answers", answers.rehearse(self.model))
-            if scratch:
-                self.times.expect("save", self._time_save(scratch))
+        answers = self._sample_answers()
+        if answers and (self.is_world_process_zero() or self.runner.plan.shards > 1):
+            self.times.expect("answers", answers.rehearse(self.model))
+        if self.is_world_process_zero() and scratch:
+            self.times.expect("save", self._time_save(scratch))
 
     def _time_save(self, folder):
         """Seconds of a checkpoint: the adapter is written and thrown away; AdamW's moments are twice as large.
@@ -323,8 +326,11 @@ class LoraTrainer(Trainer):
             perplexities = f"{perplexity(self.final_loss):.2f}"
             say(
                 f"Validation loss {self.final_loss:.4f}, perplexity {perplexities}, on all"
-                f" {len(self.all_validation_rows):,} rows"
+                f" {counted(len(self.all_validation_rows), 'row')}"
             )
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        for board in self._callbacks(RunBoard):
+            board.add_final(self.final_loss, losses[-1] if losses else None, self.state.global_step)
 
     def log(self, logs, start_time=None):
         """Add speed and memory to the training losses. Speed counts real tokens and training time only."""
@@ -411,7 +417,8 @@ class LoraTrainer(Trainer):
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
         begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
         if checkpoint is not None:
-            best = self.checkpoints.resumption.best_step
+            self.going_on = self.checkpoints.resumption
+            best = self.going_on.best_step
             self.state.best_global_step = best
             self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
             self.state.best_metric = best and validation_losses(self.state)[best]
@@ -419,27 +426,43 @@ class LoraTrainer(Trainer):
         return begin
 
     def _run_epoch(self, **kwargs):
-        """One epoch, or the rest of it where the training goes on; the loss that was not logged yet is kept."""
-        resumption = self.checkpoints and self.checkpoints.resumption
-        if resumption and self.state.global_step == resumption.step:
-            self._tr_loss += resumption.progress["loss_since_log"]
-            self._globalstep_last_logged = resumption.progress["last_logged_step"]
-            if resumption.progress.get("evaluation_due"):
-                self._make_up_for_evaluation(kwargs)
-            if resumption.finished:  # killed between its last checkpoint and the adapter
-                self.control.should_training_stop = True
-            if self.control.should_training_stop:
-                return
-        super()._run_epoch(**kwargs)
+        """One epoch, or the rest of it where the training goes on."""
+        self._go_on()
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
 
-    def _make_up_for_evaluation(self, arguments):
+    def _finalize_training(self, *args):
+        """The end of the training; one that goes on from the last step of an epoch may come here without an epoch."""
+        self._go_on()
+        return super()._finalize_training(*args)
+
+    def _go_on(self):
+        """Take up, once, what was left at the step where the training goes on."""
+        resumption, self.going_on = self.going_on, None
+        if resumption is None:
+            return
+        self._tr_loss += resumption.progress["loss_since_log"]  # the loss that was not logged yet
+        self._globalstep_last_logged = resumption.progress["last_logged_step"]
+        if resumption.progress.get("evaluation_due"):
+            self._make_up_for_evaluation()
+        if resumption.finished:  # killed between its last checkpoint and the adapter
+            self.control.should_training_stop = True
+
+    def _make_up_for_evaluation(self):
         """Evaluate the step at which the training goes on, in whose evaluation a signal had come.
 
         Its checkpoint has the weights already.
         """
         self.control.should_evaluate, self.control.should_save = True, False
-        names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
-        self._maybe_log_save_evaluate(self._tr_loss, None, *(arguments[name] for name in names))
+        self._maybe_log_save_evaluate(
+            self._tr_loss,
+            grad_norm=None,
+            model=self.model,
+            trial=None,
+            epoch=self.state.epoch,
+            ignore_keys_for_eval=None,
+            start_time=time.time(),
+        )
         best = self.state.best_global_step
         self.state.best_model_checkpoint = best and str(self.checkpoints.path(best))
 
@@ -484,9 +507,7 @@ def validation_loss(runner, rows, accelerator, before_pass):
     mine = rows[accelerator.process_index :: processes]
     max_tokens = min(gather_object([runner.plan.max_pass_tokens]))  # memory may have run out in one process alone
     passes = [len(pack_rows(lengths[rank::processes], max_tokens)) for rank in range(processes)]
-    scores = runner.score(mine, before_pass, max_tokens)
-    for _ in range(max(passes) - passes[accelerator.process_index]):
-        before_pass()
+    scores = runner.score(mine, before_pass, max_tokens, passes=max(passes))
     # float64 counts tokens exactly, and a process without rows must send the type that the others send
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = [sum(nll for nll, _ in scores), sum(tokens for _, tokens in scores)]
@@ -499,7 +520,7 @@ def refuse(trainer, what, rows, name):
 
     Each row is scored by itself for that; the rows of all processes are named where none is found.
     """
-    scores = trainer.runner.score(rows, max_pass_tokens=0)
+    scores = trainer.runner.score(rows, max_pass_tokens=0, passes=max(gather_object([len(rows)])))
     bad = [row["row"] for row, (nll, _) in zip(rows, scores, strict=True) if not math.isfinite(nll)]
     numbers = gather_object([(bad, [row["row"] for row in rows])])
     numbers = sorted({number for own, _ in numbers for number in own} or {n for _, every in numbers for n in every})
@@ -514,12 +535,6 @@ def refuse(trainer, what, rows, name):
 # ---- Making it -------------------------------------------------------------------------------------------------------
 def build_training_arguments(settings, output_dir, device, dtype, has_validation):
     """Trainer's arguments; evaluation and checkpoints fall on the same steps, so that the best one can be kept."""
-    sharding = [name for name in ("FSDP", "DeepSpeed") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")]
-    if sharding:
-        raise UserError(
-            f"accelerate launch asks for {sharding[0]}, which shards a model over GPUs; here each GPU holds the model:"
-            " run accelerate launch --multi_gpu train.py"
-        )
     strategy = "steps" if has_validation else "no"
     arguments = TrainingArguments(
         output_dir=str(output_dir),

@@ -29,13 +29,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers
 
 import evaluate
+import inference
 import model_utils
 import train
 from message_utils import quiet_libraries, run_script
 from settings_utils import DEFAULTS, Settings
 
 TINY_BASE = Path(__file__).resolve().parent.parent / "models" / "tiny-base"
-WEIGHTS = "lora-adapter/adapter_model.safetensors"
+WEIGHTS, ANSWERS = "lora-adapter/adapter_model.safetensors", "answers.jsonl"
 
 
 def write_data(folder):
@@ -222,6 +223,12 @@ def merge_command(folder):
     model_utils.merge_and_save_model(*model_utils.load_trained_model(folder / "lora-adapter"), folder / "merged-model")
 
 
+def batch_command(folder):
+    quiet_libraries()
+    files = ["--input_file", str(folder.parent / "validation.json"), "--output_file", str(folder / ANSWERS)]
+    inference.main(["--output_dir", str(folder), *files, "--max_new_tokens", "3", "--do_sample", "false"])
+
+
 def files_of(folder, *kept):
     """{name: content} of the files below those names in a folder."""
     paths = [path for name in kept for path in [folder / name, *(folder / name).rglob("*")] if path.is_file()]
@@ -239,8 +246,11 @@ COMMANDS = {
     "train": (train_command, False, trained),
     "train where a run had finished": (train_command, True, trained),
     "evaluate": (evaluate_command, True, lambda folder: files_of(folder, "evaluation", "lora-adapter")),
+    "batch inference": (batch_command, True, lambda folder: files_of(folder, ANSWERS, "lora-adapter")),
     "merge": (merge_command, True, lambda folder: files_of(folder, "merged-model", "lora-adapter")),
 }
+# the file that a command puts in place last, where typing it again would not do the same once more
+LAST = {"train": WEIGHTS, "train where a run had finished": WEIGHTS, "batch inference": ANSWERS}
 
 
 def sweep(scratch, chosen, draw, only=None):
@@ -275,8 +285,9 @@ def sweep(scratch, chosen, draw, only=None):
             if begun:
                 shutil.copytree(finished, folder)
             figures["kills"] += fork_command(command, folder, kill_before=number)[0] == -signal.SIGKILL
-            # a kill behind the last save of an adapter leaves a run that had finished: typed again, it would start anew
-            ended = name.startswith("train") and is_finished(folder, expected)
+            # a kill behind its last step leaves a command that had finished: typed again, a training would start anew,
+            # and a batch would refuse to overwrite its answers
+            ended = name in LAST and is_finished(folder, expected, LAST[name])
             code = 0 if ended else fork_command(command, folder)[0]
             found = result(folder)
             if code or any(found.get(key) != value for key, value in expected.items()):
@@ -284,10 +295,10 @@ def sweep(scratch, chosen, draw, only=None):
         yield figures
 
 
-def is_finished(folder, expected):
-    """Whether a killed training had put its adapter in place: the one it was to make, and not an earlier run's."""
-    path = folder / WEIGHTS
-    return path.exists() and path.read_bytes() == expected[WEIGHTS]
+def is_finished(folder, expected, name):
+    """Whether a killed command had put in place what comes last: the one it was to make, and not an earlier run's."""
+    path = folder / name
+    return path.exists() and path.read_bytes() == expected[name]
 
 
 if __name__ == "__main__":

@@ -97,9 +97,7 @@ def test_every_row_is_answered_beside_what_was_given_in_its_order(answer, fake, 
     assert "你好" in (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} >= {"prompts.jsonl", "answers.jsonl"}
     assert not (tmp_path / "answers.jsonl.unfinished").exists()
-    assert (
-        "9 of 10 answers ended by themselves; the others were cut at 40 tokens. Written to " in capsys.readouterr().err
-    )
+    assert "10 answers, 9 ended by the model, 1 cut at 40 tokens. Written to " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"index": 0, "rep', b'{"index": 0, "reply": "x", "ended": true, "tokens": 1}'])
@@ -117,8 +115,8 @@ def test_a_killed_run_goes_on_where_it_was(answer, fake, tmp_path, torn, capsys)
     assert len(fake.asked) == len(ROWS)  # none was asked twice
     assert not journal.exists()
     shown = capsys.readouterr().err
-    assert "4 of 10 answers are kept; the same command goes on" in shown
-    assert "Going on: 4 of 10 answers are there" in shown
+    assert "4 of 10 answers kept; the same command goes on" in shown
+    assert "Going on: 4 of 10 answers found" in shown
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections import namedtuple
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from transformers import MixtralConfig
 
 import checkpoint_utils
 import engine_runner
+import engine_shards
 import evaluate
 import inference
 import model_utils
@@ -155,6 +157,13 @@ def edit_weights(path, change):
 
 def talk(argv):
     inference.main(["Hi", "--max_new_tokens=2", "--adapter_path", os.environ["ADAPTER"]])
+
+
+def answer_rows(argv, name="rows.json"):
+    folder = Path(os.environ["ADAPTER"]).parent
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    files = ["--input_file", f"{folder}/{name}", "--output_file", f"{folder}/answers.jsonl"]
+    inference.main([*files, "--max_new_tokens=2", "--adapter_path", os.environ["ADAPTER"]])
 
 
 def measure(argv):
@@ -314,7 +323,7 @@ def an_adapter_of_a_user_that_is_not_there(place):
     place.patch.setenv("ADAPTER", "~nouser/x")
 
 
-@fault("--run_name is", "expected one folder's name, without slashes")
+@fault("--run_name is", "expected one folder's name, no slashes")
 def a_run_name_that_is_too_long(place):
     return {"run_name": LONG}
 
@@ -342,6 +351,13 @@ def a_folder_where_the_lock_belongs(place):
 @fault("Is a directory: ", ".lock-owner.json")
 def a_folder_where_the_locks_record_belongs(place):
     lies_in(place, ".lock-owner.json")
+
+
+@fault("data_report.json; mend that and try again")
+def a_folder_where_the_data_report_belongs(place):
+    interrupted(place)
+    (place.out / "data_report.json").unlink()
+    (place.out / "data_report.json").mkdir()
 
 
 @fault("data_report.json.tmp; mend that and try again")
@@ -376,6 +392,23 @@ def a_file_where_the_adapter_belongs(place):
 
 
 @fault("An earlier run lies in", "moved to", code=0)
+def a_link_to_nowhere_where_the_adapter_belongs(place):
+    interrupted(place)
+    (place.out / ADAPTER).symlink_to(place.folder / "gone")
+
+
+@fault("Going on with the interrupted run", code=0)
+def a_link_where_an_unfinished_adapter_belongs(place):
+    interrupted(place)
+    (place.out / f"{ADAPTER}.incomplete").symlink_to("/etc")
+
+
+@fault("Skipped", "checkpoint-9: it has no manifest.json", code=0)
+def a_link_to_nowhere_among_the_checkpoints(place):
+    (interrupted(place).parent / "checkpoint-9").symlink_to(place.folder / "gone")
+
+
+@fault("An earlier run lies in", "moved to", code=0)
 def checkpoints_on_a_disk_of_their_own(place):
     shutil.copytree(place.finished, place.out)
     shutil.rmtree(place.out / CHECKPOINTS)
@@ -391,6 +424,28 @@ def a_record_larger_than_the_memory(place):
 @fault("the adapter's settings", "cannot be read", main=talk)
 def a_record_deeper_than_python_reads(place):
     (adapter(place) / "settings.json").write_text("[" * 100_000)
+
+
+@fault("is a link that leads back to itself; correct it", main=talk)
+def an_adapter_that_is_a_link_to_itself(place):
+    (place.folder / "adapter").symlink_to(place.folder / "adapter")
+
+
+@fault("is a link that leads back to itself; correct it")
+def data_that_is_a_link_to_itself(place):
+    (place.folder / "rows.json").symlink_to(place.folder / "rows.json")
+    return {"custom_dataset_path": place.folder / "rows.json"}
+
+
+@fault("is a link, expected a file of answers so far; move it away", main=answer_rows)
+def a_link_where_unfinished_answers_belong(place):
+    adapter(place)
+    (place.folder / "answers.jsonl.unfinished").symlink_to(place.folder / "mine.txt")
+
+
+@fault("holds a NUL character, which no name has; correct it", main=lambda argv: answer_rows(argv, "a\0b"))
+def a_file_of_prompts_with_a_NUL_in_its_name(place):
+    adapter(place)
 
 
 @fault("holds no adapter_config.json; train again, or give the folder that holds it", main=talk)
@@ -472,14 +527,27 @@ def missing_adapter_weights(place):
     (adapter(place) / "adapter_model.safetensors").unlink()
 
 
+@fault("adapter_model.safetensors in", "changed since the adapter was trained; restore it or train again", main=talk)
+def adapter_weights_with_one_other_bit(place):
+    weights = adapter(place) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\x01\x02")
+
+
+@fault("adapter_config.json in", "changed since the adapter was trained; restore it or train again", main=talk)
+def an_adapter_whose_alpha_was_changed(place):
+    edit_json(adapter(place) / "adapter_config.json", lora_alpha=64)
+
+
 @fault("adapter_model.safetensors is damaged", "train again or restore it", main=talk)
-def corrupt_adapter_weights(place):
-    os.truncate(adapter(place) / "adapter_model.safetensors", 5000)
+def corrupt_adapter_weights_of_another_tool(place):
+    (adapter(place) / "identity.json").unlink()
+    os.truncate(place.folder / "adapter/adapter_model.safetensors", 5000)
 
 
 @fault("adapter_model.safetensors holds weights that are not finite, such as", "train again", main=talk)
-def adapter_weights_that_are_nan(place):
+def adapter_weights_of_another_tool_that_are_nan(place):
     weights = adapter(place) / "adapter_model.safetensors"
+    weights.with_name("identity.json").unlink()
     edit_weights(weights, lambda tensors: tensors[min(tensors)].fill_(torch.nan))
 
 
@@ -627,14 +695,43 @@ def two_gpus_without_a_launcher(place):
     return {"dry_run": None}
 
 
-@fault("accelerate launch asks for FSDP", "here each GPU holds the model: run accelerate launch --multi_gpu train.py")
-def a_launcher_that_shards_by_fsdp(place):
+@fault("accelerate launch asks for FSDP in version 1, expected version 2; write fsdp_version: 2 into its configuration")
+def a_launcher_that_shards_by_the_first_fsdp(place):
     place.patch.setenv("ACCELERATE_USE_FSDP", "true")
 
 
-@fault("accelerate launch asks for DeepSpeed", "run accelerate launch --multi_gpu train.py")
-def a_launcher_that_shards_by_deepspeed(place):
+@fault(
+    "accelerate launch is to keep the shards in the host's memory, which is not supported; write fsdp_offload_params"
+)
+def a_launcher_that_keeps_the_shards_on_the_host(place):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}.items():
+        place.patch.setenv(name, value)
+
+
+@fault("accelerate launch asks for DeepSpeed, which is not installed; pip install deepspeed, or run accelerate launch")
+def a_launcher_that_shards_by_deepspeed_which_is_not_there(place):
     place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    place.patch.setattr(engine_shards, "find_spec", lambda name: None)
+
+
+@fault("accelerate launch asks for DeepSpeed's ZeRO in stage 2, expected stage 3", "write zero_stage: 3 into")
+def a_launcher_that_shards_the_optimizer_alone(place):
+    place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    place.patch.setattr(engine_shards, "find_spec", lambda name: "there")
+    place.patch.setattr(engine_shards, "DeepSpeedPlugin", lambda: SimpleNamespace(zero_stage=2))
+
+
+@fault("One process was started, so that there is nothing to share out: it holds the whole model", code=0)
+def a_single_process_that_is_to_share_a_model(place):
+    place.patch.setenv("ACCELERATE_USE_FSDP", "true")
+    place.patch.setenv("FSDP_VERSION", "2")
+    return {"dry_run": None}
+
+
+@fault("the processes do not share one ", "give a folder that all machines see with --output_dir")
+def an_output_folder_on_each_machine(place):
+    owners = count()
+    place.patch.setattr(OutputLock, "read_owner", lambda lock: {"pid": next(owners), "host": "", "since": ""})
 
 
 # ---- The test --------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_an_id_without_an_embedding_is_refused_with_its_row_and_token():
 @pytest.mark.parametrize("config", [GPT2, OPT, MPT], ids=["gpt2", "opt", "mpt"])
 def test_a_row_beyond_a_table_of_positions_is_refused(config):
     message = refusal(check_rows, shapes_of(config), None, tokenized([5] * 33, [6] * 32, [7] * 40), "training data")
-    assert message.startswith("2 rows of the training data are longer than the model's 32 positions, up to 40 tokens")
+    assert message.startswith("2 rows of the training data beyond the model's 32 positions, up to 40 tokens")
     assert "--max_seq_length to 32" in message
     check_rows(shapes_of(config), None, tokenized([5] * 32), "training data")
 
@@ -72,7 +72,7 @@ def test_a_row_beyond_the_positions_of_a_rotary_model_is_announced(capsys):
     check_rows(shapes_of(LlamaConfig(**TINY)), None, tokenized([5] * 129, [5] * 3), "validation data")
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "1 rows of the validation data are longer than the model's 128 positions, up to 129 tokens" in said
+    assert "1 row of the validation data beyond the model's 128 positions, up to 129 tokens" in said
 
 
 def test_a_model_without_positions_takes_rows_of_any_length(capsys):

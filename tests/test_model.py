@@ -483,8 +483,8 @@ DAMAGES = {
     "its weights are cut short": (cut_short, [ADAPTER_WEIGHTS, "damaged"]),
     "its weights are an empty file": (lambda folder: (folder / ADAPTER_WEIGHTS).write_bytes(b""), ["damaged"]),
     "its weights are text": (lambda folder: (folder / ADAPTER_WEIGHTS).write_text("version 1"), ["damaged"]),
-    "one weight is missing": (drop_one_weight, ["does not fit", "1 weights are missing"]),
-    "one weight is unknown": (add_one_weight, ["does not fit", "1 are unknown"]),
+    "one weight is missing": (drop_one_weight, ["does not fit", "1 weight missing"]),
+    "one weight is unknown": (add_one_weight, ["does not fit", "1 unknown"]),
     "its rank is another": (lambda folder: edit_json(folder / "adapter_config.json", r=8), ["does not fit"]),
     "its config is cut short": (
         lambda folder: (folder / "adapter_config.json").write_text('{"r": 4, '),

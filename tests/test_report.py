@@ -128,7 +128,7 @@ def test_the_report_on_a_small_dataset_is_exact_from_the_file_to_the_lines(token
         "  --max_seq_length 40: 2 rows whole, 1 with the prompt's start cut off, answer whole (row 2),"
         f" 1 with the answer's end cut off (row 3); {max(lengths)} would cut none"
     )
-    assert "Notice: 1 answers hold control tokens, trained as plain text (row 6)" in lines
+    assert "Notice: 1 answer with control tokens, trained as plain text (row 6)" in lines
     assert not [line for line in lines if line.startswith("Validation")]
 
 
@@ -173,7 +173,7 @@ def test_validation_prompts_that_are_trained_with_another_answer_are_counted_and
     )
     assert report["validation_prompts_also_trained"] == {"count": 2, "rows": [102, 103]}
     assert (
-        "Notice: 2 validation prompts stand in the training rows too (rows 102, 103); the validation loss flatters"
+        "Notice: 2 validation prompts with a twin in the training rows (rows 102, 103); the validation loss flatters"
     ) in told(capsys, report)
 
 
@@ -300,7 +300,7 @@ def test_a_run_whose_answers_are_cut_is_refused_and_goes_on_with_the_limit_at_1(
     rows = [{"instruction": f"q{n}", "response": "word " * 60 if n < 4 else "Short."} for n in range(10)]
     cut = {"max_seq_length": LIMIT, "validation_split": 0.0}
     message = refusal(lambda: dry_run(rows, **cut))
-    assert message.startswith("0 of 10 rows are dropped and 4 of 10 lose the end of their answer")
+    assert message.startswith("0 of 10 rows dropped, 4 of 10 without the end of their answer")
     assert "more than 30%" in message
     longest = re.search(r"--max_seq_length \((\d+) cuts none\)", message)[1]
     assert "Plan:" not in capsys.readouterr().err

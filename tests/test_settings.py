@@ -518,7 +518,7 @@ def restored():
 
 
 def test_another_settings_file_wins_over_config_and_the_command_line_over_it(restored, gpu, tmp_path):
-    (tmp_path / "mine.py").write_text("LORA_R = 8\nLORA_ALPHA = 2 * LORA_R\nlora_dropout = 3\n")
+    (tmp_path / "mine.py").write_text("LORA_R = 8\ntwice = 2\nLORA_ALPHA = twice * LORA_R\n")
     values = given("--seed", 1, "--config", tmp_path / "mine.py", "--lora_r", 4)
     assert values == {"seed": 1, "lora_r": 4}
     settings = settings_utils.make_settings(values)
@@ -544,6 +544,8 @@ def test_of_a_copy_of_config_only_what_was_edited_wins_over_the_demo(restored, n
     ("text", "words"),
     [
         ("SEED = 1\nNUM_EPOCH = 3\n", "mine.py, line 2: NUM_EPOCH is no setting; did you mean NUM_EPOCHS?"),
+        ("LORA_R = 8\nseed = 1\n", "mine.py, line 2: seed is no setting; did you mean SEED?"),
+        ('{"LORA_R": 8}', "mine.py sets nothing, expected lines such as LORA_R = 8"),
         ("SEED = \n", "mine.py, line 1: invalid syntax (SyntaxError); correct it"),
         ("SEED = 1\n  LORA_R = 2\n", "mine.py, line 2: unexpected indent (IndentationError)"),
         ("SEED = seed\n", "mine.py, line 1: name 'seed' is not defined (NameError)"),
@@ -930,6 +932,9 @@ def test_durations_are_short_to_read(seconds, text):
         (("LORA_R = 16", "LORA_R = '16'"), ": LORA_R is '16', expected a whole number; correct it"),
         (("SEED = 42", "SEED = -1"), ": SEED is -1, expected 0 to 4294967295; correct it there"),
         (("SEED = 42", "SEED = ="), ": invalid syntax (SyntaxError); correct it"),
+        (("SEED = 42", "SEED = 42\nSEEED = 3"), ": SEEED is no setting; did you mean SEED?"),
+        (("SEED = 42", "SEED = 42\nlora_r = 3"), ": lora_r is no setting; did you mean LORA_R?"),
+        (("DATASET_COLUMNS = ", "COLUMNS = "), ": COLUMNS is no setting; did you mean DATASET_COLUMNS?"),
         (("SEED = 42", "SEED = seed"), ": name 'seed' is not defined (NameError); correct it"),
         (("CPU_DEMO = {", "CPU_DEMO = 3 or {"), ": CPU_DEMO is 3, expected a dict of settings"),
         (('OUTPUT_DIR = "output"', "OUTPUT_DIR = 5"), ": OUTPUT_DIR is 5, expected a text; correct it"),
@@ -945,7 +950,7 @@ def test_a_mistake_in_config_is_one_line(script, edit, message, tmp_path):
     done = subprocess.run([sys.executable, tmp_path / script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     lines = (tmp_path / "config.py").read_text(encoding="utf-8").splitlines()
-    number = next(n for n, line in enumerate(lines, 1) if edit[1].splitlines()[0] in line)
+    number = next(n for n, line in enumerate(lines, 1) if edit[1].splitlines()[-1] in line)
     place = "" if "lacks" in message else f", line {number}"
     assert done.stderr.startswith(f"error: config.py{place}")
     assert message in done.stderr
