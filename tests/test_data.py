@@ -778,6 +778,14 @@ def test_duplicates_are_dropped_and_counted_and_near_duplicates_kept(write):
     assert "2 dropped: duplicate (rows 3, 5)" in report.line()
 
 
+def test_a_small_file_that_repeats_a_long_row_fills_no_disk(tmp_path):
+    path = parquet(tmp_path / "rows.parquet", [{"instruction": "Say it", "response": "a word " * 1000}] * 1000)
+    conversations, report = load_conversations(str(path), cache_dir=tmp_path / "cache")
+    assert (len(conversations), report.dropped["duplicate"]["count"]) == (1, 999)
+    written = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    assert path.stat().st_size < 10_000 < written < 20_000
+
+
 def test_duplicates_are_found_across_formats_of_the_same_conversation(write):
     openai = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     named = [{"content": "q", "role": "user", "id": 1}, {"from": "gpt", "value": "a"}]
