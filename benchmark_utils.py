@@ -21,7 +21,7 @@ from file_utils import PROJECT_DIR, resolve_input
 from hub_utils import hub_errors
 from message_utils import UserError
 from progress_utils import progress
-from prompt_utils import MarkedText, encode_texts, end_token_ids, hide_control_tokens, render
+from prompt_utils import FIRST_STAND_IN, MarkedText, encode_texts, end_token_ids, hide_control_tokens, render
 from score_utils import as_figures, mean_interval, share_interval
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notices need no action of the user
@@ -49,16 +49,16 @@ def find_tasks(names):
             near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists them"
             raise UserError(f"--benchmarks: {name} is no task of lm-evaluation-harness; {hint}")
-    with prepared(found):
+    with prepared(), hub_errors(", ".join(found), "give another task", "benchmark"):
         manager.load(found)
     return manager, found
 
 
 @contextlib.contextmanager
-def prepared(names):
-    """The surroundings in which lm-evaluation-harness makes tasks; what the Hub refuses becomes a UserError."""
+def prepared():
+    """The surroundings in which lm-evaluation-harness makes tasks."""
     no_bars = contextlib.redirect_stderr(io.StringIO())  # of the library's own, which cannot be switched off
-    with the_library_evaluate(), no_bars, hub_errors(", ".join(names), "give another task", "benchmark"):
+    with the_library_evaluate(), no_bars:
         yield
 
 
@@ -91,7 +91,7 @@ class TemplatedModel(HFLM):
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         if not add_generation_prompt:  # the task begins the answer itself
             return super().apply_chat_template(chat_history, add_generation_prompt)
-        return render(self.tokenizer, hide_control_tokens(self.tokenizer, chat_history), True)
+        return render(self.tokenizer, hide_control_tokens(self.tokenizer, chat_history, FIRST_STAND_IN), True)
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
         ids = next(encode_texts(self.tokenizer, [MarkedText(string, [])])).ids.tolist()
@@ -143,21 +143,21 @@ class TemplatedModel(HFLM):
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
-def measure(model, tokenizer, tasks, limit, batch_size):
-    """{task: {"rows": n, "metrics": {metric: {"base", "tuned", "mean", "low", "high"}}}} of base and tuned.
+def compare_tasks(base, tuned):
+    """{task: {"rows": n, "metrics": {metric: {"base", "tuned", "mean", "low", "high"}}}} of what answer_tasks gave.
 
-    tasks: what find_tasks gave. limit: rows of each task, or None. The interval is that of the paired difference.
+    The interval is that of the paired difference.
     """
-    tuned = answer_tasks(TemplatedModel(model, tokenizer, "the tuned model", batch_size), tasks, limit)
-    with model.disable_adapter():
-        base = answer_tasks(TemplatedModel(model, tokenizer, "the base model", batch_size), tasks, limit)
     return {task: compare_task(base[task], tuned[task]) for task in tuned}
 
 
-def answer_tasks(model, tasks, limit):
-    """{task: its samples} of one model; a sample is a dict with a value of each of the task's metrics."""
-    manager, names = tasks
-    with prepared(names):
+def answer_tasks(model, tokenizer, name, tasks, limit, batch_size):
+    """{task: its samples} of one model; a sample is a dict with a value of each of the task's metrics.
+
+    name: the model's, for the bar. tasks: what find_tasks gave. limit: rows of each task, or None.
+    """
+    model, (manager, names) = TemplatedModel(model, tokenizer, name, batch_size), tasks
+    with prepared():
         found = lm_eval.simple_evaluate(
             model, tasks=names, limit=limit, apply_chat_template=True, task_manager=manager, bootstrap_iters=0
         )

@@ -10,6 +10,7 @@ from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
 
 from data_utils import last_answer
+from engine_shards import is_sharded
 from file_utils import display_path
 from generation_utils import generate_replies
 from message_utils import say
@@ -88,15 +89,13 @@ class RunBoard(TrainerCallback):
         _, start, _ = hparams(shown, {})
         self.writer.file_writer.add_summary(start)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """The figures of the run's end beside its settings: the best validation loss is that of the adapter."""
+    def add_final(self, validation_loss, training_loss, step):
+        """The figures of the run's end beside its settings; the validation loss is the adapter's, on all rows."""
         if self.writer is not None:
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            figures = (state.best_metric, losses[-1] if losses else None)
             with self.kept_going():
-                for name, figure in zip(self.FINAL, figures, strict=True):
+                for name, figure in zip(self.FINAL, (validation_loss, training_loss), strict=True):
                     if figure is not None:
-                        self.writer.add_scalar(name, figure, state.global_step)
+                        self.writer.add_scalar(name, figure, step)
 
     def add_samples(self, prompts, expected, replies, step):
         """Show each prompt with the reply of this step and the answer in the data."""
@@ -143,10 +142,13 @@ class SampleAnswers(TrainerCallback):
         self.board = board
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or not self.prompts:
+        # where the processes share out the weights of the model, all of them answer, and the first one's answers count
+        if not self.prompts or not (state.is_world_process_zero or is_sharded(model)):
             return
         with progress("Answering", len(self.prompts), "prompts") as bar:
             replies = self.answer(model, self.prompts, self.generation_config, lambda index, reply: bar.update())
+        if not state.is_world_process_zero:
+            return
         texts = [reply.text for reply in replies]
         self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, texts, state.global_step)
 

@@ -8,7 +8,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import deque, namedtuple
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from data_utils import read_unanswered, require_text, unanswered, with_tools
 from file_utils import display_path, expand_home, whole_file
 from generation_utils import Decoders, build_generation_config, prompt_limit, stream_reply
-from message_utils import UserError, counted, say
+from message_utils import UserError, counted, say, system_problem
 from prompt_utils import begin_with, encode_prompt
 from settings_utils import DEFAULTS, check_value, parse_value
 from terminal_utils import (
@@ -57,6 +57,7 @@ COMMANDS = {
 }
 COMPLETIONS = dict.fromkeys(COMMANDS, ()) | {"/set": ANSWERING, "/save": FILES, "/load": FILES}
 COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)
+SLICE = 4  # steps of the model that an answer takes while another one beside it waits
 FLAG = re.compile(f"--({'|'.join(ANSWERING)})")  # as messages of other rooms name them
 KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes. Ctrl-C stops an answer, or clears what you type."
 
@@ -65,30 +66,66 @@ KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes. Ctrl-C stops an
 Answer = namedtuple("Answer", "text ended tokens stopped first seconds")
 
 
-def stream_answer(model, tokenizer, messages, settings, show, decoders):
-    """Let the model answer, and hand the text to show() in chunks as it comes. Ctrl-C ends the answer, nothing else."""
-    started, first, chunks, stopped = time.monotonic(), None, [], False
-    generation = build_generation_config(tokenizer, settings)
-    with closing(stream_reply(model, tokenizer, messages, generation, decoders)) as stream:
+class Writing:
+    """An answer that is being written; its text goes to show() in chunks. Several can be written by turns."""
+
+    def __init__(self, model, tokenizer, messages, settings, show, decoders, use_adapter=True):
+        self.model, self.show, self.use_adapter = model, show, use_adapter
+        self.stream = stream_reply(model, tokenizer, messages, build_generation_config(tokenizer, settings), decoders)
+        self.chunks, self.first, self.seconds = [], None, 0.0
+
+    def go_on(self):
+        """Write a slice more, or to the end where the model cannot be used otherwise before; False at the end."""
+        switch_adapter(self.model, self.use_adapter)
+        started = time.monotonic() - self.seconds
         try:
-            for chunk in stream:
-                chunk = chunk if chunks else chunk.lstrip()
+            for number, chunk in enumerate(self.stream, start=1):
+                chunk = chunk if self.chunks else chunk.lstrip()
                 if chunk:
-                    first = first or time.monotonic() - started
-                    chunks.append(chunk)
-                    show(chunk)
-        except KeyboardInterrupt:
-            stopped = True
-            decoders.close()  # a step of it may have been broken off
-    ended, tokens = (stream.reply.ended, stream.reply.tokens) if stream.reply else (False, 0)
-    text = "".join(chunks).strip()
-    return Answer(text, ended and not stopped, tokens, stopped, first, time.monotonic() - started)
+                    self.first = self.first or time.monotonic() - started
+                    self.chunks.append(chunk)
+                    self.show(chunk)
+                if number == SLICE and self.stream.can_wait:
+                    return True
+            return False
+        finally:
+            self.seconds = time.monotonic() - started
+
+    def answer(self, stopped):
+        """The Answer as far as it was written."""
+        ended, tokens = (self.stream.reply.ended, self.stream.reply.tokens) if self.stream.reply else (False, 0)
+        text = "".join(self.chunks).strip()
+        return Answer(text, ended and not stopped, tokens, stopped, self.first, self.seconds)
+
+
+def switch_adapter(model, on):
+    """Switch a model's adapter on or off, if it has one; peft's disable_adapter() would look at all layers first."""
+    if hasattr(model, "disable_adapter_layers"):
+        model.enable_adapter_layers() if on else model.disable_adapter_layers()
+
+
+def write_answers(writings, decoders):
+    """Let answers be written by turns; returns the Answer of each. Ctrl-C ends what is not whole, nothing else."""
+    left = deque(writings)
+    try:
+        while left:
+            if left[0].go_on():
+                left.rotate(-1)
+            else:
+                left.popleft()
+    except KeyboardInterrupt:
+        decoders.close()  # a step may have been broken off
+    finally:
+        for writing in writings:
+            writing.stream.close()
+            switch_adapter(writing.model, True)
+    return [writing.answer(writing in left) for writing in writings]
 
 
 def print_answer(model, tokenizer, messages, settings):
     """Stream an answer to stdout; where it did not end by itself, stderr says so."""
     with closing(Decoders()) as decoders:
-        answer = stream_answer(model, tokenizer, messages, settings, print_chunk, decoders)
+        [answer] = write_answers([Writing(model, tokenizer, messages, settings, print_chunk, decoders)], decoders)
     print(flush=True)
     if answer.stopped:
         note("[stopped]")
@@ -111,7 +148,7 @@ class Chat:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.system, self.keeps_turns, self.tools = settings.system_prompt or "", keeps_turns, None
         self.turns, self.open = [], None
-        self.has_adapter = hasattr(model, "disable_adapter")
+        self.has_adapter = hasattr(model, "disable_adapter_layers")
         self.speaker = "tuned" if self.has_adapter else "base"  # or "compare"
         self.left_out = 0  # of the oldest turns, for want of room; what was said last
         self.answers, self.prompt_tokens = [], 0
@@ -150,6 +187,10 @@ class Chat:
                 self.ask([{"role": "user", "content": require_text(text.strip(), "the question")}], self.turns)
         except UserError as error:
             say(FLAG.sub(r"/set \1", f"error: {error}"))
+        except (OSError, MemoryError) as error:  # of a file behind /save or /load: the conversation goes on
+            if isinstance(error, OSError) and not error.filename:
+                raise
+            say(f"error: {system_problem(error)}")
         except torch.OutOfMemoryError:
             self.decoders.close()
             say(
@@ -192,34 +233,39 @@ class Chat:
 
     def answer(self, messages):
         """Stream one answer to stdout, behind the name of who gives it where somebody watches."""
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            print_name(self.speaker.capitalize())
-        return self.stream(self.speaker, messages)
+        return self.print_answer(self.speaker, messages, named=sys.stdin.isatty() and sys.stdout.isatty())
 
     def answer_both(self, messages):
-        """Stream the answers of base and tuned, one after the other, in columns where the terminal is wide enough."""
+        """Stream the answers of base and tuned, in two columns at once, or below each other in a narrow terminal."""
+        columns = columns_for(("Base", "Tuned"))
+        if columns:
+            writings = [
+                self.writing(name, messages, partial(columns.add, name.capitalize())) for name in ("tuned", "base")
+            ]
+            with columns:
+                tuned, base = write_answers(writings, self.decoders)
+            return [base, tuned]
         answers = []
-        with columns_for(("Base", "Tuned")) as columns:
-            for name in ("base", "tuned"):
-                if columns is None:
-                    print_name(name.capitalize())
-                show = columns and partial(columns.add, name.capitalize())
-                answers.append(self.stream(name, messages, show))
-                if answers[-1].stopped:
-                    break
+        for name in ("base", "tuned"):
+            answers.append(self.print_answer(name, messages))
+            if answers[-1].stopped:
+                break
         return answers
 
-    def stream(self, name, messages, show=None):
-        """Let base or tuned model answer; the text goes to show(), or else to stdout."""
-        words = None if show or is_plain() else WordWrap(column=len(YOU))
-        with self.model.disable_adapter() if name == "base" and self.has_adapter else nullcontext():
-            to = show or (words.add if words else print_chunk)
-            answer = stream_answer(self.model, self.tokenizer, messages, self.settings, to, self.decoders)
+    def print_answer(self, name, messages, named=True):
+        """Stream the answer of base or tuned model to stdout."""
+        words = None if is_plain() else WordWrap(column=len(YOU))
+        writing = self.writing(name, messages, words.add if words else print_chunk)
+        if named:
+            print_name(name.capitalize())
+        [answer] = write_answers([writing], self.decoders)
         if words:
             words.end()
-        if not show:
-            print(flush=True)
+        print(flush=True)
         return answer
+
+    def writing(self, name, messages, show):
+        return Writing(self.model, self.tokenizer, messages, self.settings, show, self.decoders, name != "base")
 
     def mark(self, answer, which):
         """Say of an answer that did not end by itself why, and what can be done."""
@@ -283,7 +329,7 @@ class Chat:
         self.switch("base", "The base model answers from now on.")
 
     def do_compare(self, argument):
-        self.switch("compare", "Both answer from now on, the base first; the tuned model's answer is kept.")
+        self.switch("compare", "Both answer from now on; the tuned model's answer is kept.")
 
     def switch(self, speaker, text):
         if speaker != "base" and not self.has_adapter:

@@ -34,7 +34,7 @@ COLUMN_NAMES = {
     "response": ("response", "output", "answer", "completion"),
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
-    "messages": ("messages", "conversations"),
+    "messages": ("messages", "conversations", "conversation"),
     "text": ("text",),
 }
 # Names of columns beside a text that say what it is, so that the text is all that there is to learn
@@ -47,6 +47,8 @@ HINTS = {
     "instruction": ("instruct", "prompt", "quest", "query", "frage", "user", "human", "input", "problem", "source"),
     "response": ("respon", "answer", "antwort", "output", "complet", "repl", "assist", "target", "solution", "summary"),
 }
+NO_ANSWERS = ("rejected", "score", "rating")  # columns that hold no answer to be learned
+OF_MESSAGES = ("conv", "dialog", "chat", "messages", "turns")
 OPTIONAL = ("input", "system")
 INSTANCES = "instances"  # a column of {"input", "output"} objects that share one instruction, as in self-instruct
 # ShareGPT and OpenAI names of the speakers -> roles of a chat template
@@ -81,6 +83,8 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 LABELS = ("label", "kto_tag")  # whether the answer is a good one, as KTO has it
 GOOD, BAD = ("true", "1", "desirable", "chosen", "good"), ("false", "0", "undesirable", "rejected", "bad")
 WEIGHTS = ("weight", "loss", "train", "training", "trainable")  # 0 or false: an answer that is not learned
+WHOLE_ROW = ("weight", "train", "training", "trainable")  # such a column at 0 or false: the row is not learned
+HISTORY = "history"  # the questions and answers before an instruction, as LLaMA-Factory has them: [["q", "a"], ...]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers has it
 TEXT_PARTS = ("text", "input_text", "output_text")
 PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
@@ -105,6 +109,7 @@ class DataReport:
     reasoning: int = 0  # those of them that have it as reasoning_content
     rows: int = 0
     kept: int = 0
+    left_out: int = 0  # rows that are dropped because they say so themselves
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
 
     def drop(self, reason, numbers):
@@ -179,6 +184,7 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
 def advise_mapping(found):
     """The command that names the columns, with a guess at which are meant, to be pasted into a shell."""
     left = [column for column in found if column.lower() not in ABOUT_TEXTS and not column.lower().endswith("_id")]
+    left = [column for column in left if column.lower() not in NO_ANSWERS]
     guess = {}
     for part, hints in HINTS.items():
         alike = [column for column in left if any(hint in column.lower() for hint in hints)]
@@ -187,6 +193,8 @@ def advise_mapping(found):
     for part in guess:
         if guess[part] is None and left:
             guess[part] = left.pop(0)
+    if None in guess.values():
+        guess = {"messages": next((c for c in found if any(name in c.lower() for name in OF_MESSAGES)), None)}
     if None in guess.values():
         return "give a file with both"
     script, *arguments = sys.argv
@@ -257,8 +265,11 @@ def to_conversation(row, columns, where, report):
     conversation = [{"role": "system", "content": system}] if system.strip() else []
     if "chosen" in columns:
         conversation += read_chosen(row, where, report)
-    elif "messages" in columns:
-        turns = read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+    elif "messages" in columns or are_messages(row.get(columns["instruction"])):
+        if "messages" in columns:
+            turns = read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+        else:
+            turns = read_prompt(row, columns, "response", where, report)
         if conversation and turns and turns[0]["role"] == "system":
             if turns[0]["content"] != system:
                 raise UserError(f"{where}: a system text in column {columns['system']!r} and another in the messages")
@@ -266,8 +277,15 @@ def to_conversation(row, columns, where, report):
         conversation += turns
     else:
         response = message_text(row, columns, "response", where)
-        report.thoughts += "</think>" in response
-        conversation += [read_question(row, columns, where), {"role": "assistant", "content": response}]
+        reasoning = find_reasoning(row, columns)
+        thought = {"reasoning_content": row[reasoning]} if reasoning else {}
+        report.thoughts += bool(thought) or "</think>" in response
+        report.reasoning += bool(thought)
+        conversation += [
+            *read_history(row, where),
+            read_question(row, columns, where),
+            {"role": "assistant", "content": response} | thought,
+        ]
     return with_tools(conversation, read_tools(row, columns, where))
 
 
@@ -275,6 +293,38 @@ def read_question(row, columns, where):
     """The user's message of an instruction and the input that may belong to it."""
     instruction, extra = (message_text(row, columns, part, where) for part in ("instruction", "input"))
     return {"role": "user", "content": "\n\n".join(text for text in (instruction, extra) if text.strip())}
+
+
+def are_messages(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def read_prompt(row, columns, part, where, report):
+    """The messages of a prompt that is a list of messages, as TRL has it, and of the answer, a text or a list too."""
+    answer = row.get(columns.get(part))
+    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    prompt = read_turns(row[columns["instruction"]], columns["instruction"], where, report)
+    return prompt + (read_turns(turns, columns[part], where, report) if part in columns else [])
+
+
+def find_reasoning(row, columns):
+    """The column that holds the thought before the answer, or None."""
+    names = [name for name in REASONING if name not in columns.values()]
+    return next((name for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
+
+
+def read_history(row, where):
+    """The messages of the questions and answers that came before an instruction; [] where no list of them is there."""
+    turns = parse_text(row.get(HISTORY))
+    if not isinstance(turns, list):
+        return []
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise UserError(f'{where}, column {HISTORY!r}: expected a list of pairs, [["question", "answer"], ...]')
+    return [
+        {"role": role, "content": require_text(text, f"{where}, column {HISTORY!r}")}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def read_chosen(row, where, report):
@@ -289,9 +339,8 @@ def read_chosen(row, where, report):
         return read_turns(row[column], column, where, report) + answer
     if "instruction" not in prompt:
         raise UserError(f"{where}: an answer in column 'chosen', but no prompt; expected a column prompt or messages")
-    column = prompt["instruction"]
-    if isinstance(row[column], list):
-        return read_turns(row[column], column, where, report) + answer
+    if are_messages(row[prompt["instruction"]]):
+        return read_prompt(row, prompt, None, where, report) + answer
     return [read_question(row, prompt, where), *answer]
 
 
@@ -299,7 +348,8 @@ def read_turns(turns, column, where, report):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
     turns = parse_text(turns)  # a CSV file holds them as JSON
     if not isinstance(turns, list):
-        raise UserError(f"{where}, column {column!r}: expected a list of messages")
+        found = "a text that is no JSON" if isinstance(turns, str) else f"{json.dumps(turns, default=str)[:40]}"
+        raise UserError(f"{where}, column {column!r}: {found}, expected a list of messages")
     if [turn.get("role") for turn in turns if isinstance(turn, dict)] == ["text"]:  # as the held-out rows are kept
         return [{"role": "text", "content": require_text(turns[0].get("content"), where)}]
     messages, tools = [], None
@@ -515,14 +565,29 @@ def read_conversations(
             conversation = to_conversation(row, report.columns, where, report)
             report.rows += 1
             used |= {label} | {column for column in TOOL_COLUMNS if conversation and "tools" in conversation[0]}
-            if reason := f"{label} is {json.dumps(row[label])}" if good is False else reason_to_drop(conversation):
+            if "chosen" in report.columns:
+                used.update(match_columns(row, ("instruction", "input", "messages")).values())
+            if "instruction" in report.columns:
+                used |= {HISTORY} if isinstance(parse_text(row.get(HISTORY)), list) else set()
+                used.add(find_reasoning(row, report.columns))
+            untrained = [name for name in WHOLE_ROW if name not in report.columns.values() and is_zero(row.get(name))]
+            used.update(untrained)
+            marked = label if good is False else next(iter(untrained), None)
+            report.left_out += bool(marked)
+            if reason := f"{marked} is {json.dumps(row[marked])}" if marked else reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:
                 report.several_turns += [message["role"] for message in conversation].count("user") > 1
                 yield number, conversation
     report.format = ", ".join(dict.fromkeys(notes))
     columns = dict.fromkeys(column for row in seen for column in row)
-    report.unused = [column for column in columns if column not in used.union(report.columns.values())]
+    used |= set(report.columns.values())
+    report.unused = [column or "(no name)" for column in columns if column not in used]
+
+
+def is_zero(value):
+    """Whether a value says no: 0 or false, in a CSV file as a text."""
+    return value in (0, "0", "0.0") or (isinstance(value, str) and value.strip().lower() == "false")
 
 
 def expand_instances(row, where):
@@ -552,7 +617,8 @@ def read_unanswered(dataset, mapping, cache_dir):
             if not answered:
                 columns.pop("response", None)
             conversation = to_conversation(row, columns, where, DataReport(name))
-            conversation = conversation if answered else conversation[:-1]
+            if not answered and conversation[-1]["role"] == "assistant":
+                conversation.pop()
             if not unanswered(conversation) or any(map(is_empty, unanswered(conversation))):
                 raise UserError(f"{where}: no question, or an empty text, which cannot be answered; write or remove it")
             yield place, row, conversation

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch.library import custom_op
 
 from engine_passes import decoder_layers
+from engine_shards import is_sharded
 from message_utils import say
 
 try:
@@ -149,16 +150,28 @@ def dequantize(frozen, out):
     return out.copy_((pairs.view(count, 64) * scale[:, None]).view(out.shape))
 
 
+def count_frozen(layer):
+    """How many tensors frozen_tensors gives of a linear layer; 0 where its kind is not known."""
+    state = quant_state(layer)
+    if state is None:
+        return int(layer.weight.is_floating_point())
+    if state.quant_type != "nf4" or not state.nested or state.blocksize != 64 or state.state2.blocksize != 256:
+        return 0
+    return 0 if state.shape.numel() % 64 else 6
+
+
+def quant_state(layer):
+    """What bitsandbytes knows of a layer's 4-bit weight, or None; FSDP2 gathers weights that do not know it."""
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
 def frozen_tensors(layer):
     """A linear layer's frozen weight: [itself], or the six tensors of dequantize; None where its kind is not known."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return [layer.weight] if layer.weight.is_floating_point() else None
-    if state.quant_type != "nf4" or not state.nested or state.blocksize != 64 or state.state2.blocksize != 256:
-        return None
-    if state.shape.numel() % 64:
-        return None
-    return [layer.weight.data, state.absmax, state.state2.code, state.state2.absmax, state.offset, state.code]
+    count, state = count_frozen(layer), quant_state(layer)
+    if count < 2:
+        return [layer.weight] if count else None
+    packed = layer.weight.data.view(torch.uint8)  # they may be stored as numbers of another format
+    return [packed, state.absmax, state.state2.code, state.state2.absmax, state.offset, state.code]
 
 
 def matrices(frozen, copies, inputs):
@@ -503,12 +516,17 @@ class LoraGroup:
         self.scaled_a = torch.cat([weight.detach() for weight in self.a]).to(dtype)
         self.copies_of_a = list(self.scaled_a.split([len(weight) for weight in self.a]))
         self.fast_b = [weight.detach().to(dtype, copy=True) for weight in self.b]
-        self.biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
-        self.stored = [tensor for layer in layers for tensor in frozen_tensors(layer.base_layer)]
+        self.gathered = is_sharded(layers[0])  # then the frozen tensors are there only while the layers compute
+        self.stored, self.biases = (None, None) if self.gathered else self.read_frozen()
         self.frozen = self.stored
         self.seed, self.scaling = seed, layers[0].scaling["default"]
         self.dropout = 0.0 if replying else dropout_of(layers[0])
         self.waiting = None  # the tensor that was read, and the outputs of all layers, until the last has taken its own
+
+    def read_frozen(self):
+        """The frozen_tensors of all layers, and their biases."""
+        frozen = [tensor for layer in self.layers for tensor in frozen_tensors(layer.base_layer)]
+        return frozen, [layer.base_layer.bias for layer in self.layers if layer.base_layer.bias is not None]
 
     def set_dequantized(self, dequantized):
         if not dequantized:
@@ -520,17 +538,18 @@ class LoraGroup:
         """The outputs of all layers."""
         if self.replying and x.shape[-2] == 1:
             return self.compute_few(x)
+        frozen, biases = self.read_frozen() if self.gathered else (self.frozen, self.biases)
         outputs, _ = torch.ops.lora.linear(
             x.to(self.scaled_a.dtype),
             self.a,
             self.b,
             self.scaled_a,
             self.fast_b,
-            self.biases,
+            biases,
             self.seed,
             self.dropout,
             self.scaling,
-            self.frozen,
+            frozen,
         )
         return outputs
 
@@ -572,7 +591,7 @@ def is_plain(layer):
         and not layer.lora_variant
         and layer.lora_B["default"].bias is None
         and not layer.fan_in_fan_out
-        and frozen_tensors(base) is not None
+        and count_frozen(base) > 0
     )
 
 
@@ -602,7 +621,7 @@ def share_inputs(model, layers, compute_once):
     def kind(call):
         layer, x = call
         base, scaling = layer.base_layer, layer.scaling["default"]
-        return id(x), owners.get(layer), len(frozen_tensors(base)), base.bias is None, scaling, dropout_of(layer)
+        return id(x), owners.get(layer), count_frozen(base), base.bias is None, scaling, dropout_of(layer)
 
     once = [(layer, x) for layer, x in calls if count[layer] == 1]
     groups = [[layer for layer, _ in group] for _, group in groupby(once, kind)]

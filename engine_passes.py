@@ -299,7 +299,7 @@ def pass_losses(model, rows, kernels=PLAIN):
     forget_longer_rows(base)
     batch = to_device(build_pass(rows), base.device)
     with chosen_attention(base, kernels), chosen_loss(base, kernels, batch["targets"]):
-        outputs = model(
+        outputs = base(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             logits_to_keep=batch["predicting"],

@@ -271,26 +271,34 @@ class StepRunner:
         """
         if not (self.model.training and self.base.training):  # a loaded base comes in eval mode
             self.model.train()
-        trained = count_trained_tokens(rows)
-        if self.processes > 1:
+        trained, passes = count_trained_tokens(rows), 0
+        if self.plan.shards > 1:
+            passes = len(pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens))
+            counts = self.accelerator.gather(torch.tensor([[trained, passes]], device=self.base.device))
+            trained, passes = counts[:, 0].sum(), int(counts[:, 1].max())
+        elif self.processes > 1:
             trained = self.accelerator.reduce(torch.tensor(trained, device=self.base.device), "sum")
-        loss = self.forward_backward(rows, self.processes / trained)
+        loss = self.forward_backward(rows, self.processes / trained, passes)
         if self.processes > 1:
             self.flat.copy_(self.accelerator.reduce(self.flat, "mean"))
         return loss
 
-    def forward_backward(self, rows, scale):
+    def forward_backward(self, rows, scale, passes=0):
         """All passes of a step; returns scale times the sum of the losses, and adds up its gradients.
 
         Out of memory first gives up dequantized weights, then halves the ceiling of the passes. Each try begins with
-        the same random numbers of the CPU. No process waits for another in here; step() averages the gradients.
+        the same random numbers of the CPU. No process waits for another in here; step() averages the gradients. Where
+        the weights are sharded, each process gathers those of a layer from the others: then there are `passes` passes,
+        as many as in the process that has most, and running out of memory ends the run.
         """
         random_state = torch.get_rng_state()
         while True:
             torch.set_rng_state(random_state)
             try:
-                return self._run_passes(rows, scale)
+                return self._run_passes(rows, scale, passes)
             except torch.OutOfMemoryError as error:
+                if self.plan.shards > 1:
+                    raise self._too_large(rows) from error
                 largest = None if self.plan.dequantized else self._largest_pass(rows, error)
             except Exception as error:
                 if not self._simplify(error):
@@ -302,11 +310,14 @@ class StepRunner:
             else:
                 self._halve_passes(largest)
 
-    def _run_passes(self, rows, scale):
+    def _run_passes(self, rows, scale, passes=0):
         self.begin()
         loss = torch.zeros((), device=self.base.device)
-        for indices in pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens):
+        groups = pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens)
+        for indices in groups:
             loss += self.run_pass([rows[index] for index in indices], scale)
+        for _ in range(passes - len(groups)):
+            self.run_pass(probe_rows(self.model)[:1], 0.0)
         return loss
 
     def begin(self):
@@ -415,6 +426,15 @@ class StepRunner:
         )
         self.lower(max_pass_tokens=largest // 2)
 
+    def _too_large(self, rows):
+        tokens = count_tokens(longest_pass(rows, self.plan.max_pass_tokens))
+        return UserError(
+            f"out of memory with a pass of {tokens:,} tokens, and a process cannot make its passes smaller alone where"
+            " the weights are shared out; halve --batch_size and double --gradient_accumulation_steps, or switch on"
+            " --gradient_checkpointing",
+            each_process=True,
+        )
+
     def _largest_pass(self, rows, error):
         """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
         group = longest_pass(rows, self.plan.max_pass_tokens)
@@ -484,7 +504,7 @@ class StepRunner:
                 group, started = [rows[index] for index in indices], time.perf_counter()
                 self.forward_backward(group, 1e-3).item()
                 tokens, seconds = tokens + count_tokens(group), seconds + time.perf_counter() - started
-                if seconds >= enough:
+                if seconds >= enough or self.plan.shards > 1:  # all processes must compute equally many
                     break
         self.release_gradients()
         return tokens, seconds
@@ -511,10 +531,19 @@ class StepRunner:
         self.release()  # the longest pass is to be recorded first, whose memory then serves the others
 
     # ---- Scores and clipping ----
-    def score(self, rows, before_pass=lambda: None, max_pass_tokens=None, what="Evaluating"):
-        """score_rows by the plan's kernels, in passes of its size unless another is given."""
+    def score(self, rows, before_pass=lambda: None, max_pass_tokens=None, what="Evaluating", passes=0):
+        """score_rows by the plan's kernels, in passes of its size unless another is given.
+
+        passes: those of the process that has most; before_pass is called so often, and sharded weights are gathered so
+        often.
+        """
         size = self.plan.max_pass_tokens if max_pass_tokens is None else max_pass_tokens
-        return score_rows(self.model, rows, size, self.plan.kernels, before_pass, what)
+        scores = score_rows(self.model, rows, size, self.plan.kernels, before_pass, what)
+        for _ in range(passes - len(pack_rows([len(row["input_ids"]) for row in rows], size))):
+            before_pass()
+            if self.plan.shards > 1:
+                score_rows(self.model, probe_rows(self.model)[:1], 0, self.plan.kernels)
+        return scores
 
     def clip(self, max_norm):
         """Scale the gradients so that they are no longer than max_norm together; returns their norm before that."""

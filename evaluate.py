@@ -20,6 +20,7 @@ import re
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
 engine_runner = LateImport("engine_runner")
 evidence_utils = LateImport("evidence_utils")
+export_utils = LateImport("export_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
 model_utils = LateImport("model_utils")
@@ -56,7 +58,7 @@ Measured = namedtuple("Measured", "conversations name path trained prompt_traine
 
 def main(argv):
     parser = build_parser("evaluate.py", __doc__)
-    parser.add_argument("--adapter_path", help="adapter to measure (default: OUTPUT_DIR/lora-adapter)")
+    parser.add_argument("--adapter_path", help="adapter or merged model to measure (default: OUTPUT_DIR/lora-adapter)")
     parser.add_argument(
         "--include_trained_rows", action="store_true", help="measure on rows that it was trained on too, and say so"
     )
@@ -78,29 +80,51 @@ def main(argv):
 
 def evaluate(adapter_path, output_dir, given, options):
     """The phases: settings, rows, model, losses, answers and benchmarks of base and tuned, report."""
-    settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "evaluate.py")
+    settings = make_settings(given, model_utils.read_settings(adapter_path), "evaluate.py")
     # the figures of a run lie beside its adapter, unless another folder is asked for
     home = output_dir if "output_dir" in given else find_run_folder(adapter_path) or output_dir
     check_writable(home / EVALUATION, "--output_dir")
     tasks = find_benchmarks(options.benchmarks)
     measured = choose_rows(settings, [adapter_path], output_dir, home / CACHE, options.include_trained_rows)
-    model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
-    start_garbage_collection()
-    rows = tokenize_rows(tokenizer, measured.conversations, settings, home / CACHE)
-    fit_utils.check_rows(model, tokenizer, rows, "validation data")
-    scores = measure_losses(model, settings, rows)
     samples, check = choose_samples(measured.conversations, settings)
-    tuned = measure_answers(model, tokenizer, samples, check, settings, "the tuned model")
-    with model.disable_adapter():
-        base = measure_answers(model, tokenizer, samples, check, settings, "the base model")
-    samples = [sample | {"base": b, "tuned": t} for sample, b, t in zip(samples, base, tuned, strict=True)]
+    rows, losses, answers, benchmarks = None, {}, {}, {}
+    for name, model, tokenizer in model_utils.tuned_and_base(adapter_path, settings):
+        start_garbage_collection()
+        if rows is None:
+            rows = tokenize_rows(tokenizer, measured.conversations, settings, home / CACHE)
+        fit_utils.check_rows(model, tokenizer, rows, "validation data")
+        losses[name] = measure_losses(model, settings, rows, name)
+        answers[name] = measure_answers(model, tokenizer, samples, check, settings, name)
+        if tasks:
+            limits = options.benchmark_limit, settings.batch_size
+            benchmarks[name] = benchmark_utils.answer_tasks(model, tokenizer, f"the {name} model", tasks, *limits)
+        del model  # a merged one goes before its base is loaded
+    scores = join_scores(**losses)
+    pairs = zip(answers["base"], answers["tuned"], strict=True)
+    samples = [sample | {"base": b, "tuned": t} for sample, (b, t) in zip(samples, pairs, strict=True)]
     metrics = describe(adapter_path, settings, measured) | result_utils.compare(scores, samples, check)
     if tasks:
-        metrics["benchmarks"] = benchmark_utils.measure(
-            model, tokenizer, tasks, options.benchmark_limit, settings.batch_size
-        )
-    folder = result_utils.write_results(home / EVALUATION, metrics, samples, ("row", "tokens", "base", "tuned"), scores)
+        metrics["benchmarks"] = benchmark_utils.compare_tasks(**benchmarks)
+    columns = ("row", "tokens", "base", "tuned")
+    folder = result_utils.write_results(
+        home / EVALUATION, metrics, samples, columns, scores, partial(write_card, adapter_path, tokenizer)
+    )
     result_utils.print_report(folder, metrics, samples)
+
+
+def write_card(adapter_path, tokenizer, folder, metrics, samples):
+    """Write the model card of an adapter of this project, with these figures, into the folder of the evaluation.
+
+    The card in the adapter's own folder stays as it is: nothing that was read is changed.
+    """
+    trained, record = model_utils.read_training(adapter_path)
+    if trained is None or model_utils.is_merged(adapter_path):
+        return
+    sample = next(((sample["prompt"], sample["tuned"]) for sample in samples if sample["prompt"]), None)
+    if sample:
+        sample = sample[0], sample[1]["text"] if sample[1]["ended"] else f"{sample[1]['text']} ..."
+    base = metrics["base_model"]
+    export_utils.write_adapter_card(folder, tokenizer, base, trained, record, metrics, sample, result_utils.CARD)
 
 
 def find_benchmarks(names):
@@ -170,27 +194,26 @@ def tokenize_rows(tokenizer, conversations, settings, cache_dir):
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
-def measure_losses(model, settings, rows):
-    """The scores of base and tuned on the same answers, [{"row", "tokens", "base", "tuned"}] in nats, one a row.
+def measure_losses(model, settings, rows, name):
+    """{row: [nats of all its answers' tokens, tokens]} of the model, "tuned" or "base", which the bar names.
 
     A conversation that was tokenized as several sequences is one row: what its answers share would count twice.
     """
+    sums = {}
     with engine_runner.StepRunner(model, plan_utils.plan_scores(model, settings, rows)) as runner:
-        tuned = score_with_progress(runner, rows, "the tuned model")
-        with model.disable_adapter():
-            base = score_with_progress(runner, rows, "the base model")
-    scores = {}
-    for number, (base_nll, tokens), (tuned_nll, _) in zip(rows.index["row"].tolist(), base, tuned, strict=True):
-        score = scores.setdefault(number, {"row": number, "tokens": 0, "base": 0.0, "tuned": 0.0})
-        score["tokens"] += tokens
-        score["base"] += base_nll
-        score["tuned"] += tuned_nll
-    return list(scores.values())
+        for number, found in zip(rows.index["row"].tolist(), score_with_progress(runner, rows, name), strict=True):
+            sums[number] = [total + more for total, more in zip(sums.get(number, (0.0, 0)), found, strict=True)]
+    return sums
+
+
+def join_scores(base, tuned):
+    """[{"row", "tokens", "base", "tuned"}], the last two in nats, of what measure_losses gave of both."""
+    return [{"row": row, "tokens": tokens, "base": nll, "tuned": tuned[row][0]} for row, (nll, tokens) in base.items()]
 
 
 def score_with_progress(runner, rows, name):
     passes = len(engine_passes.pack_rows(rows.index["length"].tolist(), runner.plan.max_pass_tokens))
-    with progress(f"Measuring {name}", total=passes, unit="passes") as bar:
+    with progress(f"Measuring the {name} model", total=passes, unit="passes") as bar:
         return runner.score(rows, before_pass=bar.update)
 
 
@@ -220,7 +243,7 @@ def choose_samples(conversations, settings):
 def measure_answers(model, tokenizer, samples, check, settings, name):
     """The model's likeliest answer to each sample: a dict of text, ended, tokens and what score_answer gives."""
     generation = generation_utils.build_generation_config(tokenizer, settings._replace(do_sample=False))
-    with progress(f"Answers of {name}", total=len(samples), unit="answers") as bar:
+    with progress(f"Answers of the {name} model", total=len(samples), unit="answers") as bar:
         replies = generation_utils.generate_replies(
             model,
             tokenizer,
@@ -283,7 +306,7 @@ def check_compared(options):
 
 def compare_adapters(paths, output_dir, given, options):
     """The phases of a comparison: settings, rows, the losses and answers of one adapter after the other, report."""
-    settings = [make_settings(given, model_utils.read_recorded_settings(path), "evaluate.py") for path in paths]
+    settings = [make_settings(given, model_utils.read_settings(path), "evaluate.py") for path in paths]
     # one limit for all: cut at different places, the same rows would be different ones
     longest = max(each.max_seq_length for each in settings)
     settings = [each._replace(max_seq_length=longest) for each in settings]
@@ -323,12 +346,16 @@ def name_adapters(paths, settings):
 
 def measure_adapter(adapter_path, settings, conversations, samples, check, cache_dir):
     """(the scores of base and tuned on all rows, the tuned model's answers to the samples) of one adapter."""
-    model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
-    start_garbage_collection()
-    rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
-    fit_utils.check_rows(model, tokenizer, rows, "validation data")
-    scores = measure_losses(model, settings, rows)
-    return scores, measure_answers(model, tokenizer, samples, check, settings, "the tuned model")
+    rows, losses, answers = None, {}, None
+    for name, model, tokenizer in model_utils.tuned_and_base(adapter_path, settings):
+        start_garbage_collection()
+        if rows is None:
+            rows = tokenize_rows(tokenizer, conversations, settings, cache_dir)
+            answers = measure_answers(model, tokenizer, samples, check, settings, name)
+        fit_utils.check_rows(model, tokenizer, rows, "validation data")
+        losses[name] = measure_losses(model, settings, rows, name)
+        del model  # a merged one goes before its base is loaded
+    return join_scores(**losses), answers
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from file_utils import resolve_path
@@ -15,23 +16,24 @@ SAMPLE_QUESTION = "What does a good answer look like?"
 
 
 # ---- Model cards -----------------------------------------------------------------------------------------------------
-def write_adapter_card(folder, tokenizer, settings, record, metrics=None, sample=None):
+def write_adapter_card(folder, tokenizer, base_model, settings, record, metrics=None, sample=None, name=CARD):
     """Write the model card of an adapter: what it was trained on and how, its figures, its prompt and how to use it.
 
-    record: what run.json holds of the run. metrics: what evaluate.py measured (metrics.json), if it did. sample: a
-    question and the model's answer to it, if there is one.
+    settings: those of the training, None where unknown. record: what run.json holds of the run. metrics: what
+    evaluate.py measured (metrics.json), if it did. sample: a question and the model's answer to it, if there is one.
+    name: that of the file.
     """
-    name, base = settings.base_model_name, hub_id(settings.base_model_name)
+    base = hub_id(base_model)
     metadata = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora]"]
     parts = [
-        f"# LoRA adapter for {base or local_name(name)}",
+        f"# LoRA adapter for {base or local_name(base_model)}",
         describe_training(settings, record),
         describe_figures(record, metrics),
         describe_sample(sample),
         describe_prompt(tokenizer, settings),
-        f"## Use\n\n```python\n{adapter_code(tokenizer, base, name)}```",
+        f"## Use\n\n```python\n{adapter_code(tokenizer, base, base_model)}```",
     ]
-    write_card(folder, [f"base_model: {base}", *metadata] if base else metadata, parts)
+    write_card(folder, [f"base_model: {base}", *metadata] if base else metadata, parts, name)
 
 
 def write_merged_card(folder, tokenizer, merge, settings=None, record=(), metrics=None, sample=None):
@@ -57,10 +59,10 @@ def write_merged_card(folder, tokenizer, merge, settings=None, record=(), metric
     write_card(folder, metadata, parts)
 
 
-def write_card(folder, metadata, parts):
-    """Write a folder's README.md: a header of metadata for the Hub, and the parts that are not empty."""
+def write_card(folder, metadata, parts, name=CARD):
+    """Write a folder's model card: a header of metadata for the Hub, and the parts that are not empty."""
     text = "\n\n".join(["\n".join(["---", *metadata, "---"]), *filter(None, parts)])
-    (Path(folder) / CARD).write_text(printable(f"{text}\n"), encoding="utf-8")
+    (Path(folder) / name).write_text(printable(f"{text}\n"), encoding="utf-8")
 
 
 def hub_id(name):
@@ -95,6 +97,18 @@ def describe_training(settings, record):
     return "\n\n".join(lines)
 
 
+# What a card tells of an evaluation: the key in metrics.json, the words for it, and the format of a value
+FIGURES = (
+    ("loss", "loss, nats a token", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("accuracy", "right answers", "{:.0%}"),
+    ("exact_match", "exact match", "{:.0%}"),
+    ("chrf", "chrF", "{:.1f}"),
+    ("rouge_l", "ROUGE-L", "{:.3f}"),
+    ("ended", "answers that ended by themselves", "{:.0%}"),
+)
+
+
 def describe_figures(record, metrics):
     """The validation loss of the training, and base beside tuned where that was measured."""
     lines = []
@@ -102,13 +116,26 @@ def describe_figures(record, metrics):
     if loss is not None:
         rows = counted(record["validation_rows"], "row")
         lines.append(f"Loss {loss:.4f} nats a token on {rows} held out in training.")
-    try:
-        rows = [(name, metrics[name]["loss"], metrics[name]["perplexity"]) for name in ("base", "tuned")]
-        table = "\n".join(f"| {name} | {loss:.4f} | {perplexity:.2f} |" for name, loss, perplexity in rows)
-        lines.append(f"On {counted(metrics['rows'], 'row')}:\n\n| | loss | perplexity |\n|---|---|---|\n{table}")
-    except (TypeError, KeyError):
-        pass  # not measured, or by another version
+    with suppress(TypeError, KeyError):  # not measured, or by another version
+        lines.append(describe_evaluation(metrics))
     return "\n\n".join(["## Figures", *lines]) if lines else ""
+
+
+def describe_evaluation(metrics):
+    """Base beside tuned, with the 95 % interval of each difference."""
+    base, tuned = metrics["base"], metrics["tuned"]
+    differences = metrics["difference"] | {"loss": metrics["difference"] | {"mean": metrics["difference"]["loss"]}}
+    lines = []
+    for key, label, form in FIGURES:
+        if base.get(key) is not None:
+            change, signed = differences.get(key) or {}, form.replace(":", ":+")
+            known = change.get("low") is not None
+            interval = f"{signed.format(change['low'])} to {signed.format(change['high'])}" if known else ""
+            lines.append(f"| {label} | {form.format(base[key])} | {form.format(tuned[key])} | {interval} |")
+    rows = counted(metrics["rows"], "held-out row" if metrics.get("held_out") else "row")
+    answers = f", {base['answers']:,} of them answered" if base.get("answers") else ""
+    heading = "| | base | tuned | difference, 95 % interval |\n|---|---|---|---|"
+    return f"On {rows}{answers}, measured on {metrics['date'][:10]}:\n\n{heading}\n" + "\n".join(lines)
 
 
 def describe_merge(merge):

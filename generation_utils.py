@@ -7,11 +7,13 @@ from queue import Queue
 from threading import Thread
 
 import torch
+from accelerate.utils import gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, TextStreamer
 
 from engine_passes import autocast, transformers_model
 from engine_replies import MAX_SLOTS, Decoder, cache_bytes
+from engine_shards import is_sharded
 from message_utils import UserError, printable, say
 from prompt_utils import encode_prompt, end_token_ids
 from token_utils import newest_positions
@@ -118,7 +120,7 @@ def write_replies(model, prompts, generation_config):
                 del left[index]
                 yield index, ids
         except torch.OutOfMemoryError:
-            if slots == 1:
+            if slots == 1 or is_sharded(model):
                 raise
         finally:
             if decoder:
@@ -135,12 +137,16 @@ def choose_slots(model, count, tokens):
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         free = torch.cuda.mem_get_info(model.device)[0] + unused
         slots = min(slots, int(0.6 * free / (tokens * cache_bytes(transformers_model(model)))))
+    if is_sharded(model):  # all processes compute together
+        slots = min(gather_object([slots]))
     return max(slots, 1)
 
 
 def try_decoder(model, generation_config, slots, tokens):
     """A Decoder of the model as it is now, or None where transformers' generate has to serve, which is said once."""
     try:
+        if is_sharded(model):
+            raise NotImplementedError("the weights are shared out over the processes")
         return Decoder(model, generation_config, slots, tokens)
     except NotImplementedError as error:
         say_slower(str(error))
@@ -170,7 +176,7 @@ def write_by_generate(model, slots, prompts, generation_config):
         chosen = order[start : start + slots]
         batch = left_pad([prompts[index] for index in chosen], generation_config.pad_token_id, model.device)
         with generating(model):
-            output = model.generate(**batch, generation_config=generation_config)
+            output = model.generate(**batch, generation_config=generation_config, synced_gpus=is_sharded(model))
         yield from zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
 
 
@@ -187,32 +193,42 @@ def left_pad(prompts, pad_id, device):
 
 # ---- One reply, as it is written -------------------------------------------------------------------------------------
 class Decoders:
-    """The decoder of a chat, kept from reply to reply while it fits; close() gives its memory back."""
+    """The decoders of a chat, one with the adapter and one without it, kept from reply to reply while they fit.
+
+    close() gives their memory back. Replies of both to the same prompt may be written by turns, where the one with the
+    adapter is begun first.
+    """
 
     def __init__(self):
-        self.kept = self.decoder = None
+        self.fit, self.kept = None, {}
 
     def get(self, model, generation_config, tokens):
         """A Decoder of one slot of at least so many tokens, or None where transformers' generate has to serve."""
-        adapters = [layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-        kept = id(model), adapters, generation_config.to_dict()
-        if kept != self.kept or (self.decoder and self.decoder.length < tokens):
+        fit = id(model), generation_config.to_dict()
+        if fit != self.fit or any(decoder and decoder.length < tokens for decoder in self.kept.values()):
             self.close()
+        self.fit = fit
+        adapters = tuple(layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+        if adapters not in self.kept:
+            if not any(adapters):  # what a Decoder computes is compared with the model: no other may have changed it
+                self.close()
             length = min(max(2 * tokens, 1024), context(model))
-            self.kept, self.decoder = kept, try_decoder(model, generation_config, 1, max(length, tokens))
-        return self.decoder
+            self.kept[adapters] = try_decoder(model, generation_config, 1, max(length, tokens))
+        return self.kept[adapters]
 
     def close(self):
-        if self.decoder:
-            self.decoder.close()
-        self.kept = self.decoder = None
+        for decoder in reversed(self.kept.values()):  # each takes back what it set, in the opposite order
+            if decoder:
+                decoder.close()
+        self.kept = {}
 
 
 class stream_reply:
     """Iterate over a reply in printable chunks as it is written; afterwards `reply` is the Reply.
 
-    close() stops the model after its token. decoders: keeps what the next reply can use too. A prompt beyond the
-    model's context is a UserError: nothing is cut off it.
+    A chunk is the text of a step, and may be empty. From the first one on `can_wait` tells whether the model may be
+    used otherwise between two chunks. close() stops the model after its token. decoders: keeps what the next reply can
+    use too. A prompt beyond the model's context is a UserError: nothing is cut off it.
     """
 
     def __init__(self, model, tokenizer, messages, generation_config, decoders=None):
@@ -222,7 +238,7 @@ class stream_reply:
                 f"the prompt has {len(prompt):,} tokens, and the model's context leaves room for {limit:,} beside"
                 f" {generation_config.max_new_tokens:,} of the reply; shorten it, or lower --max_new_tokens"
             )
-        self.reply = None
+        self.reply, self.can_wait = None, False
         self.chunks = self._stream(model, tokenizer, prompt, generation_config, decoders)
 
     def __iter__(self):
@@ -240,18 +256,18 @@ class stream_reply:
             if decoders is None:
                 decoders = stack.enter_context(contextlib.closing(Decoders()))
             decoder = decoders.get(model, generation_config, len(prompt) + generation_config.max_new_tokens)
+            self.can_wait = decoder is not None
             if decoder:
                 written = decoder.write([prompt], generation_config.max_new_tokens, end_ids)
-                tokens = (token for _, some, _ in written for token in some)
+                steps = (tokens for _, tokens, _ in written)
+                stack.enter_context(contextlib.closing(written))
             else:
-                tokens = generate_tokens(model, prompt, generation_config)
-            stack.enter_context(contextlib.closing(tokens))
+                steps = stack.enter_context(contextlib.closing(generate_tokens(model, prompt, generation_config)))
             try:
-                for token in tokens:
-                    ids.append(token)
-                    if token not in end_ids:
-                        yield from text.add(token)
-                yield from text.finish()
+                for tokens in steps:
+                    ids += tokens
+                    yield "".join(text.add(token) for token in tokens if token not in end_ids)
+                yield text.finish()
             finally:
                 self.reply = read_reply(tokenizer, ids, end_ids)
 
@@ -260,22 +276,21 @@ class Text(TextStreamer):
     """Turns tokens into printable text, as soon as more tokens cannot change it."""
 
     def add(self, token):
-        self.ready = []
+        self.ready = ""
         self.put(torch.tensor([token]))
         return self.ready
 
     def finish(self):
-        self.ready = []
+        self.ready = ""
         self.end()
         return self.ready
 
     def on_finalized_text(self, text, stream_end=False):
-        if text:
-            self.ready.append(printable(text))
+        self.ready += printable(text)
 
 
 def generate_tokens(model, prompt, generation_config):
-    """Yield the tokens that transformers' generate writes after a prompt, from a thread that stops with the caller."""
+    """Yield [a token] as transformers' generate writes them after a prompt, in a thread that stops with the caller."""
     batch = left_pad([prompt], generation_config.pad_token_id, model.device)
     tokens, stop, failures = Queue(), StopFlag(), []
 
@@ -303,7 +318,7 @@ def generate_tokens(model, prompt, generation_config):
     thread.start()
     try:
         while (token := tokens.get()) is not None:
-            yield token
+            yield [token]
     finally:
         stop.set = True
         thread.join()

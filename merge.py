@@ -13,12 +13,22 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
+import shutil
 import sys
 
-from file_utils import check_writable, display_path, read_json, resolve_path
-from message_utils import LateImport, UserError, counted, quiet_libraries, run_script, say, start_garbage_collection
-from run_utils import CACHE, EVALUATION, find_adapter, find_run_folder
-from settings_utils import DEFAULTS, Settings, build_parser, check_settings, make_settings, parse_command_line
+from file_utils import check_writable, display_path, read_json, resolve_path, write_json
+from message_utils import (
+    LateImport,
+    UserError,
+    counted,
+    printable,
+    quiet_libraries,
+    run_script,
+    say,
+    start_garbage_collection,
+)
+from run_utils import CACHE, EVALUATION, RUN_RECORD, TRAINER_STATE, find_adapter, find_run_folder
+from settings_utils import PLACES, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 data_utils = LateImport("data_utils")
@@ -59,26 +69,32 @@ def main(argv):
 def merge(adapter_path, output_dir, target, given, into):
     """The phases: settings, model, held-out rows, merged weights and their scores, what lies beside them, report."""
     settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "merge.py")
-    trained, record = read_training(adapter_path)
+    trained, record = model_utils.read_training(adapter_path)
     model, tokenizer = model_utils.load_trained_model(adapter_path, settings)
     start_garbage_collection()
-    conversations = load_held_out(adapter_path, output_dir, settings, target.parent / CACHE)
-    score = RowScore(model, tokenizer, conversations, settings, target.parent / CACHE) if conversations else None
+    conversations = load_held_out(adapter_path, output_dir, settings, output_dir / CACHE)
+    score = RowScore(model, tokenizer, conversations, settings, output_dir / CACHE) if conversations else None
     sample = answer_one(model, tokenizer, conversations, settings)
     with model_utils.merged_folder(model, tokenizer, target, settings.models_dir, score, into) as (folder, merged):
         metrics = find_metrics(adapter_path)
+        write_record(folder, adapter_path, trained)
         export_utils.write_merged_card(folder, tokenizer, merged, trained, record, metrics, sample)
         if not export_utils.write_modelfile(folder, tokenizer, settings, trained):
             say("The model's chat template cannot be written as an Ollama template, so the Modelfile has none")
     print_report(target, merged, score)
 
 
-def read_training(adapter_path):
-    """(the settings that an adapter was trained with, what run.json holds of its run); None and {} where unknown."""
-    files = [adapter_path / name for name in (model_utils.SETTINGS_FILE, "run.json")]
-    recorded, record = (read_json(file, "the adapter's record") if file.is_file() else {} for file in files)
-    known = {name: value for name, value in recorded.items() if name in DEFAULTS}
-    return check_settings(Settings(**(DEFAULTS | known))) if known else None, record
+def write_record(folder, adapter_path, trained):
+    """Write beside a merged model what evaluate.py wants to know of its training, and no path of this machine."""
+    if trained is not None:
+        left_out = (*PLACES, "custom_dataset_path", "validation_dataset_path")
+        write_json(
+            folder / model_utils.SETTINGS_FILE,
+            {name: value for name, value in trained._asdict().items() if name not in left_out},
+        )
+    for name in (evidence_utils.SEEN_ROWS, RUN_RECORD, TRAINER_STATE):
+        if (adapter_path / name).is_file():
+            shutil.copyfile(adapter_path / name, folder / name)
 
 
 def load_held_out(adapter_path, output_dir, settings, cache_dir):
@@ -164,7 +180,7 @@ def print_report(target, merged, score):
         for name, loss in lines:
             print(f"{name:<43}{loss:8.4f}  {engine_passes.perplexity(loss):10.2f}")
     into = export_utils.MERGED_INTO[merged.merged_into]
-    print(f"Merged model: {display_path(target)}, {merged.dtype}, merged into {into}", flush=True)
+    print(printable(f"Merged model: {display_path(target)}, {merged.dtype}, merged into {into}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -294,5 +294,7 @@ def quiet_libraries():
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     # the Trainer causes it on a machine with several GPUs
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    # FSDP2 warns of operations in place, of which there are none
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # transformers 5.23 renames it to activation checkpointing, but peft and older releases know only the old name
     warnings.filterwarnings("ignore", message="`.*gradient_checkpointing.*` is deprecated")

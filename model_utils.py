@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
+from engine_shards import is_sharded, quantizing_on, shard
 from evidence_utils import SEEN_ROWS, write_seen_rows
 from export_utils import write_adapter_card
 from file_utils import (
@@ -52,7 +53,8 @@ from prompt_utils import (
     has_thinking_default,
     set_thinking,
 )
-from settings_utils import DEFAULTS, make_settings
+from run_utils import MERGE_RECORD, RUN_RECORD, TRAINER_STATE
+from settings_utils import DEFAULTS, Settings, check_settings, make_settings
 
 try:
     import resource
@@ -62,7 +64,7 @@ except ImportError:  # Windows has no such figure in its standard library
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "settings.json"
 IDENTITY_FILE, ADAPTER_CONFIG = "identity.json", "adapter_config.json"  # beside an adapter
-GIB = 2**30
+GIB, CPU = 2**30, torch.device("cpu")
 # A base's config.json may name kernels for attention and experts, such as one that is downloaded from the Hub. Given in
 # the call beside the config they are the library's own choice for this model and machine, whatever that file says.
 OWN_KERNELS = {"attn_implementation": None, "experts_implementation": None}
@@ -184,6 +186,7 @@ class Base(NamedTuple):
     tokenizer: object
     shapes: object  # the model with its adapter, on the device meta: without memory for its weights
     content: str | None = None  # base_content, known once the weights are there
+    shards: object = None  # the ShardEngine that is to share the weights out over the processes, or None
 
 
 def find_base(settings):
@@ -202,14 +205,25 @@ def find_base(settings):
 
 def load_for_training(settings, base):
     """Load the weights of a Base and attach a fresh adapter; returns the model, and the Base with its content."""
-    quantization = build_quantization_config(settings, base.dtype)
-    model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
+    quantization = build_quantization_config(settings, base.dtype, sharded=base.shards is not None)
+    if base.shards:
+        with quantizing_on(base.device):
+            model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir, CPU)
+    else:
+        model = load_base_model(base.path, base.device, base.dtype, quantization, base.models_dir)
     share_token_ids(model, base.tokenizer)
-    return attach_lora(model, settings), base._replace(content=base_content(base.path, base.models_dir))
+    if base.shards:
+        model = shard(model, base.shards, base.device, lambda model: attach_lora(model, settings))
+    else:
+        model = attach_lora(model, settings)
+    return model, base._replace(content=base_content(base.path, base.models_dir))
 
 
-def build_quantization_config(settings, dtype):
-    """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off."""
+def build_quantization_config(settings, dtype, sharded=False):
+    """QLoRA's 4-bit NF4 with double quantization (Dettmers et al. 2023), computing in dtype; None if switched off.
+
+    sharded: the packed weights are stored as numbers of dtype, as FSDP2 and DeepSpeed share out, and not as bytes.
+    """
     if not settings.use_4bit_quantization:
         return None
     return BitsAndBytesConfig(
@@ -217,11 +231,15 @@ def build_quantization_config(settings, dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
 
 
-def load_base_model(path, device, dtype, quantization_config=None, models_dir=None):
-    """Load a causal LM in eval mode onto one device; a 4-bit model on a CPU works, slowly, and is announced."""
+def load_base_model(path, device, dtype, quantization_config=None, models_dir=None, place=None):
+    """Load a causal LM in eval mode onto one device; a 4-bit model on a CPU works, slowly, and is announced.
+
+    place: where its weights are to lie meanwhile, if they are brought to the device later.
+    """
     if quantization_config is not None and device.type == "cpu":
         say("4-bit on a CPU works, but much slower than on a GPU; --use_4bit_quantization false is faster here")
     if quantization_config is not None and device.type == "mps":
@@ -234,7 +252,7 @@ def load_base_model(path, device, dtype, quantization_config=None, models_dir=No
             config=AutoConfig.from_pretrained(path, cache_dir=models_dir, trust_remote_code=False),
             dtype=dtype,
             quantization_config=quantization_config,
-            device_map={"": device},
+            device_map={"": place or device},
             cache_dir=models_dir,
             use_safetensors=True,
             trust_remote_code=False,
@@ -400,8 +418,10 @@ def save_adapter(model, tokenizer, path, content=None, seen=None):
     content: the base's base_content, which the adapter records; None: nothing is recorded. seen: the SeenRows of its
     run, or None.
     """
+    # one process alone must not touch weights that all share out, and what is trained is all that is saved
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     # False: "auto" would ask the Hub whether the embeddings were resized, and they never are
-    model.save_pretrained(path, save_embedding_layers=False)
+    model.save_pretrained(path, state_dict=trained if is_sharded(model) else None, save_embedding_layers=False)
     tokenizer.save_pretrained(path)
     if seen is not None:
         write_seen_rows(path, seen)
@@ -420,9 +440,9 @@ def save_finished_adapter(model, base, path, settings, record, state, seen=None)
     with staged_folder(path) as staged:
         save_adapter(model, base.tokenizer, staged, base.content, seen)
         write_recorded_settings(staged, settings)
-        write_json(staged / "run.json", record)
-        state.save_to_json(staged / "trainer_state.json")
-        write_adapter_card(staged, base.tokenizer, settings, record)
+        write_json(staged / RUN_RECORD, record)
+        state.save_to_json(staged / TRAINER_STATE)
+        write_adapter_card(staged, base.tokenizer, settings.base_model_name, settings, record)
 
 
 def write_adapter_identity(folder, name, content):
@@ -475,6 +495,11 @@ def check_adapter_folder(path):
     folder = resolve_path(path)
     if not folder.is_dir():
         raise UserError(f"adapter folder {path} does not exist; train one first with python train.py")
+    if is_merged(folder):
+        raise UserError(
+            f"{path} holds a merged model and no adapter; python inference.py --base_only --base_model_name {path}"
+            " talks to it, and python evaluate.py --adapter_path measures it"
+        )
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"adapter folder {path} holds no {name}; train again, or give the folder that holds it")
@@ -494,6 +519,14 @@ def read_recorded_settings(adapter_path):
     if adapter_config.get("peft_type") != "LORA":
         raise UserError(f"{adapter_path}/adapter_config.json describes no LoRA adapter; give the folder of one")
     return recorded | {"base_model_name": base}
+
+
+def read_training(folder):
+    """(the settings that an adapter was trained with, what run.json holds of its run); None and {} where unknown."""
+    files = [Path(folder) / SETTINGS_FILE, Path(folder) / RUN_RECORD]
+    recorded, record = (read_json(file, "the adapter's record") if file.is_file() else {} for file in files)
+    known = {name: value for name, value in recorded.items() if name in DEFAULTS}
+    return check_settings(Settings(**(DEFAULTS | known))) if known else None, record
 
 
 def write_recorded_settings(adapter_path, settings):
@@ -571,8 +604,55 @@ def load_adapter(base, folder):
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
 FULL, DEQUANTIZED = "full", "dequantized"  # bases to merge into: as stored; or its 4-bit weights, dequantized
-MERGE_RECORD = "merge.json"  # in a merged model's folder
 TOLERANCE = 0.02  # share by which a merged model's loss may differ; rounding to 16 bits makes about a tenth of it
+
+
+def is_merged(folder):
+    """Whether a folder holds a merged model that merge.py wrote."""
+    return (folder / MERGE_RECORD).is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def read_settings(path):
+    """As read_recorded_settings, of an adapter or of a merged model, whose base model is the one it was merged into."""
+    folder = resolve_path(path)
+    if not is_merged(folder):
+        return read_recorded_settings(path)
+    base = read_json(folder / MERGE_RECORD, "the record of the merge").get("base_model")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{display_path(folder / MERGE_RECORD)} names no base model; merge again or restore the file")
+    file = folder / SETTINGS_FILE
+    recorded = read_json(file, "the settings of the training") if file.is_file() else {}
+    return recorded | {"base_model_name": base, "use_4bit_quantization": False}
+
+
+def tuned_and_base(path, settings):
+    """Yield ("tuned", model, tokenizer) of an adapter or a merged model, then ("base", model, tokenizer) of its base.
+
+    With an adapter both are one model. A merged one must be let go before the base is asked for: it is loaded then.
+    """
+    folder = resolve_path(path)
+    if not is_merged(folder):
+        model, tokenizer = load_trained_model(path, settings)
+        yield "tuned", model, tokenizer
+        with model.disable_adapter():
+            yield "base", model, tokenizer
+        return
+    base = read_settings(path)["base_model_name"]
+    if settings.base_model_name != base:
+        raise UserError(
+            f"{display_path(folder)} was merged into {base} and cannot be measured against {settings.base_model_name};"
+            f" leave out --base_model_name (if the base was moved, correct base_model in its {MERGE_RECORD})"
+        )
+    tokenizer = load_tokenizer(str(folder))
+    say(f"Merged model: {display_path(folder)}, its base model: {base}")
+    announce_system_text(tokenizer, settings.system_prompt)
+    for name, source in (("tuned", str(folder)), ("base", base)):
+        model = load_settings_base(settings._replace(base_model_name=source))
+        fit_pad_token(tokenizer, model, choose_pad_token)
+        check_prompt(model, tokenizer)
+        yield name, model, tokenizer
+        del model
+        gc.collect()
 
 
 class Merge(NamedTuple):

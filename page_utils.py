@@ -22,6 +22,7 @@ from message_utils import UserError, counted, say
 from progress_utils import format_duration
 from report_utils import notices
 from run_utils import DATA_REPORT
+from score_utils import speaks_against
 from settings_utils import PLACES
 
 REPORT, METRICS, SAMPLES = "report.html", "metrics.json", "samples.jsonl"
@@ -46,9 +47,9 @@ BENCHMARK = Figure("benchmark", "", 0, "{:.3f}", "")  # of a benchmark it is not
 COMPARED = ("loss", "perplexity", "accuracy", "chrf", "ended")  # the columns of a comparison
 
 VERDICTS = {
-    "better": "The tuned model is better.",
-    "worse": "The tuned model is worse.",
-    "no clear difference": "No clear difference.",
+    "better": "Better, by the loss on these answers.",
+    "worse": "Worse, by the loss on these answers.",
+    "no clear difference": "No clear difference in the loss on these answers.",
     "too few rows": "Too few rows for a verdict.",
 }
 
@@ -188,6 +189,10 @@ def lead(metrics):
     )
     if metrics["verdict"] == "too few rows":
         yield "Ten rows are the least for a verdict: of fewer, a few odd ones would decide."
+    if against := speaks_against(metrics["verdict"], metrics["difference"]):
+        names = " and ".join(figure.label for figure in FIGURES if figure.key in against)
+        opposite = "worse" if metrics["verdict"] == "better" else "better"
+        yield f"But the answers that the tuned model writes are {opposite} by {names}: read them before you decide."
 
 
 def warnings(metrics):
@@ -380,7 +385,7 @@ def describe_data(report):
 def show_data(report):
     histogram = report["training"]["histogram"]
     return {
-        "files": [DataReport(**file).line() for file in report["files"]],
+        "files": [DataReport(**file | {"name": short_path(file["name"])}).line() for file in report["files"]],
         "sets": {name: report[name] for name in ("training", "validation") if report[name]},
         "notices": list(notices(report)),
         "chart": draw_bars(histogram["counts"], histogram["up_to"], "tokens of a training row", "rows"),

@@ -130,7 +130,10 @@ def look_at_gpu(device):
     if device.type != "cuda":
         return None
     newer = torch.cuda.get_device_capability(device)[0] >= 8
-    return Gpu(*torch.cuda.mem_get_info(device), flash_attention=newer, triton=triton is not None)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    free = min(free, allowed - torch.cuda.memory_reserved(device))
+    return Gpu(free, allowed, flash_attention=newer, triton=triton is not None)
 
 
 class StepPlan(NamedTuple):
@@ -150,13 +153,14 @@ class StepPlan(NamedTuple):
     longest_row: int = 1  # in tokens, of the rows that are scored too
     expected_bytes: float = 0.0  # peak of the GPU's memory; 0 on other devices
     expected_seconds: float = 0.0  # of all steps; the rehearsal tells
+    shards: int = 1  # so many processes share out the frozen weights, and must compute equally many passes
 
 
-def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()):
+def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=(), shards=None):
     """Decide how the steps of a run on these TokenizedRows are computed, and say it of a CUDA GPU; a StepPlan.
 
     shapes: the model with its adapter, without weights. gpu: None where there is no CUDA GPU. held_out: the rows that
-    are only scored.
+    are only scored. shards: the ShardEngine, or None.
     """
     base, rows_a_step = transformers_model(shapes), settings.batch_size * settings.gradient_accumulation_steps
     kernels = plan_kernels(shapes, dtype, gpu)
@@ -169,8 +173,14 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         rows_a_step=rows_a_step,
         longest_row=longest_row(rows, held_out),
     )
+    if shards:
+        say_shards(shapes, settings, dtype, shards, gpu)
+        kernels = kernels._replace(lora=kernels.lora and shards.whole_layers)
+        plan = plan._replace(shards=shards.processes, compiled=False, kernels=kernels)
     if gpu is None:
         return plan
+    if shards:
+        return plan_memory(plan, shapes, settings, dtype, rows, gpu)
     passes = count_passes(rows, settings, max_pass_tokens, processes)
     compiled = plan_compilation(shapes, settings, kernels, passes)
     plan = plan_memory(plan._replace(compiled=compiled, recorded=bool(compiled)), shapes, settings, dtype, rows, gpu)
@@ -195,6 +205,18 @@ def longest_tokens(plan, rows):
     """The tokens that no pass of these rows exceeds."""
     longest = int(np.sort(row_lengths(rows))[-plan.rows_a_step :].sum())
     return min(max(plan.max_pass_tokens, plan.longest_row), longest)
+
+
+def say_shards(shapes, settings, dtype, shards, gpu):
+    """Say what each process holds of the base model that a ShardEngine shares out, and what a GPU then does without."""
+    whole, held, gathered = shard_bytes(shapes, settings, dtype, shards.processes)
+    say(
+        f"Shards: {shards.processes} processes share the base model's {whole / GIB:.2f} GiB by {shards.name}; each"
+        f" holds {held / GIB:.2f} GiB of it, gathers {gathered / GIB:.2f} GiB at a time, and keeps the adapter whole"
+    )
+    if gpu:
+        fused = "" if shards.whole_layers else "fused nor "
+        say(f"The layers are neither {fused}compiled nor recorded, since their weights come and go, which is slower")
 
 
 def plan_kernels(model, dtype, gpu):
@@ -269,12 +291,18 @@ def memory_ways(plan, shapes, settings, dtype, rows):
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
     whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
     fused = plan.kernels.lora and all_plain(shapes)
-    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and fused else 0
+    keeps = fused and plan.shards == 1
+    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and keeps else 0
     few = min(whole, enough) if fused else whole
+    elsewhere = 0
+    if plan.shards > 1:
+        all_weights, held, gathered = shard_bytes(shapes, settings, dtype, plan.shards)
+        elsewhere = ALLOCATOR * (all_weights - held - gathered)
 
     def way(checkpointing, tokens, more=0):
         tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
         peak = expected_peak(shapes, settings, dtype, longest_tokens(tried, rows), checkpointing, plan.compiled)
+        peak -= elsewhere
         return tried._replace(expected_bytes=peak + more), more
 
     ways = []
@@ -421,11 +449,14 @@ def print_plan(settings, base, rows, validation_rows, evaluated_rows, processes=
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
-def weight_bytes(model, settings, dtype):
-    """Bytes of the base's weights as they will be loaded: where quantized, linear layers but the output are in NF4."""
+def weight_bytes(model, settings, dtype, part=None):
+    """Bytes of the base's weights as they will be loaded: where quantized, linear layers but the output are in NF4.
+
+    part: the module of it whose weights count; None: all of them.
+    """
     base = transformers_model(model)
     head, seen, total = base.get_output_embeddings(), set(), 0
-    for module in base.modules():
+    for module in (part or base).modules():
         quantized = settings.use_4bit_quantization and isinstance(module, torch.nn.Linear) and module is not head
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad or id(parameter) in seen:
@@ -433,6 +464,21 @@ def weight_bytes(model, settings, dtype):
             seen.add(id(parameter))
             total += parameter.numel() * (NF4_BYTES if quantized and name == "weight" else dtype.itemsize)
     return total
+
+
+def shard_bytes(model, settings, dtype, processes):
+    """Of weights that so many processes share out: the bytes of all, of a process's part, and of what it gathers.
+
+    Gathered are the layer that computes and the one after it, and the output layer. The scales of 4-bit weights stay
+    whole in each process.
+    """
+    base = transformers_model(model)
+    whole, layers = weight_bytes(model, settings, dtype), decoder_layers(base)
+    largest = max((weight_bytes(model, settings, dtype, layer) for layer in layers), default=whole / 2)
+    in_layers = sum(weight_bytes(model, settings, dtype, layer) for layer in layers)
+    scales = in_layers * (1 - 0.5 / NF4_BYTES) if settings.use_4bit_quantization else 0
+    head = base.get_output_embeddings().weight.numel() * dtype.itemsize
+    return whole, (whole - scales) / processes + scales, 2 * largest + head
 
 
 def dequantized_bytes(model, dtype):

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
+import thought_utils
 from message_utils import UserError, printable, say
 
 IGNORED = -100  # label of a token that is not trained, as in torch's cross_entropy
@@ -28,20 +29,7 @@ ALPACA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
 
-# What opens and what closes a thought, in the templates of reasoning models
-THOUGHTS = {
-    "<think>": "</think>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "[THINK]": "[/THINK]",
-    "<|open|>think<|sep|>": "<|close|>think<|sep|>",
-    "<|channel>thought": "<channel|>",
-    "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]",
-}
-OPENED_THOUGHT = re.compile("(" + "|".join(map(re.escape, THOUGHTS)) + r")(\s*)$")
-EMPTY_THOUGHT = re.compile("(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THOUGHTS.items()) + r")\s*")
-INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)  # as rows of data write it
 THINKING = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
-THOUGHT_MARKS = {*THOUGHTS, *THOUGHTS.values()}
 # A conversation that shows how a template writes, and tools for the templates that cannot do without
 PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The quick brown fox"})
 PROBE_TOOLS = [
@@ -111,22 +99,34 @@ def render(tokenizer, messages, add_generation_prompt):
 
 def render_probe(tokenizer, messages, add_generation_prompt):
     """Render a conversation of our own, with a tool for templates that fail without any."""
-    try:
+    with suppress_refusals():
         return render(tokenizer, messages, add_generation_prompt)
+    first, *others = messages
+    with suppress_refusals():
+        return render(tokenizer, [first | {"tools": PROBE_TOOLS}, *others], add_generation_prompt)
+    return render(tokenizer, messages, add_generation_prompt)
+
+
+@contextmanager
+def suppress_refusals():
+    """Go on where a template refuses a conversation, but not where it never ends."""
+    try:
+        yield
     except UserError as error:
         if "did not end" in str(error):
             raise
-        first, *others = messages
-        with suppress(UserError):
-            return render(tokenizer, [first | {"tools": PROBE_TOOLS}, *others], add_generation_prompt)
-        raise
 
 
 def render_calls(tokenizer, messages, tools, add_generation_prompt):
-    """The rendered text; a template that cannot take the arguments of calls as objects gets them as JSON."""
+    """The rendered text, from messages in the form that the template takes.
+
+    A template that cannot take the arguments of calls as objects gets them as JSON.
+    """
     options = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     if getattr(tokenizer, "template_date", None):
         options["chat_template"] = with_date(tokenizer.get_chat_template(tools=tools), tokenizer.template_date)
+    if takes_parts(tokenizer, str(tokenizer.chat_template)):
+        messages = list(map(in_parts, messages))
     arguments = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
     try:
         text = tokenizer.apply_chat_template(messages, **options)
@@ -136,6 +136,29 @@ def render_calls(tokenizer, messages, tools, add_generation_prompt):
         if not arguments:
             raise
     return tokenizer.apply_chat_template([with_json_arguments(message) for message in messages], **options)
+
+
+@lru_cache(maxsize=8)
+def takes_parts(tokenizer, template):
+    """Whether a chat template writes texts only as lists of parts, as some of models that see pictures do."""
+    if "content" not in template or "text" not in template:
+        return False
+
+    def writes(messages):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except TimeoutError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever fails here is met again with the messages themselves
+            return False
+        return all(message["content"] in text for message in PROBE)
+
+    return not writes(PROBE) and writes([in_parts(message) for message in PROBE])
+
+
+def in_parts(message):
+    """A message whose text is a list of one part, in OpenAI's form."""
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 def with_json_arguments(message):
@@ -154,6 +177,8 @@ def public(message):
 def describe_error(error):
     """The words of an error out of a template, with its type where they say little without it."""
     kind = type(error).__name__
+    if kind == "UndefinedError" and str(error).endswith("is undefined"):
+        return f"{error}, and no server gives it"
     return str(error) if kind in ("TemplateError", "ValueError") and str(error) else f"{kind}: {str(error)[:200]}"
 
 
@@ -232,15 +257,17 @@ def find_end_token(tokenizer):
     with a token of its own.
     """
     last = render_tail(tokenizer)
-    pattern = control_tokens(tokenizer).pattern
+    control = control_tokens(tokenizer)
     try:
         followed = render_tail(tokenizer, {"role": "user", "content": "Hi"})
     except UserError:
         followed = last
-    shared = pattern.findall(last[: count_shared(last, followed)])
+    ending = last[: count_shared(last, followed)]
+    ending = ending.partition(control.turn_start)[0] if control.turn_start else ending
+    shared = control.pattern.findall(ending)
     if shared:
         return tokenizer.eos_token if tokenizer.eos_token in shared else shared[-1]
-    found = pattern.search(last)
+    found = control.pattern.search(last)
     return found[0] if found else tokenizer.eos_token
 
 
@@ -264,9 +291,22 @@ def describe_template(tokenizer):
     end = f"answers end with {find_end_token(tokenizer)}"
     if not writes_end_token(tokenizer):
         end = f"it ends answers with nothing, so {find_end_token(tokenizer)} is written and trained there"
+    if opening := find_opening(tokenizer):
+        end = f"answers begin with {json.dumps(opening, ensure_ascii=False)}, which is trained; {end}"
     date = written_date(tokenizer)
     dated = f"; it writes the date, in training that of the run's start: {date}" if date else ""
     return f"{source}; {describe_bos(tokenizer)}; {end}{dated}"
+
+
+def find_opening(tokenizer):
+    """What the template writes before an answer's text and not in its prompt, such as the name of a channel, or ""."""
+    with suppress(UserError):
+        return (
+            write_turn(tokenizer, list(PROBE), find_end_token(tokenizer))
+            .answer.partition(PROBE[1]["content"])[0]
+            .strip()
+        )
+    return ""
 
 
 def describe_bos(tokenizer):
@@ -298,14 +338,28 @@ def writes_one_bos(tokenizer):
 
 
 def end_token_ids(tokenizer):
-    """The ids that end a reply: EOS, and the token that the chat template writes after an answer."""
-    return sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(find_end_token(tokenizer))})
+    """The ids that end a reply: EOS, and the tokens that the chat template writes after an answer and after a call."""
+    ends = {tokenizer.eos_token, find_end_token(tokenizer), *find_call_end(tokenizer)}
+    return sorted(map(tokenizer.convert_tokens_to_ids, ends))
+
+
+def find_call_end(tokenizer):
+    """A list of the token with which the template ends a call, empty where it writes no calls."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
+    question = PROBE[0] | {"tools": PROBE_TOOLS}
+    try:
+        end_token = find_end_token(tokenizer)
+        with time_limit():
+            turn = write_turn(tokenizer, [question, PROBE[1] | {"content": "", "tool_calls": [call]}], end_token)
+    except UserError:
+        return []
+    return control_tokens(tokenizer).pattern.findall(turn.answer)[-1:]
 
 
 # ---- Control tokens --------------------------------------------------------------------------------------------------
 # all control tokens, longest first; the set of the special ones; patterns of all, and of those that an answer may not
-# write either
-ControlTokens = namedtuple("ControlTokens", "tokens special pattern in_answers")
+# write either; the text with which the template begins turns, whoever speaks, or ""
+ControlTokens = namedtuple("ControlTokens", "tokens special pattern in_answers turn_start")
 MARK = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)  # added tokens such as <|user|>, unlike "\n\n" or a word
 PRIVATE_USE = re.compile("[\U000f0000-\U0010ffff]")
 FIRST_STAND_IN = 0xF0000
@@ -325,14 +379,27 @@ def control_tokens(tokenizer):
 def find_control_tokens(tokenizer, template):
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special}
+    conversation = [*PROBE, {"role": "user", "content": "Hi"}]
     try:
-        written = render_probe(tokenizer, [*PROBE, {"role": "user", "content": "Hi"}], add_generation_prompt=True)
+        asked, written = (render_probe(tokenizer, conversation, prompted) for prompted in (False, True))
     except UserError:
-        written = ""
+        asked = written = ""
     marks = {token.content for token in added if MARK.fullmatch(token.content)}
-    of_turns = {mark for mark in marks if mark in written and mark not in THOUGHT_MARKS}
+    of_turns = {mark for mark in marks if mark in written and mark not in thought_utils.MARKS}
     tokens = longest_first(special | of_turns | {mark for mark in marks if mark in template})
-    return ControlTokens(tokens, special, any_of(tokens), any_of(longest_first(special | of_turns)))
+    starts = find_turn_start(asked, written, of_turns | special)
+    return ControlTokens(tokens, special, any_of(tokens), any_of(longest_first(special | of_turns)), starts)
+
+
+def find_turn_start(asked, prompted, marks):
+    """What the generation prompt and a user's turn have in common at their starts, if a mark of turns is in it.
+
+    asked, prompted: the conversation of find_control_tokens, rendered without and with the generation prompt.
+    """
+    header = prompted[len(asked) :] if prompted.startswith(asked) else ""
+    before_user = prompted.rpartition(PROBE[-1]["content"])[2].partition("Hi")[0]
+    shared = next((header[:end] for end in range(len(header), 0, -1) if header[:end] in before_user), "")
+    return shared if any(mark in shared for mark in marks) else ""
 
 
 def longest_first(tokens):
@@ -343,6 +410,14 @@ def any_of(tokens):
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
+def private_use_codes(text):
+    """The code points of the private-use characters in a text."""
+    return frozenset(map(ord, PRIVATE_USE.findall(text)))
+
+
+template_codes = lru_cache(maxsize=8)(private_use_codes)  # rows are many and differ, a template is always the same
+
+
 def choose_stand_ins(tokenizer, messages):
     """The code point of the first stand-in for the control tokens in these texts.
 
@@ -350,9 +425,9 @@ def choose_stand_ins(tokenizer, messages):
     that is as long as it. None of these characters stands in the texts or in the template.
     """
     first, count = FIRST_STAND_IN, len(control_tokens(tokenizer).tokens)
-    texts = [str(tokenizer.chat_template)]
-    texts += [m["content"] if len(m) == 2 else json.dumps(m, ensure_ascii=False) for m in messages]
-    for code in sorted({ord(found) for text in texts for found in PRIVATE_USE.findall(text)}):
+    texts = [m["content"] if len(m) == 2 else json.dumps(m, ensure_ascii=False) for m in messages]
+    found = template_codes(str(tokenizer.chat_template)).union(*map(private_use_codes, texts))
+    for code in sorted(found):
         if code < first + count:
             first = code + 1
     if first + count > 0x110000:
@@ -380,7 +455,7 @@ def hide_control_tokens(tokenizer, messages, first):
 
     def hide_answer(content):
         """The marks of a thought at the start of an answer stay what they are."""
-        thought, text = split_thought(content)
+        thought, text = thought_utils.split_inline(content)
         hidden = hide(text, control.in_answers)
         return f"<think>{hide(thought)}</think>{hidden}" if thought else hidden
 
@@ -432,86 +507,119 @@ def write_turn(tokenizer, messages, end_token):
     *earlier, message = messages
     prompt = render(tokenizer, earlier, add_generation_prompt=True)
     check_prompt(prompt, earlier)
-    inline, text = split_thought(message["content"])
-    thought = (inline or message.get("reasoning_content", "")).strip()
-    turns = (
-        follow(prompt, render(tokenizer, [*earlier, form], False), text, earlier)
-        for form in forms(message, thought, text, inline or knows_thoughts(tokenizer))
-    )
-    for turn in turns:
-        end = find_answer_end(turn, thought, text, message) if turn else None
-        if end is not None and turn.find(end_token) in (-1, turn.find(end_token, end)):
-            return Turn(prompt, end_answer(tokenizer, turn, end, end_token, message))
-    plain = {key: value for key, value in message.items() if key != "reasoning_content"}
-    turn = follow(prompt, render(tokenizer, [*earlier, plain | {"content": text}], False), text, earlier)
-    end = find_answer_end(turn, "", text, message) if turn else None
-    if end is None or (turn.find(end_token) not in (-1, turn.find(end_token, end))):
-        raise UserError(explain_missing(turn, text, message, len(messages)))
-    turn = end_answer(tokenizer, turn, end, end_token, message)
-    return Turn(prompt, write_thought(prompt, thought, turn) if inline or OPENED_THOUGHT.search(prompt) else turn)
+    begun = None if earlier and prompt.endswith(earlier[-1]["content"]) else thought_utils.find_begun(prompt)
+    inline, text = thought_utils.split_inline(message["content"], begun)
+    parts = parts_of(message, text)
+    turn = write_answer(tokenizer, prompt, begun, messages, (inline, text), end_token)
+    end = find_answer_end(turn, parts, end_token)
+    calls = message.get("tool_calls", ())
+    if len(calls) > 1:
+        first = [*earlier, message | {"tool_calls": calls[:1]}]
+        end = end if render(tokenizer, messages, False) != render(tokenizer, first, False) else None
+    if end is None:
+        raise UserError(explain_missing(tokenizer, messages, turn, parts))
+    return Turn(prompt, end_answer(tokenizer, turn, end, end_token, message))
 
 
-def forms(message, thought, text, in_content):
-    """The ways to hand an answer to a template: as it is, and with its thought where other templates look for it.
+def write_answer(tokenizer, prompt, begun, messages, content, end_token):
+    """What the template writes of an answer behind its prompt, with whatever follows it; None if it writes no answer.
 
-    in_content: whether the thought may stand in the answer's text.
+    Its thought is written as the template writes thoughts. One that the prompt has begun and left open is closed in any
+    case; where the prompt has closed it, only a thought in the answer's content is kept: (thought, text), as
+    split_inline returns it.
     """
-    yield message
-    if thought:
-        plain = {key: value for key, value in message.items() if key != "reasoning_content"}
-        yield plain | {"content": text.strip(), "reasoning_content": thought}
-        if in_content:
-            yield plain | {"content": f"<think>\n{thought}\n</think>\n\n{text.strip()}"}
+    *earlier, message = messages
+    inline, text = content
+    parts = parts_of(message, text)
+    base = prompt.removesuffix(begun.text) if begun else prompt
+    opened = begun if begun and not begun.closed else None
+    reasoning = "" if begun and begun.closed else message.get("reasoning_content", "")
+    thought = (inline or reasoning).strip()
+    plain = {key: value for key, value in message.items() if key != "reasoning_content"}
+    plain["content"] = text.strip() if inline else text
+
+    def write(form, parts):
+        return find_turn(base, render(tokenizer, [*earlier, form], False), parts, earlier)
+
+    def try_form(form):
+        with suppress_refusals():
+            return write(form, [shown, *parts])
+        return None
+
+    turn = write(plain, parts)
+    if turn is None or not (thought or begun):
+        return turn
+    empty = thought_utils.split_block(turn)  # an empty thought, or its end alone, that the template writes by itself
+    if not thought and (empty or not opened):
+        return thought_utils.write_block("", empty, begun) if empty else turn
+    # as the template writes thoughts
+    shown = thought or thought_utils.STAND_IN
+    for form in thoughtful_forms(tokenizer, plain, shown):
+        written = try_form(form)
+        block = thought_utils.split_block(written or "", shown)
+        if block and not thought_utils.split_block(block.rest):
+            return thought_utils.write_block(thought, block, opened)
+        is_found = not begun and find_answer_end(written, [thought, *parts], end_token)
+        if is_found and not any(mark in written.partition(thought)[0] for mark in thought_utils.MARKS):
+            return written  # gpt-oss writes a thought as a message of its own
+    # it writes none: between the marks of an empty thought, or between those that it knows
+    block = empty if empty and (opened or empty.opening.strip()) else None
+    if not block:
+        rest = empty.rest if empty else turn.removeprefix(opened.text) if opened else turn
+        block = thought_utils.own_block(str(tokenizer.chat_template), rest, begun and begun.mark)
+    if block and not prompt.endswith(thought_utils.NO_PLACE):
+        return thought_utils.write_block(thought, block, opened)
+    if not inline:
+        return turn
+    # it knows none: the answer's text as it is
+    parts = parts_of(message, message["content"])
+    written = write(message, parts)
+    return written if find_answer_end(written, parts) else None
 
 
-def knows_thoughts(tokenizer):
-    """Whether the chat template speaks of thoughts in answers."""
-    return any(mark in str(tokenizer.chat_template) for mark in THOUGHT_MARKS)
+def thoughtful_forms(tokenizer, message, thought):
+    """The ways to hand an answer with a thought to a template, which has a place for one of them or for none."""
+    yield message | {"reasoning_content": thought}
+    template = str(tokenizer.chat_template)
+    if "reasoning" in template.replace("reasoning_content", ""):
+        yield message | {"reasoning": thought}
+    if "<think>" in template or "</think>" in template:
+        yield message | {"content": thought_utils.FORMS[0].format(thought) + message["content"]}
+
+
+def parts_of(message, text):
+    """The parts of an answer that are looked for in what a template writes: its text and the names in its calls."""
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    return [part for part in (text.strip(), *names) if part]
 
 
 def uses_reasoning(tokenizer):
     """Whether an answer's reasoning_content is trained: some templates have no place for it."""
     question, answer = PROBE
-    thought = "I see a fox."
-    try:
-        texts = mark_answers(tokenizer, [question, answer | {"reasoning_content": thought}], find_end_token(tokenizer))
-    except UserError:
-        return True  # the rows will tell
-    return thought in texts[0].text
+    thoughtful = answer | {"reasoning_content": "I see a fox."}
+    for asked in (question, question | {"tools": PROBE_TOOLS}):  # some templates cannot do without tools
+        with suppress(UserError):
+            texts = mark_answers(tokenizer, [asked, thoughtful], find_end_token(tokenizer))
+            return thoughtful["reasoning_content"] in texts[0].text
+    return True  # the rows will tell
 
 
-def split_thought(content):
-    """(thought, text) of an answer that begins with <think>...</think>, else ("", the answer)."""
-    found = INLINE_THOUGHT.fullmatch(content)
-    return found.groups() if found else ("", content)
+def find_turn(base, rendered, parts, earlier):
+    """What a template writes behind `base`, the start of a prompt: taken from the conversation with its answer.
 
-
-def follow(prompt, rendered, text, earlier):
-    """What the template writes behind a prompt, taken from the conversation rendered with its answer.
-
-    A thought that the prompt has opened is closed first. Where the template writes the earlier turns otherwise than in
-    the prompt, only the answer is taken, with what stands between the prompt's last words and it, unless that is of
-    another turn. None where the answer's text is not found.
+    Where the template writes the earlier turns otherwise than in the prompt, it begins with what stands between the
+    base's last words and the first of the answer's parts, unless that is of another turn. None where a part is missing.
     """
-    if rendered.startswith(prompt):
-        return rendered[len(prompt) :]
-    opened, empty = OPENED_THOUGHT.search(prompt), list(EMPTY_THOUGHT.finditer(prompt))
-    begin = opened.start() if opened else empty[-1].start() if empty and empty[-1].end() == len(prompt) else len(prompt)
-    base = prompt[:begin]
     if rendered.startswith(base):
-        rest = rendered[begin:]
-    else:
-        place = rendered.rfind(text.strip())
-        if place < 0 or not text.strip():
-            return None
-        starts = range(max(place - 200, 0), place + 1)
-        start = max(starts, key=lambda start: (shared_end(rendered[:start], base), start))
-        said = [message["content"].strip() for message in earlier]
-        foreign = any(words and words in rendered[start:place] for words in said)
-        rest = rendered[place if foreign or not shared_end(rendered[:start], base) else start :]
-    if begin < len(prompt):
-        rest = EMPTY_THOUGHT.sub("", rest.lstrip(), count=1) if EMPTY_THOUGHT.match(rest.lstrip()) else rest
-    return close_thought(opened) + rest.lstrip() if opened else rest
+        return rendered[len(base) :]
+    place = next((place for order in orders(parts) if (place := find_back(rendered, order)) is not None), None)
+    if place is None:
+        return None
+    starts = range(max(place - 200, 0), place + 1)
+    start = max(starts, key=lambda start: (shared_end(rendered[:start], base), start))
+    said = [message["content"].strip() for message in earlier]
+    foreign = any(words and words in rendered[start:place] for words in said)
+    return rendered[place if foreign or not shared_end(rendered[:start], base) else start :]
 
 
 def count_shared(one, other):
@@ -525,42 +633,50 @@ def shared_end(one, other):
     return count_shared(one[:-501:-1], other[:-501:-1])
 
 
-def close_thought(opened):
-    """What closes the thought that a prompt has opened, a match of OPENED_THOUGHT."""
-    return f"{opened[2]}{THOUGHTS[opened[1]]}\n\n"
+def orders(parts):
+    """An answer's parts, and with the first one, the text, behind the calls, as some templates write it."""
+    return (parts, [*parts[1:], *parts[:1]]) if len(parts) > 1 else (parts,)
 
 
-def write_thought(prompt, thought, turn):
-    """A turn with its thought before it, for templates that leave thoughts out of answers."""
-    opened = OPENED_THOUGHT.search(prompt)
-    if not opened or not thought:
-        return f"<think>\n{thought}\n</think>\n\n{turn.lstrip()}" if thought else turn
-    return f"{thought}{opened[2]}{THOUGHTS[opened[1]]}\n\n{turn.removeprefix(close_thought(opened)).lstrip()}"
-
-
-def find_answer_end(turn, thought, text, message):
-    """Where an answer's thought, text and calls, in this order, end in a turn; None where one of them is missing."""
-    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    end = 0
-    for part in filter(None, [thought, text.strip(), *names]):
-        start = turn.find(part, end)
-        if start < 0:
+def find_back(rendered, parts):
+    """Where the last of these parts in this order begin in a text, or None."""
+    place = len(rendered)
+    for part in reversed(parts):
+        place = rendered.rfind(part, 0, place)
+        if place < 0:
             return None
-        end = start + len(part)
-    return end
+    return place
+
+
+def find_answer_end(turn, parts, end_token=None):
+    """Where an answer's parts end in a turn; None where one is missing or an end token stands before."""
+    for order in orders(parts):
+        end = 0
+        for part in order:
+            start = turn.find(part, end) if turn else -1
+            if start < 0:
+                break
+            end = start + len(part)
+        else:
+            return None if end_token and turn.find(end_token) not in (-1, turn.find(end_token, end)) else end
+    return None
 
 
 def end_answer(tokenizer, turn, end, end_token, message):
-    """The turn up to its end token, which is written where the template writes none.
+    """The turn up to its end token, which is written where the template writes none before another turn begins.
 
     A call may end with a token of its own.
     """
-    found = turn.find(end_token, end)
-    if found >= 0:
-        return turn[: found + len(end_token)]
+    control = control_tokens(tokenizer)
+    turn = turn.partition(end_token)[0] + end_token if end_token in turn else turn
+    following = turn.find(control.turn_start, end) if control.turn_start else -1
+    if following >= 0:  # some templates end every conversation with a turn of their own
+        turn = turn[:following]
+    if turn.endswith(end_token):
+        return turn
     turn = turn.rstrip()
-    if "tool_calls" in message and (closed := list(control_tokens(tokenizer).pattern.finditer(turn, end))):
-        return turn[: closed[-1].end()] if closed[-1].end() == len(turn) else turn + end_token
+    if "tool_calls" in message and any(found.end() == len(turn) for found in control.pattern.finditer(turn, end)):
+        return turn
     return turn + end_token
 
 
@@ -583,21 +699,29 @@ def check_prompt(prompt, messages):
             )
 
 
-def explain_missing(turn, text, message, number):
-    """The message of an answer that a template does not write, or writes with an end token in the middle."""
-    if turn and find_answer_end(turn, "", text, message) is not None:
+def explain_missing(tokenizer, messages, turn, parts):
+    """The message of an answer, the last message, that a template does not write or not behind its prompt."""
+    *earlier, message = messages
+    number = len(messages)
+    if find_answer_end(turn, parts) is not None:
         return (
             f"the model's chat template ends message {number} before all of it is written, as several turns; write its"
             " text and its tool call as messages of their own, or choose another base model"
         )
-    if "tool_calls" in message and find_answer_end(turn or "", "", text, {}) is not None:
+    if "tool_calls" not in message:
+        return (
+            f"the model's chat template changes message {number} or leaves it out, so the answer cannot be located; try"
+            " rows with plain text answers, or choose another base model"
+        )
+    written = render(tokenizer, messages, False)
+    if written == render(tokenizer, [*earlier, {key: message[key] for key in message if key != "tool_calls"}], False):
         return (
             f"the model's chat template has no place for the tool call in message {number}; choose a base model whose"
             " template knows calls, or write the call as text in content"
         )
     return (
-        f"the model's chat template changes message {number} or leaves it out, so the answer cannot be located; try"
-        " rows with plain text answers, or choose another base model"
+        f"the model's chat template does not write all of message {number}, which has a tool call, behind its prompt;"
+        " give its text and each of its calls as messages of their own, or choose another base model"
     )
 
 
@@ -651,7 +775,8 @@ def split_behind(answers, is_merged):
 
 def is_whole_text(tokenizer, text):
     """Whether nothing but BOS stands before what is trained in a MarkedText: it is encoded as if it stood alone."""
-    return bool(text.answers) and text.text[: text.answers[0][0]] in ("", tokenizer.bos_token)
+    start = text.answers[0][0] if text.answers else None
+    return start == 0 or (bool(start) and text.text[:start] == tokenizer.bos_token)
 
 
 def is_inside_token(offsets, place):

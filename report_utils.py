@@ -162,10 +162,14 @@ def notices(report):
 
 
 def check_cut_limit(report, limit):
-    """Raise UserError if more than `limit` of all rows lost the end of their answer or were dropped."""
+    """Raise UserError if more than `limit` of all rows lost the end of their answer or were dropped.
+
+    Rows that say themselves that they are not to be learned do not count.
+    """
     sets = [found for found in (report["training"], report["validation"]) if found]
-    read = sum(file["rows"] for file in report["files"])
-    dropped = sum(count["count"] for file in report["files"] for count in file["dropped"].values())
+    left_out = sum(file["left_out"] for file in report["files"])
+    read = sum(file["rows"] for file in report["files"]) - left_out
+    dropped = sum(count["count"] for file in report["files"] for count in file["dropped"].values()) - left_out
     used = sum(found["rows"] for found in sets)  # with --max_train_rows fewer than were read
     cut = sum(found["answer_cut"]["count"] + found["no_trainable_token"]["count"] for found in sets)
     if dropped / read + (1 - dropped / read) * cut / used > limit:

@@ -21,6 +21,7 @@ from score_utils import (
     band,
     compare_answers,
     ratio_interval,
+    speaks_against,
     summarize_answers,
     verdict,
 )
@@ -109,18 +110,24 @@ def comparison_verdict(adapters):
     if TOO_FEW in verdicts:
         return "Too few rows for a verdict."
     if better := [adapter for adapter in others if adapter["verdict"] == "better"]:
-        return f"{min(better, key=lambda adapter: adapter['loss'])['run']} is better than {first['run']}."
+        best = min(better, key=lambda adapter: adapter["loss"])["run"]
+        return f"By the loss on these answers {best} is better than {first['run']}."
     if verdicts == {"worse"}:
-        return f"{first['run']} is better than {'all others' if len(others) > 1 else others[0]['run']}."
-    return f"None is clearly better than {first['run']}."
+        beaten = "all others" if len(others) > 1 else others[0]["run"]
+        return f"By the loss on these answers {first['run']} is better than {beaten}."
+    return f"By the loss on these answers none is clearly better than {first['run']}."
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
-def write_results(evaluations, metrics, samples, columns, scores):
+CARD = "model-card.md"
+
+
+def write_results(evaluations, metrics, samples, columns, scores, write_card=lambda *found: None):
     """Write what was measured to a folder of its own in `evaluations`, <run>-<rows>, and return it.
 
     An earlier one of that name stays, and this one gets a number. Nothing of it is there until all of it is. `scores`
     are a dict of the columns for each row: its number, its size, and the loss of each model, in nats in all.
+    write_card: a function of the folder, the metrics and the samples that adds a file of its own.
     """
     name = f"{metrics['run']}-{metrics['data']['name']}"
     names = (name if number == 1 else f"{name}-{number}" for number in count(1))
@@ -136,6 +143,7 @@ def write_results(evaluations, metrics, samples, columns, scores):
         losses = ([score[row], score[size], *(score[model] / score[size] for model in models)] for score in scores)
         write_table(staged / "rows.csv", (row, size, *(f"{model}_loss" for model in models)), losses)
         write_report(staged)
+        write_card(staged, metrics, samples)
     return folder
 
 
@@ -150,37 +158,51 @@ def flatten(sample, models):
 
 
 # What a spreadsheet would run as a formula, also behind characters that it does not show
-FORMULA = re.compile(r"[\s\x00-\x1f\x7f-\xa0\u00ad\u200b-\u200f\u2060\ufeff]*[-=+@\uff1d\uff0b\uff0d\uff20]|[\t\r]")
+FORMULA = re.compile(
+    r"[\s\x00-\x1f\x7f-\xa0\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]*[-=+@\uff1d\uff0b\uff0d\uff20]"
+    r"|[\t\r]"
+)
 
 
 def write_table(path, columns, rows):
     """Write a CSV file for spreadsheets; a text that one would run as a formula gets an apostrophe before it."""
-    table = pandas.DataFrame(rows, columns=columns)
-    table = table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell)
+
+    def defused(cell):
+        return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+    table = pandas.DataFrame(rows, columns=list(map(defused, columns))).map(defused)  # names of runs are columns too
     # with all cells in quotes a carriage return alone ends no row either
     table.to_csv(path, index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
 
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
+def show(line):
+    """Print a line; texts of models, data and files in it steer no terminal."""
+    print(printable(line), flush=True)
+
+
 def print_report(folder, metrics, samples):
     """Print three answers, the figures and the verdict on stdout."""
     for sample in samples[:3]:
-        print(f"\nPrompt:   {printable(sample['prompt'])}")
+        show(f"\nPrompt:   {sample['prompt']}")
         for name in ("base", "tuned"):
             cut = "" if sample[name]["ended"] else " [cut]"
-            print(f"{name.capitalize() + ':':<10}{printable(sample[name]['text'])}{cut}")
-        print(f"Expected: {printable(sample['expected'])}")
-    print(f"\n{describe_rows(metrics)}, {counted(metrics['answer_tokens'], 'answer token')}")
-    print("        loss   perplexity")
+            show(f"{name.capitalize() + ':':<10}{sample[name]['text']}{cut}")
+        show(f"Expected: {sample['expected']}")
+    show(f"\n{describe_rows(metrics)}, {counted(metrics['answer_tokens'], 'answer token')}")
+    show("        loss   perplexity")
     for name in ("base", "tuned"):
         figures = f"{metrics[name]['loss']:.4f}  {metrics[name]['perplexity']:10.2f}"
-        print(f"{name:<6}{figures}  {metrics[name]['band']}")
+        show(f"{name:<6}{figures}  {metrics[name]['band']}")
     for line in answer_lines(metrics):
-        print(line)
-    print(verdict_line(metrics))
+        show(line)
+    show(verdict_line(metrics))
+    if against := speaks_against(metrics["verdict"], metrics["difference"]):
+        names = ", ".join(FIGURES[name][0] for name in against)
+        show(f"But the answers themselves are {OPPOSITE[metrics['verdict']]} by {names}: read them")
     for line in benchmark_lines(metrics.get("benchmarks", {})):
-        print(line)
-    print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
+        show(line)
+    show(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def describe_rows(metrics):
@@ -204,6 +226,9 @@ FIGURES = {
     "rouge_l": ("ROUGE-L", "{:.3f}"),
     "accuracy": ("accuracy", "{:.0%}"),
 }
+
+
+OPPOSITE = {"better": "worse", "worse": "better"}
 
 
 def answer_lines(metrics):
@@ -260,13 +285,13 @@ def print_comparison(folder, metrics):
     width = max(len(adapter["run"]) for adapter in adapters)
     shown = [name for name in ("ended", "chrf", "accuracy") if name in adapters[0]]
     titles = "".join(f"  {FIGURES[name][0]:>15}" for name in shown)
-    print(f"\n{describe_rows(metrics)}, compared with {adapters[0]['run']} by the loss a {metrics['unit']}")
-    print(f"{'':<{width}}    loss{titles}  difference in loss, 95 % interval")
+    show(f"\n{describe_rows(metrics)}, compared with {adapters[0]['run']} by the loss a {metrics['unit']}")
+    show(f"{'':<{width}}    loss{titles}  difference in loss, 95 % interval")
     for adapter in adapters:
         cells = "".join(f"  {FIGURES[name][1].format(adapter[name]):>15}" for name in shown)
         change = ""
         if adapter["difference"] and adapter["difference"]["low"] is not None:
             change = "  {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**adapter["difference"])
-        print(f"{printable(adapter['run']):<{width}}  {adapter['loss']:.4f}{cells}{change}")
-    print(f"Verdict: {metrics['verdict']}")
-    print(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}", flush=True)
+        show(f"{adapter['run']:<{width}}  {adapter['loss']:.4f}{cells}{change}")
+    show(f"Verdict: {metrics['verdict']}")
+    show(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

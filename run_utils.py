@@ -13,7 +13,7 @@ import time
 from filelock import FileLock, Timeout
 
 from file_utils import display_path, read_json, resolve_path, write_json
-from message_utils import VOICE, UserError, is_first_process, say
+from message_utils import VOICE, UserError, is_first_process, printable, say
 from settings_utils import DEFAULTS, is_folder_name
 
 # What train.py writes to OUTPUT_DIR
@@ -22,6 +22,7 @@ ADAPTER, CHECKPOINTS, VALIDATION_ROWS = "lora-adapter", "checkpoints", "validati
 
 DATA_REPORT, CACHE, RUN_LOG, EVALUATION = "data_report.json", "cache", "train.log", "evaluation"
 RUN_RECORD, MANIFEST = "run.json", "manifest.json"  # in an adapter's folder and in a checkpoint's; both name the run
+TRAINER_STATE, MERGE_RECORD = "trainer_state.json", "merge.json"  # beside an adapter; in a merged model's folder
 
 
 # What belongs to one run of train.py and is moved to OUTPUT_DIR/previous before the next one. The adapter is moved
@@ -45,15 +46,17 @@ def find_run_folder(adapter_path):
 
 
 def read_run_name(adapter_path):
-    """The name of the run that an adapter is of, with its step for a checkpoint; fit for the name of a folder."""
+    """The name of the run that an adapter or a merged model is of, with its step for a checkpoint; fit for a folder."""
     checkpoint = (adapter_path / MANIFEST).is_file()
     path = adapter_path / (MANIFEST if checkpoint else RUN_RECORD)
     record = read_json(path, "the record of the run") if path.is_file() else {}
     name = record.get("run_name" if checkpoint else "run")
     if not isinstance(name, str) or not is_folder_name(name):
-        name = adapter_path.name or "adapter"
+        name = printable(adapter_path.name) or "adapter"
     elif checkpoint:
         name = f"{name}-{adapter_path.name}"
+    elif (adapter_path / MERGE_RECORD).is_file():
+        name = f"{name}-merged"
     return name
 
 

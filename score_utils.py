@@ -32,16 +32,32 @@ def verdict(rows, low, high):
     return "better" if high < 0 else "worse" if low > 0 else "no clear difference"
 
 
+# Figures of answers that tell how good they are: 1 where more is better, -1 where less is
+GOOD = {"accuracy": 1, "exact_match": 1, "chrf": 1, "rouge_l": 1, "ended": 1, "repetition": -1}
+
+
+def speaks_against(verdict, difference):
+    """The figures of answers whose whole interval says the opposite of a verdict on the loss, "better" or "worse"."""
+    against = {"better": -1, "worse": 1}.get(verdict, 0)
+    found = []
+    for name, sign in GOOD.items():
+        change = difference.get(name)
+        if change and change["low"] is not None and min(against * sign * change[end] for end in ("low", "high")) > 0:
+            found.append(name)
+    return found
+
+
 # ---- Intervals -------------------------------------------------------------------------------------------------------
 def ratio_interval(amounts, sizes):
     """(sum of amounts / sum of sizes, low, high): the ratio over rows like these, and its 95 % interval.
 
     Rows lie along the last axis: amounts are differences in negative log-likelihood, for example, and sizes are tokens.
-    The ratio is a mean of the rows weighted by their sizes, so that a few long rows can carry it. Two things keep its
+    The ratio is a mean of the rows weighted by their sizes, so that a few long rows can carry it. Three things keep its
     interval honest where rows are few and uneven (benchmarks/interval.py): a row's residual is enlarged by what the
-    row itself pulled the ratio towards it (HC2), and Student's t has the degrees of freedom that the weights leave
-    (Bell and McCaffrey 2002; Imbens and Kolesar 2016). Of rows of one size this is the usual t interval. NaN for a
-    single row.
+    row itself pulled the ratio towards it (HC2), Student's t has the degrees of freedom that the weights leave (Bell
+    and McCaffrey 2002; Imbens and Kolesar 2016), and of few rows the interval is wider by a share of 1 / rows**2, since
+    t takes the differences to be symmetric. Of many rows of one size this is the usual t interval. NaN for a single
+    row.
     """
     amounts, sizes = np.asarray(amounts, float), np.asarray(sizes, float)
     total = sizes.sum(-1, keepdims=True)
@@ -49,7 +65,7 @@ def ratio_interval(amounts, sizes):
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = weights**2 / (1 - weights)
         error = np.sqrt((factors * (amounts / sizes - ratio) ** 2).sum(-1))
-        reach = error * t_quantile(degrees_of_freedom(weights, factors))
+        reach = error * t_quantile(degrees_of_freedom(weights, factors)) * (1 + 1 / amounts.shape[-1] ** 2)
     ratio = ratio[..., 0]
     return ratio, ratio - reach, ratio + reach
 

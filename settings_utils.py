@@ -10,7 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from file_utils import PROJECT_DIR, display_path, resolve_input
-from message_utils import LateImport, UserError, say
+from message_utils import LateImport, UserError, printable, say
 
 torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
 
@@ -396,14 +396,15 @@ def check_value(name, value, shown):
     if name == "system_prompt" and re.search("[\ud800-\udfff]", value or ""):
         raise UserError(f"{shown} is not UTF-8 text; correct it")
     if name == "run_name" and value is not None and not is_folder_name(value):
-        raise UserError(f"{shown} is {shortened(value)}, expected one folder's name, without slashes")
+        raise UserError(f"{shown} is {shortened(value)}, expected one folder's name, no slashes or control characters")
 
 
 def is_folder_name(text):
     """Whether a text is the name of one folder and leads to no other place."""
     return (
         text not in ("", ".", "..")
-        and not {"/", os.sep, "\0"} & set(text)
+        and not {"/", os.sep, "\n", "\t"} & set(text)
+        and text == printable(text)
         and len(text.encode(errors="replace")) <= 255
     )
 

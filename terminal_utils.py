@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from shutil import get_terminal_size
 from textwrap import wrap
 
@@ -140,9 +140,9 @@ class SideBySide:
 
 
 def columns_for(names):
-    """A SideBySide where the terminal is wide enough, else a context manager that gives None."""
+    """A SideBySide where the terminal is wide enough, else None."""
     wide = not is_plain() and get_terminal_size().columns >= COLUMNS_FROM
-    return SideBySide(names) if wide else nullcontext()
+    return SideBySide(names) if wide else None
 
 
 # ---- Input -----------------------------------------------------------------------------------------------------------

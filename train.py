@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from contextlib import closing
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -39,6 +40,7 @@ from message_utils import (
     UserError,
     counted,
     note,
+    printable,
     quiet_libraries,
     run_script,
     say,
@@ -64,6 +66,7 @@ board_utils = LateImport("board_utils")
 checkpoint_utils = LateImport("checkpoint_utils")
 data_utils = LateImport("data_utils")
 engine_passes = LateImport("engine_passes")
+engine_shards = LateImport("engine_shards")
 evidence_utils = LateImport("evidence_utils")
 fit_utils = LateImport("fit_utils")
 generation_utils = LateImport("generation_utils")
@@ -119,6 +122,7 @@ def train(settings, dry_run=False, fresh=False):
         lock.check()
     base = model_utils.find_base(settings)
     folder = resolve_path(settings.output_dir) / CHECKPOINTS
+    base = base._replace(shards=engine_shards.find_engine())  # before the Trainer looks for it
     arguments = training_utils.build_training_arguments(
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
@@ -133,6 +137,7 @@ def train(settings, dry_run=False, fresh=False):
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
     with lock, process_utils.StopAtOnce():
+        check_same_folder(lock)
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)
         trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started)
@@ -249,7 +254,7 @@ def make_plan(settings, base, rows, arguments):
     plan_utils.print_plan(settings, base, rows.training, rows.validation, rows.evaluated, arguments.world_size)
     gpu = plan_utils.look_at_gpu(base.device)
     steps = plan_utils.plan_steps(
-        base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation
+        base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation, base.shards
     )
     plan_utils.check_compiler(settings, base.device)
     return Plan(arguments, steps)
@@ -295,6 +300,20 @@ def open_checkpoints(settings, base, identity, fresh):
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
     checkpoints.check_space()
     return checkpoints
+
+
+def check_same_folder(lock):
+    """Raise UserError unless all processes see the first one's output folder: on other machines it may be another one.
+
+    lock: the OutputLock, which the first process holds.
+    """
+    owner = process_utils.from_first_process(lock.read_owner)
+    with process_utils.shared_errors():
+        if lock.read_owner() != owner:
+            raise UserError(
+                f"the processes do not share one {display_path(lock.folder)}, in which all of them write and read"
+                " checkpoints; give a folder that all machines see with --output_dir"
+            )
 
 
 def choose_run_name(settings, resumption):
@@ -358,7 +377,7 @@ def run(trainer, settings, base, rows, started):
     """Train from the beginning or from where an interrupted run was, then save the adapter; a signal ends it well."""
     resumption = trainer.checkpoints.resumption
     say(f"Training; watch it with: tensorboard --logdir {shlex.quote(settings.logs_dir)}")
-    with trainer.signals, trainer.runner:
+    with trainer.signals, trainer.runner, closing(trainer):
         try:
             trainer.train(resume_from_checkpoint=resumption and str(resumption.folder))
         except KeyboardInterrupt:
@@ -437,7 +456,7 @@ def print_summary(settings, adapter_dir, record):
         f"Adapter: {display_path(adapter_dir)}",
         *following,
     ]
-    print("\n".join(lines), flush=True)
+    print(printable("\n".join(lines)), flush=True)
     note("\n".join(lines))
 
 

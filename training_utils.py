@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast, gather_object
 from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
@@ -100,12 +100,13 @@ class LoraTrainer(Trainer):
         self.speed = SpeedMeter()
 
     def train(self, *args, **kwargs):
-        try:
-            with progress("Training", left=self.seconds_left) as self.bar:
-                return super().train(*args, **kwargs)
-        finally:
-            for board in self._callbacks(RunBoard):
-                board.close()
+        with progress("Training", left=self.seconds_left) as self.bar:
+            return super().train(*args, **kwargs)
+
+    def close(self):
+        """Write what waits to be shown of the training."""
+        for board in self._callbacks(RunBoard):
+            board.close()
 
     def seconds_left(self):
         """Seconds to the end of the run; None until they were rehearsed."""
@@ -154,7 +155,7 @@ class LoraTrainer(Trainer):
                 seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, processes)
             self.runner.lower(expected_seconds=seconds)
             self.times.expect("step", seconds / max(steps, 1))
-            if self._rough_seconds() >= SHORT_RUN:
+            if max(gather_object([self._rough_seconds()])) >= SHORT_RUN:
                 self._rehearse_rounds(scratch)
         say(self.times.describe(done, *self._round()))
 
@@ -206,11 +207,11 @@ class LoraTrainer(Trainer):
             self.times.expect("evaluation", a_token * int(lengths.sum()))
             if self.all_validation_rows:
                 self.times.expect("end", a_token * int(row_lengths(self.all_validation_rows).sum()))
-        if self.is_world_process_zero():
-            if answers := self._sample_answers():
-                self.times.expect("answers", answers.rehearse(self.model))
-            if scratch:
-                self.times.expect("save", self._time_save(scratch))
+        answers = self._sample_answers()
+        if answers and (self.is_world_process_zero() or self.runner.plan.shards > 1):
+            self.times.expect("answers", answers.rehearse(self.model))
+        if self.is_world_process_zero() and scratch:
+            self.times.expect("save", self._time_save(scratch))
 
     def _time_save(self, folder):
         """Seconds of a checkpoint: the adapter is written and thrown away; AdamW's moments are twice as large.
@@ -327,6 +328,9 @@ class LoraTrainer(Trainer):
                 f"Validation loss {self.final_loss:.4f}, perplexity {perplexities}, on all"
                 f" {counted(len(self.all_validation_rows), 'row')}"
             )
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        for board in self._callbacks(RunBoard):
+            board.add_final(self.final_loss, losses[-1] if losses else None, self.state.global_step)
 
     def log(self, logs, start_time=None):
         """Add speed and memory to the training losses. Speed counts real tokens and training time only."""
@@ -503,9 +507,7 @@ def validation_loss(runner, rows, accelerator, before_pass):
     mine = rows[accelerator.process_index :: processes]
     max_tokens = min(gather_object([runner.plan.max_pass_tokens]))  # memory may have run out in one process alone
     passes = [len(pack_rows(lengths[rank::processes], max_tokens)) for rank in range(processes)]
-    scores = runner.score(mine, before_pass, max_tokens)
-    for _ in range(max(passes) - passes[accelerator.process_index]):
-        before_pass()
+    scores = runner.score(mine, before_pass, max_tokens, passes=max(passes))
     # float64 counts tokens exactly, and a process without rows must send the type that the others send
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = [sum(nll for nll, _ in scores), sum(tokens for _, tokens in scores)]
@@ -518,7 +520,7 @@ def refuse(trainer, what, rows, name):
 
     Each row is scored by itself for that; the rows of all processes are named where none is found.
     """
-    scores = trainer.runner.score(rows, max_pass_tokens=0)
+    scores = trainer.runner.score(rows, max_pass_tokens=0, passes=max(gather_object([len(rows)])))
     bad = [row["row"] for row, (nll, _) in zip(rows, scores, strict=True) if not math.isfinite(nll)]
     numbers = gather_object([(bad, [row["row"] for row in rows])])
     numbers = sorted({number for own, _ in numbers for number in own} or {n for _, every in numbers for n in every})
@@ -533,12 +535,6 @@ def refuse(trainer, what, rows, name):
 # ---- Making it -------------------------------------------------------------------------------------------------------
 def build_training_arguments(settings, output_dir, device, dtype, has_validation):
     """Trainer's arguments; evaluation and checkpoints fall on the same steps, so that the best one can be kept."""
-    sharding = [name for name in ("FSDP", "DeepSpeed") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")]
-    if sharding:
-        raise UserError(
-            f"accelerate launch asks for {sharding[0]}, which shards a model over GPUs; here each GPU holds the model:"
-            " run accelerate launch --multi_gpu train.py"
-        )
     strategy = "steps" if has_validation else "no"
     arguments = TrainingArguments(
         output_dir=str(output_dir),

@@ -151,7 +151,7 @@ class Ours:
     def first_token(self, prompt):
         import torch
 
-        decoder = self.decoders.decoder
+        [decoder] = self.decoders.kept.values()
         started = time.perf_counter()
         next(decoder.write([prompt], 8, set()))
         if decoder.on_gpu:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_utils
 import prompt_utils
+import thought_utils
 from message_utils import UserError, quiet_libraries
 from token_utils import check_answers
 
@@ -134,6 +135,8 @@ def check_rule(tokenizer, messages, texts, end_token, uses_reasoning):
             plain = prompt_utils.render(tokenizer, before, True)
             shown = [prompt_utils.public(message) for message in before]
             if not any("tool_calls" in message for message in before):
+                if prompt_utils.takes_parts(tokenizer, str(tokenizer.chat_template)):
+                    shown = list(map(prompt_utils.in_parts, shown))
                 served = tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=True)
                 assert served == plain, "the prompt is not what servers write"
                 served_ids = tokenizer(served, add_special_tokens=False)["input_ids"]
@@ -143,11 +146,12 @@ def check_rule(tokenizer, messages, texts, end_token, uses_reasoning):
             its_rows = [other for other in rows if other.position == row.position]
             assert any(other.ids[: len(ids)].tolist() == ids for other in its_rows), "the prompt's ids differ"
             answer = text.text[start:end]
-            thought, words = prompt_utils.split_thought(message["content"])
+            thought, words = thought_utils.split_inline(message["content"])
             thought = thought or (message.get("reasoning_content", "") if uses_reasoning else "")
             names = [call["function"]["name"] for call in message.get("tool_calls", ())]
             for part in (thought.strip(), words.strip(), *names):
                 assert part in answer, f"{part!r} is not trained"
+            check_thought(plain, answer, thought)
             others = [other["content"].strip() for other in messages if other is not message]
             assert not any(other and other in answer for other in others), "another turn is trained"
             assert answer.endswith(end_token) or names, "the answer does not end with the stop token"
@@ -155,6 +159,18 @@ def check_rule(tokenizer, messages, texts, end_token, uses_reasoning):
         assert row.ids[row.trained][-1] in stops or called, "no stop token is trained"
     assert next(places, None) is None, "an answer is missing"
     return len(rows)
+
+
+def check_thought(prompt, answer, thought):
+    """Assert that a thought is opened once and closed once, in the prompt and the answer together."""
+    begun = thought_utils.find_begun(prompt)
+    is_open = bool(begun) and not begun.closed
+    opened, closed = (
+        sum(answer.count(mark) for mark in marks) for marks in (thought_utils.PAIRS, set(thought_utils.PAIRS.values()))
+    )
+    assert opened <= 1 - is_open, "a thought is opened twice"
+    assert is_open <= closed <= 1, "a thought is closed twice or never"
+    assert not thought or not opened or not closed or answer.find(thought.strip()) > 0, "a thought is outside its marks"
 
 
 if __name__ == "__main__":

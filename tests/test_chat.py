@@ -1,6 +1,5 @@
 """The chat: what its commands do to a conversation, what the model is told, and what a terminal shows."""
 
-import contextlib
 import json
 import os
 import re
@@ -42,10 +41,10 @@ class FakeModel:
     def __init__(self):
         self.name, self.config = "tuned", FakeConfig()
 
-    @contextlib.contextmanager
-    def disable_adapter(self):
+    def disable_adapter_layers(self):
         self.name = "base"
-        yield
+
+    def enable_adapter_layers(self):
         self.name = "tuned"
 
 
@@ -53,15 +52,16 @@ class FakeStream:
     """A reply that says whose it is and to which question; "long" ones are cut, "endless" ones stopped by Ctrl-C."""
 
     asked = ()  # the texts of each conversation that was to be answered
+    can_wait = True
 
     def __init__(self, model, tokenizer, messages, generation, decoders):
         text = messages[-1]["content"]
         self.asked.append([message["content"] for message in messages])
-        self.name, self.text, self.reply = model.name, text, None
+        self.model, self.text, self.reply = model, text, None
         self.chunks = self.write()
 
     def write(self):
-        answer = "" if "silent" in self.text else f"{self.name} says {self.text}"
+        answer = "" if "silent" in self.text else f"{self.model.name} says {self.text}"
         yield f" {answer[:5]}"
         while "endless" in self.text:
             if not sys.stdin.isatty():
@@ -173,8 +173,12 @@ def test_the_oldest_turns_make_room_whole_and_it_is_said(chat, capsys):
 
 def test_a_question_longer_than_the_context_is_refused_and_not_cut(chat, capsys, monkeypatch):
     monkeypatch.setattr(chat_utils, "stream_reply", stream_reply)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     type_lines(chat, "word " * 300)
-    (line,) = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr()
+    assert shown.out == ""  # nobody's name stands before it
+    (line,) = shown.err.splitlines()
     assert line.startswith("error: the prompt has 3")
     assert "/set max_new_tokens" in line
     assert not chat.turns
@@ -263,8 +267,9 @@ def test_what_cannot_be_saved_or_loaded_is_one_line(chat, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text("{}", encoding="utf-8")
     type_lines(chat, f"/save {tmp_path}/new.jsonl", "one", f"/save {tmp_path}/mine.jsonl", "/save chat.txt", "/save")
     type_lines(chat, f"/load {tmp_path}/none.jsonl", f"/load {tmp_path}/mine.jsonl", '/load "a.json')
+    type_lines(chat, f"/save {tmp_path}/none/chat.jsonl", f"/load {tmp_path}/{'x' * 300}.json")
     shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == 7
+    assert len(shown) == 9
     assert all(line.startswith("error: ") for line in shown)
     assert "exists already" in shown[1]
     assert (tmp_path / "mine.jsonl").read_text(encoding="utf-8") == "{}"
@@ -281,6 +286,18 @@ def test_base_and_tuned_answer_by_turns_or_side_by_side(chat, capsys):
         f"[{name} answer cut at 7 tokens, so it is not kept in the conversation; /set max_new_tokens 14, then /retry]"
         for name in ("base", "tuned")
     ]
+
+
+def test_an_interrupt_leaves_the_adapter_on_wherever_it_comes(chat, monkeypatch):
+    def interrupt():
+        chat.model.name = "base"
+        raise KeyboardInterrupt
+
+    type_lines(chat, "/base")
+    monkeypatch.setattr(chat.model, "disable_adapter_layers", interrupt)
+    type_lines(chat, "one", "/tuned", "two")
+    assert [answer.stopped for answer in chat.answers] == [True, False]
+    assert chat.turns[-1][-1]["content"] == "tuned says two"
 
 
 def test_a_base_model_alone_says_that_there_is_no_adapter(tokenizer, capsys):
@@ -393,6 +410,8 @@ def test_a_terminal_gets_editing_history_pastes_columns_and_typing_ahead(termina
     type_and_see(terminal, "/edi\t\r", "an endless one")
     type_and_see(terminal, "\x03short\r", "tuned says short", "You:")
     type_and_see(terminal, "/compare\rahead\r", "Base:.*Tuned:", "base says ahead.* +tuned says ahead", "You:")
+    type_and_see(terminal, "an endless one\r", "Base:.*Tuned:.*base word.* tunedword word")
+    type_and_see(terminal, "\x03", r"\[base answer stopped", r"\[tuned answer stopped", "You:")
     type_and_see(terminal, "/help\r", "Alt-Enter begins a new line", "inputs, for the arrow keys", "You:")
     type_and_see(terminal, "\x04", pexpect.EOF)
     terminal.wait()

@@ -46,7 +46,7 @@ def test_each_adapter_is_compared_with_the_first_on_the_same_rows(conversations)
     assert b["difference"]["mean"] == pytest.approx(-0.35)
     assert b["difference"]["low"] < -0.35 < b["difference"]["high"] < 0
     assert (b["verdict"], c["verdict"]) == ("better", "no clear difference")
-    assert metrics["verdict"] == "b is better than a."
+    assert metrics["verdict"] == "By the loss on these answers b is better than a."
     assert metrics["unit"] == "token"
     assert columns == ("row", "tokens", "a", "b", "c")
     assert rows[0] == {"row": 1, "tokens": 10, "a": 20.0, "b": 17.0, "c": 21.0}
@@ -77,10 +77,10 @@ def test_only_rows_that_all_could_be_measured_on_count(conversations):
 @pytest.mark.parametrize(
     ("verdicts", "sentence"),
     [
-        (("worse", "worse"), "first is better than all others."),
-        (("worse",), "first is better than run 1."),
-        (("no clear difference", "worse"), "None is clearly better than first."),
-        (("better", "better"), "run 2 is better than first."),
+        (("worse", "worse"), "By the loss on these answers first is better than all others."),
+        (("worse",), "By the loss on these answers first is better than run 1."),
+        (("no clear difference", "worse"), "By the loss on these answers none is clearly better than first."),
+        (("better", "better"), "By the loss on these answers run 2 is better than first."),
         (("too few rows", "too few rows"), "Too few rows for a verdict."),
     ],
 )

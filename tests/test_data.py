@@ -668,6 +668,16 @@ def test_an_answer_of_weight_0_is_kept_as_context_and_counted(write):
     assert "2 answers of weight 0 read but not trained" in report.line()
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("weight", 0), ("weight", 0.0), ("train", False), ("trainable", "false")]
+)
+def test_a_row_that_is_not_to_be_learned_is_dropped_and_counted(write, column, value):
+    rows = [{"instruction": "q", "output": "a"}, {"instruction": "r", "output": "BAD", column: value}]
+    conversations, report = load_rows(write, *rows, {"instruction": "s", "output": "b", column: 0.7})
+    assert [number for number, _ in conversations] == [1, 3]
+    assert f"1 dropped: {column} is {json.dumps(value)} (row 2)" in report.line()
+
+
 @pytest.mark.parametrize("weight", [0.5, 2, "0", "none"])
 def test_another_weight_is_refused(write, weight):
     path = write("rows.json", json.dumps([{"messages": [QUESTION, REPLY | {"weight": weight}]}]))
@@ -728,6 +738,7 @@ def test_answers_labelled_false_are_refused_or_left_out(write):
     conversations, report = load_conversations(path, chosen_only=True)
     assert [number for number, _ in conversations] == [1]
     assert "1 dropped: label is false (row 2)" in report.line()
+    assert report.left_out == 1
 
 
 @pytest.mark.parametrize(
@@ -741,7 +752,41 @@ def test_answers_labelled_false_are_refused_or_left_out(write):
 def test_preferences_are_refused_or_only_the_chosen_answer_is_read(write, row):
     path = write("rows.json", json.dumps([row]))
     assert "--chosen_only true" in refusal(path)
-    assert list(load_conversations(path, chosen_only=True)[0]) == [(1, [QUESTION, REPLY])]
+    conversations, report = load_conversations(path, chosen_only=True)
+    assert list(conversations) == [(1, [QUESTION, REPLY])]
+    assert report.unused == []
+
+
+def test_a_prompt_and_a_completion_may_be_lists_of_messages(write):
+    briefly = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": [briefly, QUESTION], "completion": [REPLY]}, {"prompt": [QUESTION], "completion": "a"}]
+    conversations, report = load_rows(write, *rows)
+    assert [messages for _, messages in conversations] == [[briefly, QUESTION, REPLY], [QUESTION, REPLY]]
+    assert "(prompt, completion)" in report.line()
+
+
+def test_the_turns_of_a_history_come_before_the_instruction(write):
+    before = {"history": [["first", "yes"]], "instruction": "q", "output": "a"}
+    conversations, report = load_rows(write, before, {"history": [], "instruction": "r", "output": "b"})
+    first = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"}]
+    assert conversations[0][1] == [*first, QUESTION, REPLY]
+    assert "not used" not in report.line()
+    message = refusal(write("bad.json", json.dumps([before | {"history": [["first"]]}])))
+    assert "row 1, column 'history': expected a list of pairs" in message
+
+
+@pytest.mark.parametrize("column", ["reasoning", "reasoning_content", "thinking"])
+def test_a_column_of_reasoning_is_the_thought_before_the_answer(write, column):
+    conversations, report = load_rows(write, {"instruction": "q", "output": "a", column: "I count."})
+    assert conversations[0][1] == [QUESTION, REPLY | {"reasoning_content": "I count."}]
+    assert (report.thoughts, report.reasoning, report.unused) == (1, 1, [])
+
+
+def test_unusual_names_of_conversations_are_advised_and_answers_that_were_rejected_never(write):
+    message = refusal(write("rows.json", json.dumps([{"dialog": [QUESTION, REPLY]}])))
+    assert """--dataset_columns '{"messages": "dialog"}'""" in message
+    assert "--dataset_columns" not in refusal(write("bad.json", json.dumps([{"prompt": "q", "rejected": "b"}])))
+    assert "a text that is no JSON" in refusal(write("rows.csv", "messages\n\"[{'role': 'user'}]\"\n"))
 
 
 @pytest.mark.parametrize("key", ["images", "videos", "audio"])

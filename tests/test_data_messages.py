@@ -61,7 +61,11 @@ FAULTS = {
     ),
     "a text where a row belongs": ("rows.json", '["q"]', "row 1: str, expected an object with named columns"),
     "an unknown speaker": ("rows.jsonl", jsonl({"messages": [{"role": "bard", "content": "q"}]}), "speaker 'bard'"),
-    "messages that are no list": ("rows.jsonl", jsonl({"messages": "q"}), "column 'messages': expected a list of mess"),
+    "messages that are no list": (
+        "rows.jsonl",
+        jsonl({"messages": "q"}),
+        "column 'messages': a text that is no JSON, expected a list",
+    ),
     "a tool call without a name": (
         "rows.jsonl",
         jsonl({"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]}),

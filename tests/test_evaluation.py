@@ -1,12 +1,16 @@
 """What evaluate.py measures, on which rows, what it claims of them and what it writes."""
 
 import csv
+import importlib
 import json
 import math
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import engine_passes
@@ -18,6 +22,7 @@ from conftest import TINY_BASE, refusal, small_run
 from data_utils import load_conversations
 from evidence_utils import SEEN_ROWS
 from model_utils import attach_lora, load_base_model
+from prompt_utils import encode_prompt
 from settings_utils import DEFAULTS, Settings
 from tiny import CPU, make_rows
 
@@ -59,11 +64,17 @@ def test_the_base_is_measured_without_the_adapter_in_the_same_load(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.05)
-    scores = evaluate.measure_losses(model.eval(), settings, IndexedRows(rows))
+    scores = scores_of_both(model.eval(), settings, IndexedRows(rows))
     for score, (nll, tokens), row in zip(scores, expected, rows, strict=True):
         assert (score["row"], score["tokens"]) == (row["row"], tokens)
         assert score["base"] == pytest.approx(nll, rel=1e-5)
         assert abs(score["tuned"] - nll) > 0.1
+
+
+def scores_of_both(model, settings, rows):
+    tuned = evaluate.measure_losses(model, settings, rows, "tuned")
+    with model.disable_adapter():
+        return evaluate.join_scores(evaluate.measure_losses(model, settings, rows, "base"), tuned)
 
 
 class IndexedRows(list):
@@ -79,7 +90,7 @@ def test_sequences_of_one_conversation_are_one_row(monkeypatch):
     rows = IndexedRows(make_rows((20, 30)))
     rows[1]["row"] = rows[0]["row"]
     model = attach_lora(load_base_model(TINY_BASE, CPU, "float32"), Settings(**DEFAULTS))
-    (score,) = evaluate.measure_losses(model.eval(), Settings(**DEFAULTS), rows)
+    (score,) = scores_of_both(model.eval(), Settings(**DEFAULTS), rows)
     assert score["tokens"] == 25
 
 
@@ -99,6 +110,7 @@ DANGEROUS = [
         "\ufeff=1",
         "\x01=1",
         "\u200b+1",
+        "\u202e=1",
     ),
     *("\uff1d1", "\uff0b1", "\uff0d1", "\uff201", " \uff1d1"),
 ]
@@ -107,10 +119,10 @@ HARMLESS = ["a=1", "1-1", 'a "quoted", cell\nof two lines', "a\rb", "", "(-1)", 
 
 def test_cells_that_a_spreadsheet_would_run_are_defused_and_others_are_as_they_were(tmp_path):
     cells = DANGEROUS + HARMLESS
-    result_utils.write_table(tmp_path / "table.csv", ("row", "text"), [(n, text) for n, text in enumerate(cells)])
+    result_utils.write_table(tmp_path / "table.csv", ("row", "=run"), [(n, text) for n, text in enumerate(cells)])
     with open(tmp_path / "table.csv", encoding="utf-8-sig", newline="") as file:
         found = list(csv.reader(file))
-    assert found[0] == ["row", "text"]
+    assert found[0] == ["row", "'=run"]
     assert [row[1] for row in found[1:]] == ["'" + text for text in DANGEROUS] + HARMLESS
     assert [row[0] for row in found[1:]] == [str(n) for n in range(len(cells))]
     raw = (tmp_path / "table.csv").read_bytes().decode("utf-8-sig")
@@ -355,15 +367,44 @@ def test_base_and_tuned_answer_a_local_benchmark_with_the_prompts_of_training(un
     from_us = evaluate.generation_utils.encode_prompt(tokenizer, [{"role": "user", "content": "Is 1 green?"}])
     assert context == from_us
     assert tokenizer.decode(answer) == "yes"
-    found = benchmark_utils.measure(
-        model, tokenizer, benchmark_utils.find_tasks([str(tmp_path / "task.yaml")]), 8, batch_size=2
-    )
+    tasks = benchmark_utils.find_tasks([str(tmp_path / "task.yaml")])
+    tuned = benchmark_utils.answer_tasks(model, tokenizer, "the tuned model", tasks, 8, batch_size=2)
+    with model.disable_adapter():
+        base = benchmark_utils.answer_tasks(model, tokenizer, "the base model", tasks, 8, batch_size=2)
+    found = benchmark_utils.compare_tasks(base, tuned)
     assert found["colours"]["rows"] == 8
     figures = found["colours"]["metrics"]["acc"]
     assert 0 <= figures["base"] <= 1
     assert figures["low"] <= figures["mean"] <= figures["high"]
     assert sys_evaluate() is evaluate
     assert len(list(result_utils.benchmark_lines(found))) == 2
+
+
+def test_a_benchmark_asks_with_the_prompts_of_training_also_where_the_library_is_not_installed(tokenizer, monkeypatch):
+    """The part of the model that is ours, in the place of the library that a test environment may lack."""
+
+    class HFLM:
+        def __init__(self, tokenizer, **options):
+            self.tokenizer = tokenizer
+
+    for name, content in (
+        ("lm_eval", {}),
+        ("lm_eval.models", {}),
+        ("lm_eval.models.huggingface", {"HFLM": HFLM}),
+        ("lm_eval.tasks", {"TaskManager": object}),
+    ):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    monkeypatch.delitem(sys.modules, "benchmark_utils", raising=False)
+    asked = importlib.import_module("benchmark_utils").TemplatedModel(
+        SimpleNamespace(dtype=torch.float32), tokenizer, "it", 2
+    )
+    monkeypatch.delitem(sys.modules, "benchmark_utils")
+    question = [{"role": "user", "content": "Is </s> green?"}]
+    prompt = asked.apply_chat_template(question)
+    context, answer = asked._encode_pair(prompt, "yes")
+    assert context == asked.tok_encode(prompt) == encode_prompt(tokenizer, question)
+    assert tokenizer.decode(answer) == "yes"
+    assert [len(row) for row in asked.tok_batch_encode([prompt, prompt + "x y z"])[0]] == [len(context) + 3] * 2
 
 
 def sys_evaluate():

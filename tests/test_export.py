@@ -10,17 +10,26 @@ import shutil
 import jinja2
 import pytest
 
+import evaluate
 import merge
+import model_utils
 from conftest import PROJECT, TINY_BASE
 from export_utils import hub_id, ollama_template, write_adapter_card, write_merged_card, write_modelfile
 from message_utils import UserError
-from model_utils import Merge, load_tokenizer
+from model_utils import Merge, load_tokenizer, read_training, tuned_and_base
 from prompt_utils import render
 from settings_utils import USED_SETTINGS, Settings
 from tiny import SETTINGS
 
 RECORD = {"steps": 12, "training_rows": 1234, "validation_rows": 20, "validation_loss": 1.5}
-METRICS = {"rows": 20, "base": {"loss": 3.0, "perplexity": 20.09}, "tuned": {"loss": 1.5, "perplexity": 4.48}}
+METRICS = {
+    "rows": 20,
+    "held_out": True,
+    "date": "2026-11-28 10:15:00",
+    "base": {"loss": 3.0, "perplexity": 20.09, "chrf": 9.0, "answers": 7},
+    "tuned": {"loss": 1.5, "perplexity": 4.48, "chrf": 27.0},
+    "difference": {"loss": -1.5, "low": -2.0, "high": -1.0, "chrf": {"mean": 18.0, "low": 12.0, "high": 24.0}},
+}
 HUB = SETTINGS._replace(base_model_name="team/Model-7B", custom_dataset_path="/home/me/secret/rows.jsonl")
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}<|im_start|>system\n"
@@ -55,15 +64,18 @@ def tokenizer(loaded_tokenizer):
 
 # ---- Model cards -----------------------------------------------------------------------------------------------------
 def test_a_card_tells_data_settings_figures_sample_and_template_and_no_path_of_this_machine(tokenizer, tmp_path):
-    write_adapter_card(tmp_path, tokenizer, HUB, RECORD, METRICS, ("What is `x`?", "A ``` letter."))
+    sample = ("What is `x`?", "A ``` letter.")
+    write_adapter_card(tmp_path, tokenizer, "team/Model-7B", HUB, RECORD, METRICS, sample)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nbase_model: team/Model-7B\n")
     assert "1,234 rows of `rows.jsonl`, 12 steps" in card
     assert "/home" not in card
     for text in (
         "Loss 1.5000",
-        "| base | 3.0000 | 20.09 |",
-        "| tuned | 1.5000 | 4.48 |",
+        "On 20 held-out rows, 7 of them answered, measured on 2026-11-28:",
+        "| loss, nats a token | 3.0000 | 1.5000 | -2.0000 to -1.0000 |",
+        "| perplexity | 20.09 | 4.48 |  |",
+        "| chrF | 9.0 | 27.0 | +12.0 to +24.0 |",
         "````text\nA ``` letter.\n````",
     ):
         assert text in card
@@ -71,7 +83,7 @@ def test_a_card_tells_data_settings_figures_sample_and_template_and_no_path_of_t
 
 
 def test_a_card_of_a_local_base_names_no_base_model_of_the_hub(tokenizer, tmp_path):
-    write_adapter_card(tmp_path, tokenizer, SETTINGS, RECORD)
+    write_adapter_card(tmp_path, tokenizer, SETTINGS.base_model_name, SETTINGS, RECORD)
     merged = Merge(TINY_BASE, "dequantized", "bfloat16", 2.0, {"full": 2.2, "dequantized": 2.1})
     write_merged_card(tmp_path, tokenizer, merged)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -103,7 +115,9 @@ def merged(undisturbed, tmp_path_factory):
     adapter, target = undisturbed() / "lora-adapter", tmp_path_factory.mktemp("merge") / "merged"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        merge.main([str(target), "--adapter_path", str(adapter), "--device", "cpu"])
+        merge.main(
+            [str(target), "--adapter_path", str(adapter), "--device", "cpu", "--output_dir", str(adapter.parent)]
+        )
     return adapter, target, printed.getvalue()
 
 
@@ -114,6 +128,7 @@ def test_merge_py_scores_what_it_wrote_on_the_rows_that_the_run_held_out(merged)
     assert record["losses"]["full"] == pytest.approx(run["validation_loss"], rel=0.01)
     assert re.search(rf"^base \+ adapter +{record['adapter_loss']:.4f} +", printed, flags=re.MULTILINE)
     assert "bfloat16, merged into the base as it is stored" in printed
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]  # nothing is left beside it
     assert {"README.md", "Modelfile", "merge.json", "model.safetensors", "chat_template.jinja"} <= {
         path.name for path in target.iterdir()
     }
@@ -135,6 +150,36 @@ def test_the_python_of_both_cards_works(merged, capsys):
     adapter, target, _ = merged
     assert run_code(adapter, capsys).strip()
     assert run_code(target, capsys).strip()
+
+
+def test_evaluate_py_measures_a_merged_model_against_the_base_that_it_was_merged_into(merged, tmp_path):
+    adapter, target, _ = merged
+    rows = ("--validation_dataset_path", str(adapter.parent / "validation.jsonl"))
+    quick = ("--device", "cpu", "--eval_samples", "2", "--max_new_tokens", "3", "--output_dir", str(tmp_path))
+    before = {path: path.read_bytes() for folder in (adapter, target) for path in folder.iterdir() if path.is_file()}
+    for path in (adapter, target):
+        evaluate.main(["--adapter_path", str(path), *rows, *quick])
+    folders = [tmp_path / "evaluation" / name for name in ("run-validation", "run-merged-validation")]
+    tuned, whole = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
+    assert whole["run"] == f"{tuned['run']}-merged"
+    assert whole["held_out"] is tuned["held_out"] is True
+    record = json.loads((target / "merge.json").read_text())
+    assert whole["tuned"]["loss"] == pytest.approx(record["losses"]["full"], rel=1e-4)
+    assert whole["base"]["loss"] == pytest.approx(tuned["base"]["loss"], rel=1e-4)
+    # the card with figures lies among the results: what was measured is left as it was
+    assert all(path.read_bytes() == content for path, content in before.items())
+    card = (folders[0] / "model-card.md").read_text(encoding="utf-8")
+    assert f"| loss, nats a token | {tuned['base']['loss']:.4f} | {tuned['tuned']['loss']:.4f} |" in card
+    assert not (folders[1] / "model-card.md").exists()
+
+
+def test_a_merged_model_is_told_apart_from_an_adapter(merged, tmp_path):
+    with pytest.raises(UserError, match=r"holds a merged model and no adapter; python inference\.py --base_only"):
+        merge.main([str(tmp_path / "other"), "--adapter_path", str(merged[1])])
+    with pytest.raises(UserError, match=r"was merged into .* and cannot be measured against other/model"):
+        list(tuned_and_base(merged[1], SETTINGS._replace(base_model_name="other/model")))
+    settings = (merged[1] / "settings.json").read_text(encoding="utf-8")
+    assert str(merged[0].parent) not in settings
 
 
 def test_merge_py_reads_the_settings_that_it_offers(undisturbed, tmp_path, monkeypatch):
@@ -159,7 +204,7 @@ def test_merge_py_reads_the_settings_that_it_offers(undisturbed, tmp_path, monke
 
 def test_merge_py_scores_on_no_row_that_was_trained_on(undisturbed, tmp_path, capsys):
     adapter = undisturbed() / "lora-adapter"
-    settings, record = merge.read_training(adapter)
+    settings, record = read_training(adapter)
     settings = settings._replace(validation_dataset_path=settings.custom_dataset_path)
     rows = merge.load_held_out(adapter, tmp_path, settings, tmp_path)
     assert len(rows) == record["validation_rows"]
@@ -171,12 +216,12 @@ def test_merge_py_scores_on_no_rows_of_another_run(undisturbed, tmp_path, capsys
     (tmp_path / "validation.jsonl").write_text(
         '{"row": 1, "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}\n'
     )
-    assert merge.load_held_out(adapter, tmp_path, merge.read_training(adapter)[0], tmp_path / "cache") is None
+    assert merge.load_held_out(adapter, tmp_path, model_utils.read_training(adapter)[0], tmp_path / "cache") is None
     said = capsys.readouterr().err
     assert "Nothing is scored: " in said
     assert "does not hold the rows that this adapter's run held out" in said
     # its own lie in OUTPUT_DIR
-    assert merge.load_held_out(adapter, undisturbed(), merge.read_training(adapter)[0], tmp_path / "cache")
+    assert merge.load_held_out(adapter, undisturbed(), model_utils.read_training(adapter)[0], tmp_path / "cache")
 
 
 def test_merge_py_overwrites_nothing(undisturbed, tmp_path):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections import namedtuple
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from transformers import MixtralConfig
 
 import checkpoint_utils
 import engine_runner
+import engine_shards
 import evaluate
 import inference
 import model_utils
@@ -321,7 +323,7 @@ def an_adapter_of_a_user_that_is_not_there(place):
     place.patch.setenv("ADAPTER", "~nouser/x")
 
 
-@fault("--run_name is", "expected one folder's name, without slashes")
+@fault("--run_name is", "expected one folder's name, no slashes")
 def a_run_name_that_is_too_long(place):
     return {"run_name": LONG}
 
@@ -693,14 +695,43 @@ def two_gpus_without_a_launcher(place):
     return {"dry_run": None}
 
 
-@fault("accelerate launch asks for FSDP", "here each GPU holds the model: run accelerate launch --multi_gpu train.py")
-def a_launcher_that_shards_by_fsdp(place):
+@fault("accelerate launch asks for FSDP in version 1, expected version 2; write fsdp_version: 2 into its configuration")
+def a_launcher_that_shards_by_the_first_fsdp(place):
     place.patch.setenv("ACCELERATE_USE_FSDP", "true")
 
 
-@fault("accelerate launch asks for DeepSpeed", "run accelerate launch --multi_gpu train.py")
-def a_launcher_that_shards_by_deepspeed(place):
+@fault(
+    "accelerate launch is to keep the shards in the host's memory, which is not supported; write fsdp_offload_params"
+)
+def a_launcher_that_keeps_the_shards_on_the_host(place):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}.items():
+        place.patch.setenv(name, value)
+
+
+@fault("accelerate launch asks for DeepSpeed, which is not installed; pip install deepspeed, or run accelerate launch")
+def a_launcher_that_shards_by_deepspeed_which_is_not_there(place):
     place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    place.patch.setattr(engine_shards, "find_spec", lambda name: None)
+
+
+@fault("accelerate launch asks for DeepSpeed's ZeRO in stage 2, expected stage 3", "write zero_stage: 3 into")
+def a_launcher_that_shards_the_optimizer_alone(place):
+    place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    place.patch.setattr(engine_shards, "find_spec", lambda name: "there")
+    place.patch.setattr(engine_shards, "DeepSpeedPlugin", lambda: SimpleNamespace(zero_stage=2))
+
+
+@fault("One process was started, so that there is nothing to share out: it holds the whole model", code=0)
+def a_single_process_that_is_to_share_a_model(place):
+    place.patch.setenv("ACCELERATE_USE_FSDP", "true")
+    place.patch.setenv("FSDP_VERSION", "2")
+    return {"dry_run": None}
+
+
+@fault("the processes do not share one ", "give a folder that all machines see with --output_dir")
+def an_output_folder_on_each_machine(place):
+    owners = count()
+    place.patch.setattr(OutputLock, "read_owner", lambda lock: {"pid": next(owners), "host": "", "since": ""})
 
 
 # ---- The test --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from message_utils import Stopped
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
 from plan_utils import StepPlan
 from settings_utils import DEFAULTS, Settings
-from test_replies import FAMILIES, GREEDY, generated, make_prompts, tiny, written
+from test_replies import FAMILIES, GREEDY, by_turns, generated, make_prompts, tiny, tuned_model, written
 from tiny import state_of
 from training_utils import LoraTrainer
 
@@ -442,6 +442,14 @@ def test_recorded_steps_draw_anew_each_time():
     replies = written(model, [[5, 6, 7]] * 4, generation, slots=2)
     assert len({tuple(reply) for reply in replies}) == 4
     assert len(set(replies[0])) > 20
+
+
+def test_recorded_steps_of_model_and_base_can_be_replayed_by_turns():
+    model, [prompt] = tuned_model().to(CUDA), make_prompts((8,))
+    tuned, base = by_turns(model, prompt)
+    assert tuned == generated(model, prompt, GREEDY).tolist() != base
+    with model.disable_adapter():
+        assert base == generated(model, prompt, GREEDY).tolist()
 
 
 def test_replies_leave_no_memory_behind():

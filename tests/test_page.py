@@ -103,6 +103,13 @@ def some_metrics(**changes):
     } | changes
 
 
+WORSE_ANSWERS = some_metrics()["difference"] | {
+    "chrf": {"mean": -4.2, "low": -7.8, "high": -0.6},
+    "repetition": {"mean": 0.23, "low": 0.1, "high": 0.36},
+    "rouge_l": {"mean": -0.03, "low": -0.07, "high": 0.005},
+}
+
+
 def write_page(folder, metrics, samples=SAMPLES):
     folder.mkdir(exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -118,8 +125,8 @@ def page(tmp_path_factory):
 
 def test_the_verdict_comes_first_and_the_figures_have_their_intervals(page):
     assert page.open == []
-    assert re.search(r"Evaluation of demo, 2026-11-28 10:40:02\s+The tuned model is better\.", page.text)
-    assert page.text.index("The tuned model is better.") < page.text.index("5.147")
+    assert re.search(r"Evaluation of demo, 2026-11-28 10:40:02\s+Better, by the loss on these answers\.", page.text)
+    assert page.text.index("Better, by the loss on these answers.") < page.text.index("5.147")
     for words in (
         "On 20 held-out rows",
         "5.147",
@@ -182,8 +189,9 @@ def test_a_right_answer_is_better_whatever_its_characters():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"verdict": "worse"}, "The tuned model is worse."),
-        ({"verdict": "no clear difference"}, "No clear difference."),
+        ({"verdict": "worse"}, "Worse, by the loss on these answers."),
+        ({"verdict": "no clear difference"}, "No clear difference in the loss on these answers."),
+        ({"difference": WORSE_ANSWERS}, "the tuned model writes are worse by chrF and Repetition: read them"),
         ({"verdict": "too few rows"}, "Ten rows are the least for a verdict"),
         ({"held_out": False, "trained_rows_seen": None}, "may have been trained on"),
         ({"trained_rows_seen": 7, "trained_rows_left_out": 7}, "7 rows of the file had been trained on and left out"),
@@ -271,7 +279,7 @@ def test_a_record_that_is_damaged_or_of_another_version_costs_its_part_of_the_re
         path.write_text(text)
     page = write_page(tmp_path, some_metrics(adapter=str(adapter)))
     assert page.open == []
-    assert "The tuned model is better." in page.text
+    assert "Better, by the loss on these answers." in page.text
     assert "Training loss" not in page.text
 
 

@@ -1,10 +1,11 @@
 """Two processes of a launcher train like one, whatever differs between them, and end together."""
 
 import json
+import shutil
 
 import pytest
 
-from conftest import PROJECT
+from conftest import PROJECT, adapter_bytes
 
 TORCHRUN = ("--nproc_per_node", "2")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
@@ -36,16 +37,42 @@ def two(run, folders):
     return record_of(places[1]), done
 
 
-def test_two_processes_train_like_one_with_the_same_rows_to_a_step(run, folders, two):
+@pytest.fixture(scope="module")
+def alone(run, folders):
+    """The record of the same run by one process, and its finished process."""
     places = folders()
-    alone = run("train.py", *FLAGS, "--batch_size", 4, *places)
-    assert alone.returncode == 0, alone.stderr
-    (record, done), expected = two, record_of(places[1])
-    for finished in (done, alone):
+    done = run("train.py", *FLAGS, "--batch_size", 4, *places)
+    assert done.returncode == 0, done.stderr
+    return record_of(places[1]), done
+
+
+def test_two_processes_train_like_one_with_the_same_rows_to_a_step(two, alone):
+    (record, done), (expected, single) = two, alone
+    for finished in (done, single):
         assert finished.stdout.count("Done in") == 1
     assert record["first_loss"] == pytest.approx(expected["first_loss"], rel=1e-5)
     assert record["last_loss"] == pytest.approx(expected["last_loss"], rel=1e-4)
     assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
+
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # which accelerate launch sets
+
+
+def test_two_processes_that_share_the_base_out_train_like_one_and_go_on_to_the_same_bytes(run_two, folders, alone):
+    places, expected = folders(), alone[0]
+    output, found = places[1], []
+    for _ in range(2):
+        first, second = run_two("train.py", *FLAGS, "--batch_size", 2, *places, **ONE_THREAD, **SHARDED)
+        assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+        found.append((record_of(output), adapter_bytes(output), first))
+        shutil.rmtree(output / "lora-adapter")  # as if it had been killed after its first checkpoint
+        shutil.rmtree(output / "checkpoints/checkpoint-4")
+    (record, weights, done), (_, again, gone_on) = found
+    assert "Shards: 2 processes share the base model's 0.03 GiB by FSDP2; each holds 0.01 GiB of it" in done.stderr
+    for name in ("first_loss", "last_loss", "validation_loss"):
+        assert record[name] == pytest.approx(expected[name], abs=1e-5)
+    assert "Going on with the interrupted run" in gone_on.stderr
+    assert again == weights
 
 
 # the second process has less memory, and begins with other weights than the first

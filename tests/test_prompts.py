@@ -463,6 +463,38 @@ def test_calls_and_definitions_that_a_template_leaves_out_are_refused(chatml):
     assert "no place for the tool call in message 2" in refusal(tokenize, chatml, spoken)
 
 
+def test_a_call_may_stand_before_its_text_and_nothing_of_a_message_is_lost_in_silence(tokenizer):
+    calls = "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+    saying = assistant("I look.") | {"tool_calls": CALL}
+    tokenizer.chat_template = (
+        CHATML.replace("message['content']", "'' }}" + calls + "{{ m.content")
+        .replace("for message", "for m")
+        .replace("message[", "m[")
+    )
+    end_token = find_end_token(tokenizer)
+    ((text, answers, _),) = mark_answers(tokenizer, [user("q"), saying], end_token)
+    assert text[slice(*answers[0])] == "<call>stock</call>I look.<|reserved_1|>"
+    both = saying | {"tool_calls": 2 * CALL}
+    assert mark_answers(tokenizer, [user("q"), both], end_token)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), both])
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content", "{{ '' if m.tool_calls else m.content")
+    assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), saying])
+    thinking = assistant("<think>Look.</think>") | {"tool_calls": CALL}
+    assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), thinking])
+
+
+def test_a_thought_before_a_call_is_trained_in_the_form_of_the_template(tokenizer):
+    tokenizer.chat_template = TOOLS.replace(
+        "+ m.content }}",
+        "+ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content }}",
+    )
+    for thinking in ({"content": "<think>\nLook.\n</think>"}, {"reasoning_content": "Look."}):
+        message = assistant("") | {"tool_calls": CALL} | thinking
+        ((text, answers, _),) = mark_answers(tokenizer, [user("q"), message], find_end_token(tokenizer))
+        assert text[slice(*answers[0])] == '<think>Look.</think><call>stock {"item": "lamp"}</call><|reserved_1|>'
+
+
 # ---- Templates -------------------------------------------------------------------------------------------------------
 def test_the_end_token_is_found_where_the_template_writes_it(chatml):
     assert find_end_token(chatml) == "<|reserved_1|>"
@@ -510,6 +542,11 @@ def test_a_template_without_an_end_token_gets_eos_which_is_trained_and_announced
     (row,) = tokenize(tokenizer, (user("q"), assistant("a")))
     assert trained(row["labels"])[-1] == EOS
     assert "</s> is written and trained there" in prompt_utils.describe_template(tokenizer)
+
+
+def test_what_a_template_writes_before_an_answer_and_not_in_its_prompt_is_announced(tokenizer):
+    tokenizer.chat_template = CHATML.partition("{% if add_generation_prompt")[0]
+    assert 'answers begin with "<|reserved_0|>assistant", which is trained' in prompt_utils.describe_template(tokenizer)
 
 
 def test_a_template_that_changes_the_answers_is_a_line_and_no_traceback(tokenizer):
@@ -745,6 +782,111 @@ def test_a_template_that_cannot_do_without_tools_takes_rows_with_tools(tokenizer
     (marked,) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
     assert len(marked.answers) == 2
     assert "'NoneType' object is not iterable" in refusal(tokenize, tokenizer, [user("q"), assistant("a")])
+
+
+# ---- Thoughts --------------------------------------------------------------------------------------------------------
+def chat(answer, prompt, end="{{ eos_token }}"):
+    """A template of plain turns, with what it writes for an answer and what its prompt ends with."""
+    return (
+        "{{ bos_token }}{% for m in messages %}{% set last = loop.last %}{% if m.role == 'assistant' %}[A]"
+        f"{answer}{end}{{% else %}}{{{{ '[' + m.role + ']' + m.content }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}[A]{prompt}{{% endif %}}"
+    )
+
+
+SPOKEN = "{{ m.content.split('</think>')[-1] }}"
+REASONED = "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '</think>' }}{{ m.content }}"
+# a message of its own for the thought
+CHANNELS = "{{ '<|thoughts|>' + m.thinking + '<|next|>[A]' if m.thinking }}<|final|>{{ m.content }}"
+# template, what is trained of an answer without a thought, and with "I count."
+THOUGHTFUL = {
+    # written by an answer that is rendered, but not closed there
+    "open in both": (chat("<think>\n" + SPOKEN, "<think>\n"), "\n</think>\n\n4", "I count.\n</think>\n\n4"),
+    "only closed where none": (chat(REASONED, "<think>"), "</think>4", "I count.</think>4"),
+    "closed before": (chat("</think>" + SPOKEN, "</think>"), "4", None),
+    "always an empty one": (chat("<think></think>" + SPOKEN, ""), "<think></think>4", "<think>I count.</think>4"),
+    "marks of its own": (chat("{# [THINK] #}{{ m.content }}", ""), "4", "[THINK]I count.[/THINK]4"),
+    "a form of its own": (
+        chat("{{ '<seed:think>' + m.reasoning_content + '</seed:think>' if m.reasoning_content }}{{ m.content }}", ""),
+        "4",
+        "<seed:think>I count.</seed:think>4",
+    ),
+    "channels": (chat(CHANNELS, ""), "<|final|>4", "<|thoughts|>I count.<|next|>[A]<|final|>4"),
+    "behind a heading": (
+        chat(SPOKEN, "Here are my reasoning steps:\n"),
+        "\n[BEGIN FINAL RESPONSE]\n4",
+        "I count.\n[BEGIN FINAL RESPONSE]\n4",
+    ),
+    "another closing": (
+        chat(
+            "{{ '<think>\n' + m.reasoning_content + '\n</think>\n' if m.reasoning_content }}{{ m.content }}",
+            "<think>\n",
+        ),
+        "\n</think>\n4",
+        "I count.\n</think>\n4",
+    ),
+    "an answer begun": (
+        chat("{# <|START_THINKING|> #}" + "<|START_RESPONSE|>{{ m.content }}", "<|START_RESPONSE|>"),
+        "4",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", THOUGHTFUL)
+def test_a_thought_is_opened_once_and_closed_once_in_the_form_of_its_template(tokenizer, kind):
+    tokenizer.chat_template, bare, thoughtful = THOUGHTFUL[kind]
+    assert check_rule(tokenizer, [user("q"), assistant("4")])[0][1] == bare + "</s>"
+    reasoned = assistant("4") | {"reasoning_content": "I count."}
+    assert check_rule(tokenizer, [user("q"), reasoned])[0][1] == (thoughtful or bare) + "</s>"
+    assert prompt_utils.uses_reasoning(tokenizer) == (thoughtful is not None)
+    inline = check_rule(tokenizer, [user("q"), assistant(THOUGHT)])[0][1]
+    assert inline == thoughtful + "</s>" if thoughtful else "I count." in inline
+
+
+def test_an_answer_may_go_on_with_the_thought_that_the_prompt_has_opened(tokenizer):
+    tokenizer.chat_template = OPEN_THOUGHT
+    answer = assistant("I count.\n</think>\n\n4")
+    assert check_rule(tokenizer, [user("q"), answer])[0][1] == "I count.\n</think>\n\n4</s>"
+
+
+def test_what_a_user_writes_at_the_end_of_a_prompt_opens_no_thought(tokenizer):
+    tokenizer.chat_template = CHATML.partition("<|reserved_1|>")[0] + "' }}{% endfor %}"
+    assert check_rule(tokenizer, [user("What is <think>"), assistant("A mark.")])[0][1] == (
+        "<|reserved_0|>assistant\nA mark.</s>"
+    )
+
+
+def test_templates_that_take_texts_as_parts_only_get_them_so(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' }}{% for part in m.content %}{{ part.text }}{% endfor %}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    ((text, answers, _),) = mark_answers(tokenizer, SEVERAL, find_end_token(tokenizer))
+    assert text == "user:q1</s>assistant:a1</s>user:SECRET</s>assistant:a2</s>"
+    assert [text[start:end] for start, end in answers] == ["a1</s>", "a2</s>"]
+
+
+def test_what_a_template_writes_behind_every_conversation_is_no_part_of_an_answer(tokenizer):
+    tokenizer.chat_template = TOOLS.replace(
+        "{% if add_generation_prompt %}",
+        "<|reserved_0|>system\nCall a tool.<|reserved_1|>\n{% if add_generation_prompt %}",
+    ).replace(
+        "</call>' }}{% endfor %}<|reserved_1|>", "</call>' }}{% endfor %}{{ '' if m.tool_calls else '<|reserved_1|>' }}"
+    )
+    texts = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+    trained_parts = [text.text[start:end] for text in texts for start, end in text.answers]
+    assert trained_parts == ['<call>stock {"item": "lamp"}</call><|reserved_1|>', "Three are left.<|reserved_1|>"]
+
+
+def test_a_reply_stops_at_the_token_that_ends_a_call_too(tokenizer):
+    tokenizer.chat_template = TOOLS.replace("</call>' }}{% endfor %}", "</call><|reserved_2|>' }}{% endfor %}").replace(
+        "<|reserved_1|>", "{{ '' if m.tool_calls else '<|reserved_1|>' }}"
+    )
+    stops = prompt_utils.end_token_ids(tokenizer)
+    assert stops == sorted(map(tokenizer.convert_tokens_to_ids, ["</s>", "<|reserved_1|>", "<|reserved_2|>"]))
+    ((text, answers, _), *_) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+    assert text[slice(*answers[0])] == '<call>stock {"item": "lamp"}</call><|reserved_2|>'
 
 
 # ---- Whole texts -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 
 import generation_utils
 from engine_replies import Decoder, has_slots
-from tiny import CONFIGS, TINY, make_model
+from tiny import CONFIGS, TINY, make_model, state_of
 
 FAMILIES = CONFIGS | {
     "gemma 3": Gemma3TextConfig(**TINY, head_dim=8, sliding_window=7, query_pre_attn_scalar=8),
@@ -121,18 +122,56 @@ def test_the_cache_goes_with_its_decoder_and_not_with_the_garbage():
         gc.enable()
 
 
-def test_an_adapter_is_used_where_it_is_switched_on():
-    model, prompts = make_model("mistral").eval(), make_prompts((5, 8))
+def tuned_model():
+    """A model whose adapter changes what it writes."""
+    model = make_model("mistral").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.mul_(10)
+    return model
+
+
+def test_an_adapter_is_used_where_it_is_switched_on():
+    model, prompts = tuned_model(), make_prompts((5, 8))
     tuned = written(model, prompts, GREEDY)
     assert tuned == [generated(model, prompt, GREEDY).tolist() for prompt in prompts]
     with model.disable_adapter():
         base = written(model, prompts, GREEDY)
         assert base == [generated(model, prompt, GREEDY).tolist() for prompt in prompts]
     assert base != tuned
+
+
+def by_turns(model, prompt):
+    """What model and base write after a prompt, three steps of each at a time, and again after that."""
+    decoders, found = generation_utils.Decoders(), []
+    for _ in range(2):
+        replies, writing = ([], []), []
+        for switch in (model.enable_adapter_layers, model.disable_adapter_layers):
+            switch()
+            writing.append(decoders.get(model, GREEDY, 40).write([prompt], GREEDY.max_new_tokens, set()))
+        while len(replies[1]) < GREEDY.max_new_tokens:
+            for switch, reply, steps in zip(
+                (model.enable_adapter_layers, model.disable_adapter_layers), replies, writing, strict=True
+            ):
+                switch()
+                for _, tokens, _ in itertools.islice(steps, 3):
+                    reply += tokens
+        found.append(replies)
+    decoders.close()
+    model.enable_adapter_layers()
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_replies_of_model_and_base_can_be_written_by_turns():
+    model, [prompt] = tuned_model(), make_prompts((8,))
+    before = state_of(model)
+    tuned, base = by_turns(model, prompt)
+    assert state_of(model) == before
+    assert tuned == generated(model, prompt, GREEDY).tolist() != base
+    with model.disable_adapter():
+        assert base == generated(model, prompt, GREEDY).tolist()
 
 
 def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch, capsys):

@@ -233,7 +233,7 @@ def test_the_last_answer_of_a_conversation_is_the_one_that_is_compared(tokenizer
 
 
 # ---- ANSWERS_CUT_LIMIT -----------------------------------------------------------------------------------------------
-def report_of_counts(read, dropped, used, cut, no_token=0, validation=None):
+def report_of_counts(read, dropped, used, cut, no_token=0, validation=None, left_out=0):
     def counts(rows, cut, no_token):
         return {
             "rows": rows,
@@ -243,7 +243,9 @@ def report_of_counts(read, dropped, used, cut, no_token=0, validation=None):
         }
 
     return {
-        "files": [{"rows": read, "dropped": {"duplicate": {"count": dropped}} if dropped else {}}],
+        "files": [
+            {"rows": read, "left_out": left_out, "dropped": {"duplicate": {"count": dropped}} if dropped else {}}
+        ],
         "training": counts(used, cut, no_token),
         "validation": counts(*validation) if validation else None,
     }
@@ -256,6 +258,8 @@ CUT_SHARES = {
     "both sets together": (report_of_counts(100, 0, 80, 20, validation=(20, 5, 5)), 0.3),
     # a quarter dropped, of the rest 1 in 3 cut: 1/4 + 3/4 x 1/3
     "some dropped, some cut, few of the rows used": (report_of_counts(1000, 250, 30, 10), 0.5),
+    # of 80 rows that are to be learned, 20 are duplicates
+    "rows that are not to be learned do not count": (report_of_counts(100, 40, 60, 0, left_out=20), 0.25),
     "nothing cut": (report_of_counts(10, 0, 10, 0), 0.0),
     "all cut": (report_of_counts(10, 0, 10, 10), 1.0),
 }

@@ -117,7 +117,7 @@ def test_what_cannot_be_recorded_is_computed_without(capsys):
 
 def test_an_error_with_nothing_left_to_do_without_is_a_bug_and_raised():
     model = make_model()
-    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    model.get_base_model().register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         StepRunner(model, StepPlan()).step(make_rows())
 
@@ -185,7 +185,7 @@ def test_memory_that_runs_out_gives_up_dequantized_weights_first(count, capsys):
         if runner.plan.dequantized:
             raise torch.OutOfMemoryError("fake")
 
-    model.register_forward_pre_hook(fail_while_dequantized)
+    model.get_base_model().register_forward_pre_hook(fail_while_dequantized)
     runner.step(rows)
     assert not runner.plan.dequantized
     messages = capsys.readouterr().err

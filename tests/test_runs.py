@@ -15,6 +15,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import board_utils
 import page_utils
+import result_utils
+import run_utils
 import train
 from conftest import TINY_BASE, adapter_bytes, refusal, small_run
 from settings_utils import DEFAULTS, Settings
@@ -195,3 +197,18 @@ def test_the_optimizer_in_8_bits_trains_on_a_cpu_with_a_line_and_no_warning(data
     small_run(dataset, tmp_path, optimizer="paged_adamw_8bit")
     assert capsys.readouterr().err.count("On a CPU paged_adamw_8bit keeps its state in 8 bits") == 1
     assert not [warning for warning in recwarn if "aged" in str(warning.message)]
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jrun", "run\u202e", "two\nlines", "a/b", "..", ""])
+def test_a_record_with_a_name_that_is_no_folders_is_not_taken_at_its_word(name, tmp_path):
+    folder = tmp_path / "ad\x1b[31mapter"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"run": name}))
+    assert run_utils.read_run_name(folder) == "ad[31mapter"
+
+
+def test_an_evaluation_prints_no_name_that_steers_a_terminal(tmp_path, capsys):
+    adapters = [{"run": f"\x1b[2J{n}", "loss": 1.0, "difference": None} for n in range(2)]
+    metrics = {"rows": 2, "held_out": True, "unit": "token", "verdict": "\u202e is better.", "adapters": adapters}
+    result_utils.print_comparison(tmp_path, metrics)
+    assert not {"\x1b", "\u202e"} & set(capsys.readouterr().out)

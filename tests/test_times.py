@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training_utils
 from conftest import adapter_bytes, small_run
@@ -117,6 +118,8 @@ def test_the_kept_checkpoint_is_measured_on_all_validation_rows(bounded, undistu
     assert record["validation_loss"] == pytest.approx(on_all[record["best_step"]], rel=1e-5)
     state = json.loads(next(bounded.glob("checkpoints/*/trainer_state.json")).read_text())
     assert evaluated(state)[2] != pytest.approx(on_all[2], rel=1e-3)  # the check can tell
+    (final,) = EventAccumulator(str(bounded.parent / "logs" / "run")).Reload().Scalars("final/validation_loss")
+    assert final.value == pytest.approx(record["validation_loss"], rel=1e-5)
 
 
 def test_which_rows_are_evaluated_belongs_to_a_run_only_where_they_are_not_all(bounded, undisturbed):

@@ -1,0 +1,181 @@
+"""Shards: a frozen base model that the processes of a launcher share out, for models that no single GPU holds.
+
+FSDP2 or DeepSpeed does it, as `accelerate launch` asks for it: each process holds its part of every frozen weight,
+and a layer's weights are gathered while the layer computes. The adapter stays whole in each process, with its gradients
+and its optimizer, so that steps, checkpoints and the saved adapter are those of any other run. Since a layer that is
+gathered waits for all processes, all of them must compute equally many passes.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, fsdp2_prepare_model, parse_flag_from_env
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+
+from engine_passes import Patches
+from message_utils import UserError, say
+
+FSDP, ZERO = "FSDP2", "DeepSpeed's ZeRO-3"
+
+
+class ShardEngine(NamedTuple):
+    """What shards the base model."""
+
+    name: str
+    processes: int
+    plugin: object  # Accelerate's, with the options of the launcher's configuration
+
+    @property
+    def whole_layers(self):
+        """Whether all weights of a decoder layer are gathered while it computes, and not each matrix by itself."""
+        return self.name == FSDP
+
+
+def find_engine():
+    """The ShardEngine that accelerate launch asks for in the environment, or None.
+
+    The wish is taken out of the environment, since only the frozen base is sharded: the Trainer and its Accelerator see
+    processes that each hold the whole of what is trained.
+    """
+    fsdp, zero = parse_flag_from_env("ACCELERATE_USE_FSDP"), parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if not (fsdp or zero):
+        return None
+    check_fsdp() if fsdp else check_zero()
+    os.environ["ACCELERATE_USE_FSDP"] = os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        say("One process was started, so that there is nothing to share out: it holds the whole model")
+        return None
+    return ShardEngine(
+        FSDP if fsdp else ZERO, processes, FullyShardedDataParallelPlugin() if fsdp else DeepSpeedPlugin()
+    )
+
+
+def check_fsdp():
+    """Raise UserError unless the launcher's FSDP is one that serves; layers are wrapped, whatever it says."""
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"accelerate launch asks for FSDP in version {version}, expected version 2; write fsdp_version: 2 into its"
+            " configuration (accelerate to-fsdp2 does it), or add --fsdp_version 2"
+        )
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise UserError(
+            "accelerate launch is to keep the shards in the host's memory, which is not supported; write"
+            " fsdp_offload_params: false into its configuration"
+        )
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() == "NO_WRAP":
+        os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"  # else all layers would be gathered at once
+
+
+def check_zero():
+    """Raise UserError unless DeepSpeed is there and the launcher asks for its third stage."""
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "accelerate launch asks for DeepSpeed, which is not installed; pip install deepspeed, or run accelerate"
+            " launch --config_file launch/fsdp.yaml train.py, which shares a model out as well"
+        )
+    stage = DeepSpeedPlugin().zero_stage
+    if stage != 3:
+        raise UserError(
+            f"accelerate launch asks for DeepSpeed's ZeRO in stage {stage}, expected stage 3, which shares out the base"
+            " model; write zero_stage: 3 into its configuration, or run accelerate launch --config_file launch/ddp.yaml"
+            " train.py, where each GPU holds the model"
+        )
+
+
+@contextlib.contextmanager
+def quantizing_on(device):
+    """Make the 4-bit weights of a model that is loaded onto the CPU on a device, which is much faster."""
+    plain = Bnb4bitQuantize.convert
+
+    def convert(self, weights, *args, **kwargs):
+        moved = {name: weight[0] if isinstance(weight, list) else weight for name, weight in weights.items()}
+        moved = {name: weight.to(device) for name, weight in moved.items()}
+        return {name: weight.to("cpu") for name, weight in plain(self, moved, *args, **kwargs).items()}
+
+    with Patches() as patches:
+        patches.set(Bnb4bitQuantize, "convert", convert)
+        yield
+
+
+def shard(base, engine, device, attach):
+    """Share the frozen weights of a base model out over the processes; returns it with its adapter, which stays whole.
+
+    The weights lie on the CPU, those of 16 bits in pages of their file, which the processes of a machine have in
+    common. They come to the device by and by, of which each process keeps its part. attach: gives the model with its
+    adapter.
+    """
+    for parameter in base.parameters():
+        if hasattr(parameter, "quant_state"):
+            parameter.quant_state.to(device)
+    if engine.name == ZERO:
+        share_by_zero(base, engine.plugin, device)
+        return attach(base)
+    model = attach(base)  # of 4-bit weights peft must see what FSDP2 hides
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+    share_by_fsdp(base, engine, device, trained)
+    return model
+
+
+def share_by_fsdp(base, engine, device, trained):
+    """Have Accelerate share the weights of a model out, but for those that are trained."""
+    engine.plugin.ignored_modules = [torch.nn.ParameterList(trained)]
+    engine.plugin.cpu_ram_efficient_loading = False  # each process has read the weights
+    dimension = ("dp_shard",)
+    # what fsdp2_prepare_model reads of an Accelerator
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=engine.plugin),
+        torch_device_mesh=init_device_mesh(device.type, (engine.processes,), mesh_dim_names=dimension),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=dimension),
+        device=device,
+        mixed_precision="no",  # the weights have their number format already
+        is_main_process=PartialState().is_main_process,
+    )
+    try:
+        fsdp2_prepare_model(accelerator, base)
+    except ValueError as error:
+        if "transformer layer class" not in str(error):
+            raise
+        raise UserError(
+            f"accelerate launch is to wrap layers that this model has not ({error}); leave"
+            " fsdp_transformer_layer_cls_to_wrap out of its configuration"
+        ) from error
+
+
+def share_by_zero(base, plugin, device):
+    """Have DeepSpeed share the weights of a model out; they are frozen, and without an optimizer it only gathers."""
+    import deepspeed  # few have it, and its import takes seconds
+
+    options = {name: value for name, value in plugin.deepspeed_config["zero_optimization"].items() if value != "auto"}
+    options.pop("offload_optimizer", None)  # what is trained stays where it is
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # it must be told, and counts nothing
+        "zero_optimization": options,
+        "bf16": {"enabled": base.dtype == torch.bfloat16},
+        "fp16": {"enabled": base.dtype == torch.float16},
+    }
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)  # names that DeepSpeed has yet to change
+    for buffer in base.buffers():
+        buffer.data = buffer.data.to(device)
+    base.requires_grad_(False)
+    deepspeed.zero.Init(module=base, config_dict_or_path=config, dtype=base.dtype)
+    engine, *_ = deepspeed.initialize(model=base, config=config, dist_init_required=False)
+    vars(base)["_shard_engine"] = engine  # which takes its hooks along when it goes
+
+
+def is_sharded(model):
+    """Whether the model's weights are shared out over several processes."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
