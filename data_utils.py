@@ -676,15 +676,25 @@ class Conversations(Sequence):
         return sha256([self.index["text"].tobytes(), self.index["number"].tobytes()])
 
 
-def store_conversations(path, rows):
-    """Write (row number, messages) pairs as JSONL, a line each, and return their Conversations."""
-    texts, columns = bytearray(), {name: array(kind) for name, kind in Conversations.INDEX.items()}
+def store_conversations(path, rows, repeated=None):
+    """Write (row number, messages) pairs as JSONL, a line each, and return their Conversations.
+
+    repeated: a list to which the numbers of those go that are equal to an earlier one. They are not written: a Parquet
+    file of some kilobytes may repeat a row until the disk is full. None: all are written.
+    """
+    seen, texts, columns = set(), bytearray(), {name: array(kind) for name, kind in Conversations.INDEX.items()}
     with open(path, "wb") as file:
         for number, messages in rows:
             text = json.dumps(messages, ensure_ascii=False)
+            found = digest(text)
+            if repeated is not None:
+                if found in seen:
+                    repeated.append(number)
+                    continue
+                seen.add(found)
+            texts += found
             for name, value in zip(columns, (number, file.tell(), *describe(messages)), strict=True):
                 columns[name].append(value)
-            texts += digest(text)
             file.write(f'{{"row": {number}, "messages": {text}}}\n'.encode())
     index = {name: np.array(values) for name, values in columns.items()}
     return Conversations(path, index | {"text": np.frombuffer(bytes(texts), dtype="S16")})
@@ -772,8 +782,10 @@ def load_conversations(
                 paths, name, mapping, report, number_column, chosen_only, or_usual_names, bar.update
             )
             rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
-            stored = store_conversations(folder / "conversations.jsonl", rows)
-        conversations = drop_duplicates(stored, report)
+            repeated = array("q")
+            conversations = store_conversations(folder / "conversations.jsonl", rows, repeated)
+        if repeated:
+            report.drop("duplicate", repeated.tolist())
         report.kept = len(conversations)
         if not report.kept:
             raise UserError(f"{report.line()}; no row is left to train on")
@@ -785,15 +797,6 @@ def load_conversations(
     report.name = name
     with np.load(folder / "index.npz") as index:
         return Conversations(folder / "conversations.jsonl", dict(index), temporary), report
-
-
-def drop_duplicates(conversations, report):
-    """Keep the first of each conversation, and count the others as duplicates in the report."""
-    first = np.zeros(len(conversations), dtype=bool)
-    first[np.unique(conversations.index["text"], return_index=True)[1]] = True
-    if not first.all():
-        report.drop("duplicate", conversations.index["number"][~first].tolist())
-    return conversations.select(first)
 
 
 def load_announced(label, dataset, mapping, cache_dir, chosen_only=False, **options):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import data_utils
 from data_utils import load_conversations
-from message_utils import UserError
+from message_utils import UserError, counted
 
 ODD_TEXTS = (
     "None",
@@ -271,7 +271,7 @@ def test_column_oriented_json_is_refused_and_told_what_is_expected(write, conten
 )
 def test_a_ragged_csv_row_names_its_line_and_its_cells(write, rows, line, cells):
     message = refusal(write("rows.csv", f"instruction,response\n{rows}"))
-    assert f"line {line}: {cells} {'cell' if cells == 1 else 'cells'}, expected 2" in message
+    assert f"line {line}: {counted(cells, 'cell')}, expected 2" in message
     assert "instruction, response" in message
 
 
@@ -821,6 +821,14 @@ def test_duplicates_are_dropped_and_counted_and_near_duplicates_kept(write):
     assert (report.rows, report.kept) == (5, 3)
     assert report.dropped == {"duplicate": {"count": 2, "rows": [3, 5]}}
     assert "2 dropped: duplicate (rows 3, 5)" in report.line()
+
+
+def test_a_small_file_that_repeats_a_long_row_fills_no_disk(tmp_path):
+    path = parquet(tmp_path / "rows.parquet", [{"instruction": "Say it", "response": "a word " * 1000}] * 1000)
+    conversations, report = load_conversations(str(path), cache_dir=tmp_path / "cache")
+    assert (len(conversations), report.dropped["duplicate"]["count"]) == (1, 999)
+    written = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    assert written < 20_000  # of 7 MB
 
 
 def test_duplicates_are_found_across_formats_of_the_same_conversation(write):
