@@ -163,7 +163,7 @@ def test_a_dry_run_prints_the_plan_and_an_example_and_writes_its_report_alone(da
     train.train(settings, dry_run=True)
     captured = capsys.readouterr()
     assert "Plan: 22 rows" in captured.err
-    assert re.search(r"^Time: 6 x .* a step.*; about .* in all$", captured.err, flags=re.M)
+    assert re.search(r"^Time: .* so far, 6 x .* a step.*; about .* in all$", captured.err, flags=re.M)
     assert captured.out == ""
     assert re.search(r"### Response:\n\[(red|green|blue|grey)( \1)*</s>\]\n", captured.err)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
