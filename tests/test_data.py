@@ -271,7 +271,7 @@ def test_column_oriented_json_is_refused_and_told_what_is_expected(write, conten
 )
 def test_a_ragged_csv_row_names_its_line_and_its_cells(write, rows, line, cells):
     message = refusal(write("rows.csv", f"instruction,response\n{rows}"))
-    assert f"line {line}: {cells} cells, expected 2" in message
+    assert f"line {line}: {cells} {'cell' if cells == 1 else 'cells'}, expected 2" in message
     assert "instruction, response" in message
 
 
