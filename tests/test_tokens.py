@@ -270,7 +270,7 @@ def test_the_report_counts_every_row_once_and_names_its_fate(tokenizer):
     assert report["no_trainable_token"] == {"count": 0, "rows": []}
     lines = list(token_lines("training", report, 40))
     assert lines[0].startswith("Training: 4 rows, ")
-    assert "1 rows whole, 1 with the prompt's start cut off, answer whole (row 2)" in lines[2]
+    assert "1 row whole, 1 with the prompt's start cut off, answer whole (row 2)" in lines[2]
     assert "2 with the answer's end cut off (rows 3, 4)" in lines[2]
 
 
@@ -295,7 +295,7 @@ def test_rows_of_which_no_trained_token_is_left_are_dropped_and_none_at_all_is_a
     chosen = Settings(**DEFAULTS)._replace(max_seq_length=1, output_dir=str(tmp_path))
     stored = store(tmp_path, conversation)
     message = refusal(train.tokenize, chosen, SimpleNamespace(tokenizer=tokenizer), stored, "training data")
-    assert "the training data's 1 rows" in message
+    assert "the training data (1 row)" in message
     assert "--max_seq_length 1; raise it" in message
 
 
