@@ -469,8 +469,8 @@ def weight_bytes(model, settings, dtype, part=None):
 def shard_bytes(model, settings, dtype, processes):
     """Of weights that so many processes share out: the bytes of all, of a process's part, and of what it gathers.
 
-    Gathered are the layer that computes and the one after it, and the output layer. The scales of 4-bit weights stay
-    whole in each process.
+    Gathered are the layer that computes, the one after it, which is copied once on its way, and the output layer. The
+    scales of 4-bit weights stay whole in each process.
     """
     base = transformers_model(model)
     whole, layers = weight_bytes(model, settings, dtype), decoder_layers(base)
@@ -478,7 +478,7 @@ def shard_bytes(model, settings, dtype, processes):
     in_layers = sum(weight_bytes(model, settings, dtype, layer) for layer in layers)
     scales = in_layers * (1 - 0.5 / NF4_BYTES) if settings.use_4bit_quantization else 0
     head = base.get_output_embeddings().weight.numel() * dtype.itemsize
-    return whole, (whole - scales) / processes + scales, 2 * largest + head
+    return whole, (whole - scales) / processes + scales, min(whole, 3 * largest + head)
 
 
 def dequantized_bytes(model, dtype):

@@ -86,15 +86,29 @@ def shown_text(text):
 def render(tokenizer, messages, add_generation_prompt):
     """Render messages as text by the tokenizer's chat template, as servers do; what it refuses is a UserError."""
     tools = messages[0].get("tools") if messages else None
+    shown = list(map(public, messages))
     try:
-        return render_calls(tokenizer, list(map(public, messages)), tools, add_generation_prompt)
+        return render_calls(tokenizer, shown, tools, add_generation_prompt)
     except Exception as error:  # noqa: BLE001 - a template is a program and can fail in any way
+        if isinstance(error, TypeError) and not tools and needs_tools(tokenizer, shown):
+            raise UserError(
+                f"the model's chat template writes no conversation without tools ({describe_error(error)}); give tools"
+                " in the rows, or choose another base model"
+            ) from None
         roles = ", ".join(message["role"] for message in messages)
         hint = " (many templates take no system message)" if "system" in roles else ""
         raise UserError(
             f"the model's chat template refuses a conversation of {roles}: {describe_error(error)}; change those rows"
             f"{hint} or choose another base model"
         ) from None
+
+
+def needs_tools(tokenizer, messages):
+    """Whether the chat template can write messages with a tool, which it failed to write without."""
+    try:
+        return bool(render_calls(tokenizer, messages, PROBE_TOOLS, False))
+    except Exception:  # noqa: BLE001 - then it was not for want of tools
+        return False
 
 
 def render_probe(tokenizer, messages, add_generation_prompt):

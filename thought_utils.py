@@ -50,7 +50,7 @@ def split_inline(content, begun=None):
 
 def find_begun(prompt):
     """The Begun thought at the end of a prompt, or None."""
-    found = BEGUN.search(prompt)
+    found = BEGUN.search(prompt[-300:])  # marks and blanks; a search through the whole of long prompts takes its time
     if not found:
         return None
     mark, blanks, closing, after = found.groups()

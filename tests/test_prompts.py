@@ -781,7 +781,8 @@ def test_a_template_that_cannot_do_without_tools_takes_rows_with_tools(tokenizer
     assert find_end_token(tokenizer) == "<|reserved_1|>"
     (marked,) = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
     assert len(marked.answers) == 2
-    assert "'NoneType' object is not iterable" in refusal(tokenize, tokenizer, [user("q"), assistant("a")])
+    message = refusal(tokenize, tokenizer, [user("q"), assistant("a")])
+    assert "writes no conversation without tools (TypeError: 'NoneType' object is not iterable)" in message
 
 
 # ---- Thoughts --------------------------------------------------------------------------------------------------------
