@@ -295,7 +295,7 @@ def test_rows_of_which_no_trained_token_is_left_are_dropped_and_none_at_all_is_a
     chosen = Settings(**DEFAULTS)._replace(max_seq_length=1, output_dir=str(tmp_path))
     stored = store(tmp_path, conversation)
     message = refusal(train.tokenize, chosen, SimpleNamespace(tokenizer=tokenizer), stored, "training data")
-    assert "the training data (1 row)" in message
+    assert "no token of the training data (1 row)" in message
     assert "--max_seq_length 1; raise it" in message
 
 
