@@ -50,12 +50,12 @@ def answer_missing(model, tokenizer, settings, prompts, missing, journal):
     """Answer the prompts with the indexes `missing`, and keep each answer in the journal."""
     with progress("Answering", len(prompts), "prompts", done=len(journal.replies)) as bar:
 
-        def keep(number, reply):
-            journal.add(missing[number], reply)
-            bar.update()
+        def keep(replies):
+            journal.add({missing[number]: reply for number, reply in replies.items()})
+            bar.update(len(replies))
 
         generation = build_generation_config(tokenizer, settings)
-        generate_replies(model, tokenizer, [prompts[index] for index in missing], generation, on_reply=keep)
+        generate_replies(model, tokenizer, [prompts[index] for index in missing], generation, on_replies=keep)
 
 
 def read_prompts(model, tokenizer, settings, source, cache_dir):
@@ -138,7 +138,7 @@ class Journal:
         self.file = open(path, "ab")  # noqa: SIM115 - open as long as this object lives
         self.file.truncate(whole)  # without the line that was being written when the process was killed
         if not whole:
-            self.write(identity)
+            self.write([identity])
 
     def read(self, identity):
         """Read the answers of an earlier process; returns how many bytes its whole lines have."""
@@ -162,13 +162,17 @@ class Journal:
             whole += len(line)
         return whole
 
-    def add(self, index, reply):
-        """Keep the Reply to the row with this index."""
-        self.replies[index] = {"reply": reply.text, "ended": reply.ended, "tokens": reply.tokens}
-        self.write({"index": index} | self.replies[index])
+    def add(self, replies):
+        """Keep {index of a row: its Reply}, all or none of them."""
+        more = {
+            index: {"reply": reply.text, "ended": reply.ended, "tokens": reply.tokens}
+            for index, reply in replies.items()
+        }
+        self.replies |= more
+        self.write([{"index": index} | reply for index, reply in more.items()])
 
-    def write(self, entry):
-        self.file.write(to_json(entry).encode() + b"\n")
+    def write(self, entries):
+        self.file.write(b"".join(to_json(entry).encode() + b"\n" for entry in entries))
         self.file.flush()
 
     def remove(self):

@@ -146,15 +146,15 @@ class SampleAnswers(TrainerCallback):
         if not self.prompts or not (state.is_world_process_zero or is_sharded(model)):
             return
         with progress("Answering", len(self.prompts), "prompts") as bar:
-            replies = self.answer(model, self.prompts, self.generation_config, lambda index, reply: bar.update())
+            replies = self.answer(model, self.prompts, self.generation_config, lambda replies: bar.update(len(replies)))
         if not state.is_world_process_zero:
             return
         texts = [reply.text for reply in replies]
         self.board.add_samples([p[-1]["content"] for p in self.prompts], self.expected, texts, state.global_step)
 
-    def answer(self, model, prompts, generation_config, on_reply=lambda index, reply: None):
+    def answer(self, model, prompts, generation_config, on_replies=lambda replies: None):
         model.eval()
-        return generate_replies(model, self.tokenizer, prompts, generation_config, self.max_prompt_tokens, on_reply)
+        return generate_replies(model, self.tokenizer, prompts, generation_config, self.max_prompt_tokens, on_replies)
 
     def rehearse(self, model):
         """Seconds that the answers of an evaluation will take: as long as those in the data, a few tokens are timed."""

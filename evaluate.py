@@ -250,7 +250,7 @@ def measure_answers(model, tokenizer, samples, check, settings, name):
             [sample["messages"] for sample in samples],
             generation,
             max_prompt_tokens=settings.max_seq_length,
-            on_reply=lambda index, reply: bar.update(),
+            on_replies=lambda replies: bar.update(len(replies)),
         )
     return [
         reply._asdict() | score_utils.score_answer(reply.text, sample["expected"], check)

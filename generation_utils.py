@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 from engine_passes import autocast, transformers_model
 from engine_replies import MAX_SLOTS, Decoder, cache_bytes
 from engine_shards import is_sharded
+from file_utils import digest
 from message_utils import UserError, printable, say
 from prompt_utils import encode_prompt, end_token_ids
 from token_utils import newest_positions
@@ -84,11 +85,11 @@ def ends(generation_config):
 
 # ---- Many replies ----------------------------------------------------------------------------------------------------
 def generate_replies(
-    model, tokenizer, conversations, generation_config, max_prompt_tokens=2**20, on_reply=lambda index, reply: None
+    model, tokenizer, conversations, generation_config, max_prompt_tokens=2**20, on_replies=lambda replies: None
 ):
     """Answer conversations (lists of messages that end with the user's turn); returns a Reply of each, in their order.
 
-    on_reply: called with a conversation's index and its Reply as each is ready, in any order.
+    on_replies: called with {a conversation's index: its Reply} of those that are ready together, in any order.
 
     Prompts beyond max_prompt_tokens or the model's context lose their oldest part, as in training.
     """
@@ -97,14 +98,18 @@ def generate_replies(
         trim_history(encode_prompt(tokenizer, messages), limit, tokenizer.bos_token_id) for messages in conversations
     ]
     replies = [None] * len(prompts)
-    for index, ids in write_replies(model, prompts, generation_config):
-        replies[index] = read_reply(tokenizer, ids, ends(generation_config))
-        on_reply(index, replies[index])
+    for written in write_replies(model, prompts, generation_config):
+        ready = {index: read_reply(tokenizer, ids, ends(generation_config)) for index, ids in written.items()}
+        for index, reply in ready.items():
+            replies[index] = reply
+        on_replies(ready)
     return replies
 
 
 def write_replies(model, prompts, generation_config):
-    """Yield (a prompt's index, the token ids of its reply), the longest prompts first; prompts: token ids of each.
+    """Yield {a prompt's index: the token ids of its reply} of those that are ready together, longest prompts first.
+
+    prompts: token ids of each.
 
     Out of memory halves the number of rows that are computed together, and what was not yielded is computed again.
     """
@@ -116,9 +121,10 @@ def write_replies(model, prompts, generation_config):
         try:
             decoder = try_decoder(model, generation_config, slots, tokens)
             write = partial(write_by_decoder, decoder) if decoder else partial(write_by_generate, model, slots)
-            for index, ids in write(left, generation_config):
-                del left[index]
-                yield index, ids
+            for written in write(left, generation_config):
+                for index in written:
+                    del left[index]
+                yield written
         except torch.OutOfMemoryError:
             if slots == 1 or is_sharded(model):
                 raise
@@ -166,18 +172,28 @@ def write_by_decoder(decoder, prompts, generation_config):
     ):
         found[number] += tokens
         if done:
-            yield indices[number], found.pop(number)
+            yield {indices[number]: found.pop(number)}
 
 
 def write_by_generate(model, slots, prompts, generation_config):
-    """As write_replies, of prompts {index: token ids}, in batches padded on the left."""
-    order = sorted(prompts, key=lambda index: -len(prompts[index]))
+    """As write_replies, of prompts {index: token ids}, in batches padded on the left.
+
+    What is drawn for a batch depends on its prompts and the seed alone, and not on the batches before it.
+    """
+    order, seed = sorted(prompts, key=lambda index: -len(prompts[index])), torch.initial_seed()
     for start in range(0, len(order), slots):
         chosen = order[start : start + slots]
+        if generation_config.do_sample:
+            torch.manual_seed(seed_of(seed, [prompts[index] for index in chosen]))
         batch = left_pad([prompts[index] for index in chosen], generation_config.pad_token_id, model.device)
         with generating(model):
             output = model.generate(**batch, generation_config=generation_config, synced_gpus=is_sharded(model))
-        yield from zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
+        yield dict(zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True))
+
+
+def seed_of(seed, prompts):
+    """A seed that depends on another one and on prompts (token ids of each)."""
+    return int.from_bytes(digest(f"{seed} {prompts}", size=7))
 
 
 def left_pad(prompts, pad_id, device):

@@ -144,7 +144,11 @@ class Ours:
     def replies(self, prompts, new_tokens):
         generation = greedy(new_tokens)
         if len(prompts) > 1:
-            return sum(len(ids) for _, ids in self.utils.write_replies(self.model, prompts, generation))
+            return sum(
+                len(ids)
+                for group in self.utils.write_replies(self.model, prompts, generation)
+                for ids in group.values()
+            )
         decoder = self.decoders.get(self.model, generation, PROMPT_TOKENS + LONG_PROMPT + new_tokens)
         return sum(len(tokens) for _, tokens, _ in decoder.write(prompts, new_tokens, set()))
 

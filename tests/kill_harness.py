@@ -226,7 +226,7 @@ def merge_command(folder):
 def batch_command(folder):
     quiet_libraries()
     files = ["--input_file", str(folder.parent / "validation.json"), "--output_file", str(folder / ANSWERS)]
-    inference.main(["--output_dir", str(folder), *files, "--max_new_tokens", "3", "--do_sample", "false"])
+    inference.main(["--output_dir", str(folder), *files, "--max_new_tokens", "3"])
 
 
 def files_of(folder, *kept):

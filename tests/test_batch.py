@@ -57,14 +57,14 @@ class FakeModel:
         monkeypatch.setattr(batch_utils, "generate_replies", self.generate)
         monkeypatch.setattr(batch_utils, "encode_prompt", lambda tokenizer, prompt: range(len(str(prompt)) // 4))
 
-    def generate(self, model, tokenizer, prompts, generation, on_reply):
+    def generate(self, model, tokenizer, prompts, generation, on_replies):
         for index in reversed(range(len(prompts))):
             if self.kill_after == 0:
                 raise KeyboardInterrupt
             self.kill_after = self.kill_after and self.kill_after - 1
             self.asked.append(prompts[index])
             text = "; ".join(message["content"] for message in prompts[index])
-            on_reply(index, Reply(f"re {text}", "two" not in text, len(text)))
+            on_replies({index: Reply(f"re {text}", "two" not in text, len(text))})
 
 
 @pytest.fixture

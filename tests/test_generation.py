@@ -14,6 +14,7 @@ from generation_utils import (
     prompt_limit,
     stream_reply,
     trim_history,
+    write_replies,
 )
 from message_utils import printable
 from prompt_utils import encode_prompt
@@ -156,3 +157,18 @@ def test_a_prompt_longer_than_the_context_is_answered(model, tokenizer):
     text = "word " * 3000
     assert len(encode_prompt(tokenizer, conversation(text))) > 1024
     assert isinstance(generate_replies(model, tokenizer, [conversation(text)], generation)[0].text, str)
+
+
+def test_what_is_drawn_for_a_batch_does_not_depend_on_the_batches_before_it(model, no_decoder, monkeypatch):
+    monkeypatch.setattr("generation_utils.MAX_SLOTS", 2)
+    prompts = [[5, 6, 7], [8, 9], [4], [3]]
+    sampled = GenerationConfig(do_sample=True, max_new_tokens=6, eos_token_id=2, pad_token_id=0)
+
+    def replies(seed, prompts):
+        torch.manual_seed(seed)
+        return [list(group.values()) for group in write_replies(model, prompts, sampled)]
+
+    first, second = replies(1, prompts)
+    assert replies(1, prompts[2:]) == [second]
+    assert replies(1, prompts) == [first, second]
+    assert replies(2, prompts) != [first, second]

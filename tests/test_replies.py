@@ -32,6 +32,11 @@ def tiny(name):
     return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name])).eval()
 
 
+def joined(groups):
+    """One dict of write_replies' groups."""
+    return {index: ids for group in groups for index, ids in group.items()}
+
+
 def make_prompts(lengths=(3, 21, 9, 14, 1), seed=0):
     draw = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 300, (length,), generator=draw).tolist() for length in lengths]
@@ -184,10 +189,10 @@ def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch, capsys):
         tried.append(decoder.slots)
         return begin(decoder, wanted)
 
-    expected = dict(generation_utils.write_replies(model, prompts, GREEDY))
+    expected = joined(generation_utils.write_replies(model, prompts, GREEDY))
     monkeypatch.setattr(Decoder, "begin", fail_beyond_one)
     for _ in range(2):  # at first while rows are written, then from the beginning
-        assert dict(generation_utils.write_replies(model, prompts, GREEDY)) == expected
+        assert joined(generation_utils.write_replies(model, prompts, GREEDY)) == expected
     assert "Out of memory in replies; going on with 1 at once" in capsys.readouterr().err
 
 
@@ -197,10 +202,10 @@ def test_other_caches_are_left_to_generate_which_is_said(config, capsys):
     more = {} if config is MambaConfig else {"attention_chunk_size": 8} | TINY | {"num_local_experts": 2}
     model = AutoModelForCausalLM.from_config(config(**sizes | more)).eval()
     generation_utils.say_slower.cache_clear()
-    found = dict(generation_utils.write_replies(model, make_prompts((4, 6)), GREEDY))
+    found = joined(generation_utils.write_replies(model, make_prompts((4, 6)), GREEDY))
     assert [len(found[index]) for index in (0, 1)] == [20, 20]
     assert "Replies are written by transformers' generate, which is slower" in capsys.readouterr().err
 
 
 def test_no_prompts_have_no_replies():
-    assert dict(generation_utils.write_replies(tiny("llama"), [], GREEDY)) == {}
+    assert list(generation_utils.write_replies(tiny("llama"), [], GREEDY)) == []
