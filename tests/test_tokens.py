@@ -593,7 +593,7 @@ def test_tokenizing_takes_less_than_twice_as_long_as_the_bare_tokenizer_on_the_r
     tokenizer, tmp_path, processes
 ):
     # enough rows that what starting the processes takes does not count
-    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500 * processes, 140))
+    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500 if processes == 1 else 9_000, 140))
     texts = [prompt_utils.render(tokenizer, messages, False) for _, messages in stored]
     seconds = {"ours": [], "bare": []}
     for repeat in range(3):
