@@ -46,6 +46,11 @@ def pack_rows(lengths, max_tokens):
     return passes
 
 
+def cut_into_passes(rows, max_tokens):
+    """pack_rows of rows themselves: lists of their indices, one for each pass."""
+    return pack_rows([len(row["input_ids"]) for row in rows], max_tokens)
+
+
 def build_pass(rows):
     """Lay rows end to end, without padding, as one batch of size 1 for a causal LM.
 
@@ -406,7 +411,7 @@ def score_rows(model, rows, max_pass_tokens, kernels=PLAIN, before_pass=lambda: 
     scores = [None] * len(rows)
     model.eval()
     with progress(what, len(rows), "rows") as bar:
-        for indices in pack_rows([len(row["input_ids"]) for row in rows], max_pass_tokens):
+        for indices in cut_into_passes(rows, max_pass_tokens):
             before_pass()
             group = [rows[index] for index in indices]
             with autocast(model):

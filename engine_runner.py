@@ -29,11 +29,11 @@ from engine_passes import (
     chosen_attention,
     count_tokens,
     count_trained_tokens,
+    cut_into_passes,
     decoder_layers,
     longest_pass,
     mixes_rows,
     own_dropout,
-    pack_rows,
     pass_losses,
     probe_backward,
     probe_losses,
@@ -273,7 +273,7 @@ class StepRunner:
             self.model.train()
         trained, passes = count_trained_tokens(rows), 0
         if self.plan.shards > 1:
-            passes = len(pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens))
+            passes = len(cut_into_passes(rows, self.plan.max_pass_tokens))
             counts = self.accelerator.gather(torch.tensor([[trained, passes]], device=self.base.device))
             trained, passes = counts[:, 0].sum(), int(counts[:, 1].max())
         elif self.processes > 1:
@@ -313,7 +313,7 @@ class StepRunner:
     def _run_passes(self, rows, scale, passes=0):
         self.begin()
         loss = torch.zeros((), device=self.base.device)
-        groups = pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens)
+        groups = cut_into_passes(rows, self.plan.max_pass_tokens)
         for indices in groups:
             loss += self.run_pass([rows[index] for index in indices], scale)
         for _ in range(passes - len(groups)):
@@ -498,7 +498,7 @@ class StepRunner:
         The longest pass was rehearsed before, so that kernels are loaded.
         """
         cuda, tokens, seconds = self.base.device.type == "cuda", 0, 0.0
-        passes = pack_rows([len(row["input_ids"]) for row in rows], self.plan.max_pass_tokens)
+        passes = cut_into_passes(rows, self.plan.max_pass_tokens)
         with torch.random.fork_rng([self.base.device] if cuda else []):
             for indices in passes:
                 group, started = [rows[index] for index in indices], time.perf_counter()
@@ -539,7 +539,7 @@ class StepRunner:
         """
         size = self.plan.max_pass_tokens if max_pass_tokens is None else max_pass_tokens
         scores = score_rows(self.model, rows, size, self.plan.kernels, before_pass, what)
-        for _ in range(passes - len(pack_rows([len(row["input_ids"]) for row in rows], size))):
+        for _ in range(passes - len(cut_into_passes(rows, size))):
             before_pass()
             if self.plan.shards > 1:
                 score_rows(self.model, probe_rows(self.model)[:1], 0, self.plan.kernels)

@@ -97,13 +97,12 @@ def generate_replies(
     prompts = [
         trim_history(encode_prompt(tokenizer, messages), limit, tokenizer.bos_token_id) for messages in conversations
     ]
-    replies = [None] * len(prompts)
+    replies = {}
     for written in write_replies(model, prompts, generation_config):
         ready = {index: read_reply(tokenizer, ids, ends(generation_config)) for index, ids in written.items()}
-        for index, reply in ready.items():
-            replies[index] = reply
+        replies |= ready
         on_replies(ready)
-    return replies
+    return [replies[index] for index in range(len(prompts))]
 
 
 def write_replies(model, prompts, generation_config):
