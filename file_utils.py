@@ -10,7 +10,7 @@ import uuid
 import zlib
 from pathlib import Path
 
-from message_utils import STORAGE_ERROR_NUMBERS, UserError
+from message_utils import STOPPING, STORAGE_ERROR_NUMBERS, SignalHandlers, UserError
 
 READ_BYTES = 2**18  # of a file that is hashed, at once
 
@@ -157,8 +157,9 @@ def staged_folder(target, staged=None):
         sync_folder(staged)
         os.replace(staged, target)
         sync_folder(target.parent)
-    except BaseException:  # also for Ctrl-C
-        remove(staged)
+    except BaseException:  # also for a signal, of which a further one must not disturb the removing
+        with SignalHandlers(STOPPING, lambda number, frame: None):
+            remove(staged)
         raise
 
 
