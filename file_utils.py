@@ -45,7 +45,8 @@ def resolve_input(path):
     with contextlib.suppress(FileNotFoundError):  # the folder of the shell was deleted
         here = expand_home(path).absolute()
         if here.exists():
-            return here.resolve()
+            file = here.resolve()
+            return file if file.exists() else here  # a pipe, such as a shell's <(...), has no other name
     return resolve_path(path)
 
 
