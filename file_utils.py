@@ -291,6 +291,33 @@ def check_space(folder, needed, what, consequence):
         )
 
 
+LEFT_FREE = 2**30  # bytes of a disk, or a twentieth of a small one, that rows are not let fill
+LOOK_EVERY = 2**20  # bytes written between two looks at the disk
+
+
+class DiskWatch:
+    """Called with the bytes of rows that were written so far, it raises UserError before they fill the disk.
+
+    A small Parquet file whose rows share a long text may unpack to more than any disk holds.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.due = folder, LOOK_EVERY
+
+    def __call__(self, written):
+        if written < self.due:
+            return
+        self.due = written + LOOK_EVERY
+        disk = shutil.disk_usage(self.folder)
+        if disk.free < min(LEFT_FREE, disk.total // 20):
+            shown = self.folder.parent if self.folder.suffix == ".incomplete" else self.folder
+            raise UserError(
+                f"the rows take more than {written / 2**20:,.0f} MiB on the disk of {display_path(shown)}, of which"
+                f" {disk.free / 2**20:,.0f} MiB are left; give fewer or shorter rows, or a folder on a larger disk with"
+                " --output_dir"
+            )
+
+
 def storage_problem(error):
     """The words in which a disk refused to write, if an exception tells of that, else None.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.constants
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -274,6 +275,18 @@ def resuming_with_other_data(place):
 @fault("MiB free on the disk of", "the run needs", "free some, or give another folder with --output_dir")
 def a_disk_with_too_little_room(place):
     return {"output_dir": disk(place, "3m") / "out", "lora_r": 64}
+
+
+@fault(
+    "the rows take more than",
+    "/cache, of which",
+    "MiB are left; give fewer or shorter rows, or a folder on a larger disk with --output_dir",
+)
+def a_small_file_whose_rows_share_a_long_text(place):
+    rows = [{"instruction": f"Say {n}", "response": "red " * 500_000} for n in range(60)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place.folder / "rows.parquet", compression="zstd")
+    assert (place.folder / "rows.parquet").stat().st_size < 2**17
+    return {"custom_dataset_path": place.folder / "rows.parquet", "output_dir": disk(place, "40m") / "out"}
 
 
 @fault("checkpoint-3 could not be saved: No space left on device; last good checkpoint", "the same command goes on")
