@@ -33,6 +33,7 @@ OTHER_FILES = {
     b"<html": "a web page",
 }
 ROWS_EXPECTED = "expected rows with an instruction and a response"
+PARQUET_ROWS = 100  # in memory at a time; a text of megabytes that they share is in each of them
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how files begin that say so
 NO_TEXT = "a NUL byte, which no text holds; save the file as UTF-8 text and try again"
 
@@ -198,13 +199,13 @@ def parse_json(text, where):
 
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
 def read_parquet_rows(path, name, notes, columns):
-    """Rows of a Parquet file, a thousand in memory at a time."""
+    """Rows of a Parquet file, PARQUET_ROWS in memory at a time."""
     notes.append("Parquet")
     if path.stat().st_size == 0:
         raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
     try:
         with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
+            rows = (row for batch in file.iter_batches(batch_size=PARQUET_ROWS) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
     except (ArrowException, OSError, ValueError) as error:  # ValueError: text in it that is no UTF-8
         reason = " ".join(str(error).split())[:150]
