@@ -338,6 +338,32 @@ for name in ("output_dir", "logs_dir", "custom_dataset_path", "validation_datase
     )
 
 
+for name in ("output_dir", "models_dir", "custom_dataset_path", "base_model_name"):
+    FAULTS[f"{name} that is an address"] = Fault(
+        lambda place, name=name: {name: "s3://bucket/x"},
+        train.main,
+        2,
+        ("s3://bucket/x is an address, expected a file or folder of this machine; download it",),
+    )
+    FAULTS[f"{name} that is no UTF-8"] = Fault(
+        lambda place, name=name: {name: f"{place.folder}/\udcff"},
+        train.main,
+        2,
+        (f"--{name} is '", "which is not UTF-8 text; correct it, or rename what it names"),
+    )
+
+
+@fault("rows.json is a pipe or a device, expected one .json, .jsonl, .csv or .parquet file")
+def a_pipe_as_data(place):
+    os.mkfifo(place.folder / "rows.json")
+    return {"custom_dataset_path": place.folder / "rows.json"}
+
+
+@fault("--adapter_path is '", "which is not UTF-8 text", main=talk)
+def an_adapter_that_is_no_UTF_8(place):
+    place.patch.setenv("ADAPTER", "\udcff")
+
+
 @fault("~nouser/x names the home of a user that this machine does not know")
 def a_base_of_a_user_that_is_not_there(place):
     return {"base_model_name": "~nouser/x"}
