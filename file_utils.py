@@ -109,6 +109,8 @@ def put_in_place(unfinished, path):
 
 def read_json(path, what):
     """Read a JSON object that this project wrote. `what` names it in the UserError that is raised if it is damaged."""
+    if os.path.lexists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise UserError(f"{what} {display_path(path)} is no file; move away what lies there, and restore it")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
@@ -116,6 +118,11 @@ def read_json(path, what):
     if not isinstance(value, dict):
         raise UserError(f"{what} {display_path(path)} holds no JSON object; train again or restore it")
     return value
+
+
+def read_json_if_any(path, what):
+    """As read_json, and {} where nothing lies under that name."""
+    return read_json(path, what) if os.path.lexists(path) else {}
 
 
 def sync_file(path):

@@ -178,8 +178,10 @@ def check_rows(model, tokenizer, rows, name):
 
 
 def check_prompt(model, tokenizer):
-    """Raise UserError where the chat template writes a token that the model has no embedding for."""
+    """Raise UserError where the chat template writes nothing, or a token that the model has no embedding for."""
     count, ids = count_embeddings(model), encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
+    if not ids:
+        raise UserError("the chat template writes nothing, expected a question's text; restore the tokenizer's files")
     if max(ids) >= count:
         refuse_token("the chat template", tokenizer, max(ids), count)
 

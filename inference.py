@@ -19,7 +19,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-from file_utils import check_writable, display_path, expand_home, read_json
+from file_utils import check_writable, display_path, expand_home, read_json_if_any
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
 from run_utils import CACHE, find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
@@ -159,9 +159,9 @@ def knows_turns(tokenizer, adapter_path):
     """
     if tokenizer.chat_template != prompt_utils.ALPACA_TEMPLATE:
         return True
-    if adapter_path is None or not (adapter_path / "run.json").is_file():
+    if adapter_path is None:
         return False
-    share = read_json(adapter_path / "run.json", "the adapter's record").get("several_turns")
+    share = read_json_if_any(adapter_path / "run.json", "the adapter's record").get("several_turns")
     return isinstance(share, (int, float)) and share >= SEVERAL_TURNS
 
 

@@ -36,6 +36,7 @@ from file_utils import (
     display_path,
     make_readable,
     read_json,
+    read_json_if_any,
     resolve_path,
     short_hash,
     staged_folder,
@@ -470,7 +471,7 @@ def check_adapter_identity(folder, base_name, content):
     An adapter of another tool has no record: it is loaded with a notice.
     """
     shown = display_path(folder)
-    if not (folder / IDENTITY_FILE).is_file():
+    if not os.path.lexists(folder / IDENTITY_FILE):
         say(f"Adapter {shown} has no {IDENTITY_FILE}, so its base model and tokenizer are taken on trust")
         return
     recorded = read_json(folder / IDENTITY_FILE, "the adapter's identity")
@@ -493,6 +494,8 @@ def check_adapter_identity(folder, base_name, content):
 def check_adapter_folder(path):
     """Return the folder's resolved path, or raise UserError unless it holds an adapter's config and weights."""
     folder = resolve_path(path)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"adapter folder {path} is a file, expected the folder that holds it")
     if not folder.is_dir():
         raise UserError(f"adapter folder {path} does not exist; train one first with python train.py")
     if is_merged(folder):
@@ -509,9 +512,7 @@ def check_adapter_folder(path):
 def read_recorded_settings(adapter_path):
     """The settings that an adapter was trained with, as {name: value}; the base model is the adapter's own."""
     folder = check_adapter_folder(adapter_path)
-    recorded = {}
-    if (folder / SETTINGS_FILE).is_file():
-        recorded = read_json(folder / SETTINGS_FILE, "the adapter's settings")
+    recorded = read_json_if_any(folder / SETTINGS_FILE, "the adapter's settings")
     adapter_config = read_json(folder / ADAPTER_CONFIG, "the adapter's configuration")
     base = adapter_config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -524,7 +525,7 @@ def read_recorded_settings(adapter_path):
 def read_training(folder):
     """(the settings that an adapter was trained with, what run.json holds of its run); None and {} where unknown."""
     files = [Path(folder) / SETTINGS_FILE, Path(folder) / RUN_RECORD]
-    recorded, record = (read_json(file, "the adapter's record") if file.is_file() else {} for file in files)
+    recorded, record = (read_json_if_any(file, "the adapter's record") for file in files)
     known = {name: value for name, value in recorded.items() if name in DEFAULTS}
     return check_settings(Settings(**(DEFAULTS | known))) if known else None, record
 
@@ -620,8 +621,7 @@ def read_settings(path):
     base = read_json(folder / MERGE_RECORD, "the record of the merge").get("base_model")
     if not isinstance(base, str) or not base:
         raise UserError(f"{display_path(folder / MERGE_RECORD)} names no base model; merge again or restore the file")
-    file = folder / SETTINGS_FILE
-    recorded = read_json(file, "the settings of the training") if file.is_file() else {}
+    recorded = read_json_if_any(folder / SETTINGS_FILE, "the settings of the training")
     return recorded | {"base_model_name": base, "use_4bit_quantization": False}
 
 

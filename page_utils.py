@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from chart_utils import Curve, draw_bars, draw_curves, draw_interval
 from data_utils import DataReport
-from file_utils import PROJECT_DIR, display_path, read_json, resolve_path, whole_file
+from file_utils import PROJECT_DIR, display_path, read_json, read_json_if_any, resolve_path, whole_file
 from message_utils import UserError, counted, say
 from progress_utils import format_duration
 from report_utils import notices
@@ -166,7 +166,7 @@ def read_run(adapter):
 def read_part(path):
     """The JSON object in a file, {} where there is none; a damaged one is named, and costs its part of the report."""
     try:
-        return read_json(path, "the run's record") if path.is_file() else {}
+        return read_json_if_any(path, "the run's record")
     except UserError as error:
         say(f"Notice: the report goes without a part: {error}")
         return {}

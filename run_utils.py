@@ -12,7 +12,7 @@ import time
 
 from filelock import FileLock, Timeout
 
-from file_utils import display_path, read_json, resolve_path, write_json
+from file_utils import display_path, read_json_if_any, resolve_path, write_json
 from message_utils import VOICE, UserError, is_first_process, printable, say
 from settings_utils import DEFAULTS, is_folder_name
 
@@ -49,7 +49,7 @@ def read_run_name(adapter_path):
     """The name of the run that an adapter or a merged model is of, with its step for a checkpoint; fit for a folder."""
     checkpoint = (adapter_path / MANIFEST).is_file()
     path = adapter_path / (MANIFEST if checkpoint else RUN_RECORD)
-    record = read_json(path, "the record of the run") if path.is_file() else {}
+    record = read_json_if_any(path, "the record of the run")
     name = record.get("run_name" if checkpoint else "run")
     if not isinstance(name, str) or not is_folder_name(name):
         name = printable(adapter_path.name) or "adapter"
