@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -297,6 +298,8 @@ def system_problem(error):
             " one, or close other programs",
             each_process=True,
         )
+    if isinstance(error, shutil.Error):  # of a folder's copy: a list of what failed, each with its words
+        return UserError(f"not all could be copied: {error.args[0][0][-1]}; mend that and try again", each_process=True)
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in STORAGE_ERROR_NUMBERS):
         refused = error.filename2 or error.filename  # of a rename it is the new name that something is in the way of
         name = os.fsdecode(refused) if isinstance(refused, (str, bytes)) else "output"

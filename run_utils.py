@@ -78,10 +78,23 @@ def set_aside(output_dir, names, kept=()):
         if path.is_mount():  # a disk of its own stays where it is mounted, and what it holds moves
             (target / path.name).mkdir()
             for inner in path.iterdir():
-                shutil.move(inner, target / path.name / inner.name)
+                move(inner, target / path.name / inner.name)
         else:
-            shutil.move(path, target / path.name)
+            move(path, target / path.name)
     return target
+
+
+def move(path, target):
+    """Rename a file or folder, or copy it where the target lies on another disk.
+
+    shutil.move alone would begin to copy also where the system does not let a folder be moved, and leave two halves.
+    """
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.move(path, target)
 
 
 # ---- The log ---------------------------------------------------------------------------------------------------------

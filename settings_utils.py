@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import sys
 import traceback
 from collections import namedtuple
 from pathlib import Path
@@ -223,6 +224,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{message}; see python {self.prog} --help")
         flag = unknown[1].split("=")[0]
         name = flag.removeprefix("--")
+        if flag in self._option_string_actions:
+            raise UserError(f"{flag} stands behind a lone --, where no flag is read; put it in front of that")
         if name in DEFAULTS:
             *users, last = [script for script, names in USED_SETTINGS.items() if name in names]
             users = f"{', '.join(users)} and {last}" if users else last
@@ -430,7 +433,9 @@ def check_value(name, value, shown):
 def require_utf8(text, shown):
     """Raise UserError for a text that cannot be written as UTF-8, which logs and records are."""
     if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{shown} is {shortened(text)}, which is not UTF-8 text; correct it, or rename what it names")
+        encoding = sys.getfilesystemencoding()
+        remedy = "" if encoding == "utf-8" else ", or set the environment variable PYTHONUTF8=1"
+        raise UserError(f"{shown} is {shortened(text)}, which is no {encoding} text; rename what it names{remedy}")
 
 
 def is_folder_name(text):
