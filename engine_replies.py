@@ -496,46 +496,38 @@ class Decoder:
             self.packed = False
         if not self.packed and not self._serves(probes):
             raise NotImplementedError("its decoding steps do not give the model's own logits")
-        self._record([ids[-1] for ids, _ in probes])
+        self._record()
+        if not self._same(probes, 1):
+            raise NotImplementedError("a recorded step does not give the model's own logits")
 
     def _serves(self, probes):
-        """Whether prompts without their last two tokens, and then two steps, give the model's own logits.
+        """Whether prompts without their last two tokens, and then a step, give the model's own logits.
 
         probes: token ids and the logits of their positions, (tokens, words) or more, for each slot or fewer.
         """
+        self.replay = self.step
         try:
             self.begin({slot: ids[:-2] for slot, (ids, _) in enumerate(probes)})
-            for back in (2, 1):
-                self._put([ids[-back] for ids, _ in probes])
-                self.step()
-                wanted = torch.stack([logits[len(ids) - back] for ids, logits in probes])
-                if not self._same(wanted):
-                    return False
+            return self._same(probes, 2)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # noqa: BLE001  whatever this way does not serve: head sizes, attention sinks, other caches
             return False
-        return True
 
-    def _put(self, tokens):
-        """Let the first slots go on with other tokens than those that were chosen."""
-        self.tokens[: len(tokens), 0] = torch.tensor(tokens).to(self.tokens)
+    def _same(self, probes, back):
+        """Whether a step with the token so far from each probe's end gives the model's own logits."""
+        self.tokens[: len(probes), 0] = torch.tensor([ids[-back] for ids, _ in probes]).to(self.tokens)
         self.clock.zero_()
-
-    def _same(self, wanted):
-        """Whether the logits of the last step are, in the first slots, those of (slots, words)."""
-        found = self.logits[: len(wanted)].float().log_softmax(-1)
+        self.replay()
+        wanted = torch.stack([logits[len(ids) - back] for ids, logits in probes])
+        found = self.logits[: len(probes)].float().log_softmax(-1)
         return same_losses(self.model, found, wanted.float().log_softmax(-1))
 
-    def _record(self, tokens):
-        """Record a step as a CUDA graph, and see that it does with these tokens what the last step did.
-
-        Without a GPU each step is computed anew.
-        """
-        self.replay = self.step
+    def _record(self):
+        """Record a step as a CUDA graph; without a GPU each step is computed anew."""
         if not self.on_gpu:
             return
-        wanted, stream, graph = self.logits[: len(tokens)], recording_stream(), torch.cuda.CUDAGraph()
+        stream, graph = recording_stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with self._computing(SLOTS), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -545,11 +537,6 @@ class Decoder:
         except Exception as error:  # what waits for the host, such as experts that are chosen there
             raise NotImplementedError(f"its decoding steps cannot be recorded ({type(error).__name__})") from error
         self.graph, self.replay = graph, graph.replay
-        self.cache.lengths.sub_(1)
-        self._put(tokens)
-        self.replay()
-        if not self._same(wanted):
-            raise NotImplementedError("a recorded step does not give the model's own logits")
 
     def _computing(self, attention=None):
         """The context in which the model computes, without gradients, in half precision; with an attention's name."""

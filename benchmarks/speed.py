@@ -272,6 +272,7 @@ def measure(options):
     if options.program.startswith("unsloth"):
         import unsloth  # noqa: F401  patches the libraries that are imported after it
     import programs
+    import psutil
     from model_utils import load_tokenizer
 
     prepared = json.loads((options.work_dir / "prepared.json").read_text())
@@ -310,6 +311,7 @@ def measure(options):
         "median_step_seconds": round(statistics.median(seconds), 4),
         "shape": prepared["shape"],
         "workload": fingerprint(prepared["natural"]),
+        "seconds_from_start": round(time.time() - psutil.Process().create_time(), 1),
         "step_seconds": [round(second, 4) for second in stopwatch.step_seconds(1)],
         "timed_steps": len(seconds),
         "timed_tokens": tokens,
