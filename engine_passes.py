@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from encoding_utils import IGNORED
 from progress_utils import progress
-from prompt_utils import IGNORED
 
 try:
     import triton
