@@ -21,8 +21,8 @@ STORAGE_ERROR_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, 
 class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do.
 
-    Where several processes work on one command, all of them usually raise the same error and the first one prints it.
-    With each_process=True the process that raises it prints it, because the others may not know of it.
+    Where several processes work on one command, all of them usually raise the same error. With each_process=True a
+    process may be alone with it, and the others still wait for it. Either way it is printed once on a machine.
     """
 
     def __init__(self, message, each_process=False):
@@ -68,6 +68,11 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_on_machine():
+    """Whether this is the first of the processes that a launcher started on this machine; is_first_process is one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 class Voice:
     """What say() does beside printing; the rooms whose matter it is set `aside` and `note`."""
 
@@ -78,6 +83,7 @@ class Voice:
 
 
 VOICE = Voice()
+FIRST_SPEAKS = 10  # seconds that a machine's other processes give its first one to print an error of all and to end
 
 
 def say(message, each_process=False, styled=False):
@@ -251,10 +257,21 @@ def run_main(main, argv):
             raise
         if "--debug" in argv:
             say(traceback.format_exc().rstrip())
-        say(f"error: {mistake}", each_process=mistake.each_process)
+        say_error(mistake)
         if not mistake.each_process:  # all processes end here
             leave_process_group()
         return 2
+
+
+def say_error(mistake):
+    """Print a UserError once on each machine: its other processes let the first one do it.
+
+    A launcher that sees a process fail ends the others, so that one that failed before the first would silence it, and
+    one that lives on met the error alone.
+    """
+    if not is_first_on_machine():
+        time.sleep(FIRST_SPEAKS)
+    say(f"error: {mistake}", each_process=True)
 
 
 def prepare_streams():
@@ -297,12 +314,26 @@ def system_problem(error):
             " one, or close other programs",
             each_process=True,
         )
+    if lost_process(error):
+        return UserError(
+            "another process of this run ended, or cannot be reached any more; its own line or the launcher's report"
+            " says which and why; mend that, and the same command goes on from the last checkpoint",
+            each_process=True,
+        )
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in STORAGE_ERROR_NUMBERS):
         refused = error.filename2 or error.filename  # of a rename it is the new name that something is in the way of
         name = os.fsdecode(refused) if isinstance(refused, (str, bytes)) else "output"
         name = name if len(name) < 300 else f"{name[:300]}..."
         return UserError(f"{os.strerror(error.errno)}: {name}; mend that and try again", each_process=True)
     return None
+
+
+def lost_process(error):
+    """Whether an exception came of the connection to another process: one of PyTorch's own types, or Gloo's words."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 def stop_behind(error):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from safetensors import SafetensorError, safe_open
@@ -75,15 +76,27 @@ PROBE_TEXT = "### Instruction:\nWhat does a good answer look like?\n\n### Respon
 def resolve_device(device):
     """Return the torch.device to run on: "cuda" falls back to MPS or the CPU, and says so; "cpu" forces the CPU.
 
-    Under accelerate or torchrun each process takes the GPU of its local rank.
+    Under accelerate or torchrun each process takes the GPU of its local rank; accelerate launch --cpu forces the CPU.
     """
-    if device == "cpu":
+    if device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_gpu())
     fallback = "mps" if torch.backends.mps.is_available() else "cpu"
     say(f"Running on {fallback.upper()}: no CUDA GPU found")
     return torch.device(fallback)
+
+
+def local_gpu():
+    """The number of this process's GPU; a UserError where a launcher started more processes than there are GPUs."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes were started on this machine and {counted(gpus, 'GPU')} can be used, expected one"
+            f" for each; give accelerate launch --num_processes {gpus} (of all machines together), or look at"
+            " CUDA_VISIBLE_DEVICES and gpu_ids"
+        )
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def choose_dtype(device, use_fp16):

@@ -121,7 +121,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_two(tmp_path_factory):
-    """Run a script in two processes, as a launcher does: run_two("train.py") -> two CompletedProcess, by rank."""
+    """Run a script in two processes, as a launcher does: run_two("train.py") -> two CompletedProcess, by rank.
+
+    If one fails, the other is ended by SIGTERM.
+    """
 
     def run_script(script, *arguments, **environment):
         with socket.socket() as free:
@@ -133,6 +136,11 @@ def run_two(tmp_path_factory):
             place = outside(meeting | two | {"RANK": rank, "LOCAL_RANK": rank} | environment)
             folder = tmp_path_factory.mktemp("process")
             processes.append(WarmProcess(folder, PROJECT / script, arguments, PROJECT, place))
+        while all(process.process.exitcode is None for process in processes):
+            processes[0].process.join(0.1)
+        if any(process.process.exitcode for process in processes):
+            for process in processes:
+                process.process.terminate()
         return [process.wait(600) for process in processes]
 
     return run_script

@@ -272,8 +272,16 @@ def test_the_cpu_can_be_forced_on_a_machine_with_a_gpu(gpus, capsys):
 
 def test_each_process_of_a_launcher_takes_the_gpu_of_its_local_rank(gpus, monkeypatch):
     gpus(cuda=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert resolve_device("cuda") == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    message = refusal(resolve_device, "cuda")
+    assert "5 processes were started on this machine and 4 GPUs can be used" in message
+    assert "--num_processes 4" in message
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # by accelerate launch --cpu
+    assert resolve_device("cuda") == CPU
 
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------

