@@ -44,7 +44,7 @@ from file_utils import (
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
-from message_utils import UserError, counted, quiet_libraries, say
+from message_utils import UserError, counted, quiet_libraries, say, say_once
 from progress_utils import progress
 from prompt_utils import (
     ALPACA_TEMPLATE,
@@ -82,7 +82,7 @@ def resolve_device(device):
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     fallback = "mps" if torch.backends.mps.is_available() else "cpu"
-    say(f"Running on {fallback.upper()}: no CUDA GPU found")
+    say_once(f"Running on {fallback.upper()}: no CUDA GPU found")
     return torch.device(fallback)
 
 
