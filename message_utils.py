@@ -80,6 +80,7 @@ class Voice:
         self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
         self.aside = contextlib.nullcontext  # moves progress bars out of the way
         self.note = None  # note(line): keeps it in a run's log
+        self.said = set()  # what say_once() has said
 
 
 VOICE = Voice()
@@ -100,6 +101,13 @@ def say(message, each_process=False, styled=False):
         with VOICE.aside():
             print(shown, file=sys.stderr, flush=True)
         note(shown)
+
+
+def say_once(message):
+    """say() what stays true to the end of a script, such as where it runs; the same message again is not repeated."""
+    if message not in VOICE.said:
+        VOICE.said.add(message)
+        say(message)
 
 
 def note(message):
