@@ -1,5 +1,6 @@
 """The output folder of a run of train.py: the names in it, its lock, and what earlier runs left."""
 
+import contextlib
 import errno
 import json
 import os
@@ -185,7 +186,8 @@ class OutputLock:
 
     def __exit__(self, *exception):
         if is_first_process():
-            self.owner_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what has become of the folder is said by who writes to it
+                self.owner_file.unlink()
             self.lock.release()
 
     def take(self):

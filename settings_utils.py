@@ -12,7 +12,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from file_utils import PROJECT_DIR, display_path, resolve_input
-from message_utils import LateImport, UserError, printable, say, signals_leave_at_once
+from message_utils import LateImport, UserError, printable, say_once, signals_leave_at_once
 
 torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
 
@@ -367,7 +367,7 @@ def make_settings(given=None, recorded=None, script="train.py"):
     taken = [name for name in demo if name not in bound | given and name in USED_SETTINGS.get(script, ())]
     if taken:
         used = ", ".join(f"{name}={demo[name]}" for name in taken)
-        say(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
+        say_once(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
     return settings
 
 
