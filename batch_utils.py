@@ -6,11 +6,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from data_utils import read_unanswered, unanswered
-from file_utils import display_path, sha256, whole_file
+from encoding_utils import encode_prompt
+from file_utils import display_path, sha256, storage_errors, whole_file
 from generation_utils import build_generation_config, generate_replies, prompt_limit
 from message_utils import Stopped, UserError, counted, say
 from progress_utils import progress
-from prompt_utils import begin_with, encode_prompt
+from prompt_utils import begin_with
 
 REPLY_KEYS = ("reply", "ended", "tokens")  # what is written beside the columns of a row
 # The settings that answers depend on
@@ -172,8 +173,9 @@ class Journal:
         self.write([{"index": index} | reply for index, reply in more.items()])
 
     def write(self, entries):
-        self.file.write(b"".join(to_json(entry).encode() + b"\n" for entry in entries))
-        self.file.flush()
+        with storage_errors(display_path(self.path), "mend that, and the same command goes on"):
+            self.file.write(b"".join(to_json(entry).encode() + b"\n" for entry in entries))
+            self.file.flush()
 
     def remove(self):
         self.file.close()
@@ -183,8 +185,10 @@ class Journal:
         return self
 
     def __exit__(self, *exception):
-        self.file.close()
-        self.unlock()
+        try:
+            self.file.close()
+        finally:  # a full disk refuses what was not written yet once more
+            self.unlock()
 
     def unlock(self):
         Path(self.lock.lock_file).unlink(missing_ok=True)

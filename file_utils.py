@@ -339,7 +339,8 @@ def storage_problem(error):
     torch.save names only its own source file, inline_container.cc.
     """
     if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno in STORAGE_ERROR_NUMBERS else None
+        where = f": {display_path(os.fsdecode(error.filename))}" if isinstance(error.filename, (str, bytes)) else ""
+        return f"{os.strerror(error.errno)}{where}" if error.errno in STORAGE_ERROR_NUMBERS else None
     for number in STORAGE_ERROR_NUMBERS:
         if os.strerror(number) in str(error):
             return os.strerror(number)

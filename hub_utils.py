@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from file_utils import PROJECT_DIR, display_path, resolve_input, resolve_path
-from message_utils import UserError, say
+from message_utils import UserError, memory_problem, say
 from progress_utils import progress, silent_bar
 from reader_utils import FILE_TYPES, SUFFIXES
 
@@ -91,10 +91,15 @@ def loading_problem(error, name, remedy):
     """What is wrong with a model or dataset that was found, and what to do."""
     if isinstance(error, OSError) and error.errno:
         return f"{name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
+    if problem := memory_problem(error):
+        return f"{name} cannot be loaded: {problem}"
     if "out of memory" in str(error):
         return f"{name} does not fit into the GPU's memory; close other programs on it or give a smaller model"
-    first_line = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"{name} cannot be loaded: {first_line}; {remedy}"
+    if "ignore_mismatched_sizes" in str(error):
+        return f"{name} cannot be loaded: its weights have other shapes than its config.json says; restore both"
+    first, *rest = str(error).strip().split("\n")
+    problem = f"{first} {rest[0]}" if first.endswith(":") and rest else first  # what follows a colon says what is wrong
+    return f"{name} cannot be loaded: {problem or type(error).__name__}; {remedy}"
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,15 +15,21 @@ import time
 import traceback
 import warnings
 
-# A disk refuses to write with one of these: full, over quota, read-only, no permission, broken
-STORAGE_ERROR_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# A disk refuses to write with one of these: full, over quota, a file too large for it, read-only, no permission, broken
+STORAGE_ERROR_NUMBERS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+)
+# How libraries that raise errors of their own say that the system gives no more memory, or no more threads
+NO_MEMORY = (os.strerror(errno.ENOMEM), "can't allocate memory")
+NO_THREADS = (os.strerror(errno.EAGAIN), "can't start new thread")
 
 
 class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do.
 
-    Where several processes work on one command, all of them usually raise the same error and the first one prints it.
-    With each_process=True the process that raises it prints it, because the others may not know of it.
+    Where several processes work on one command, all of them usually raise the same error. With each_process=True a
+    process may be alone with it, and the others still wait for it. Either way it is printed once on a machine.
     """
 
     def __init__(self, message, each_process=False):
@@ -68,6 +75,11 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_on_machine():
+    """Whether this is the first of the processes that a launcher started on this machine; is_first_process is one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 class Voice:
     """What say() does beside printing; the rooms whose matter it is set `aside` and `note`."""
 
@@ -75,9 +87,11 @@ class Voice:
         self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
         self.aside = contextlib.nullcontext  # moves progress bars out of the way
         self.note = None  # note(line): keeps it in a run's log
+        self.said = set()  # what say_once() has said
 
 
 VOICE = Voice()
+FIRST_SPEAKS = 10  # seconds that a machine's other processes give its first one to print an error of all and to end
 
 
 def say(message, each_process=False, styled=False):
@@ -92,8 +106,26 @@ def say(message, each_process=False, styled=False):
         shown = message if is_first_process() else f"process {os.environ['RANK']}: {message}"
         VOICE.spoken_at = time.monotonic()
         with VOICE.aside():
-            print(shown, file=sys.stderr, flush=True)
+            print_line(shown)
         note(shown)
+
+
+def say_once(message):
+    """say() what stays true to the end of a script, such as where it runs; the same message again is not repeated."""
+    if message not in VOICE.said:
+        VOICE.said.add(message)
+        say(message)
+
+
+def print_line(line):
+    """Print a line on stderr. A full disk, where stderr is a file, costs the line and not the run."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in STORAGE_ERROR_NUMBERS:
+            raise
 
 
 def note(message):
@@ -224,6 +256,8 @@ def run_script(main, argv):
             return run_main(main, argv)
     except (KeyboardInterrupt, Stopped) as stop:  # one more, while the first was dealt with
         return end_by(stop)
+    finally:
+        drop_unwritten()
 
 
 def run_main(main, argv):
@@ -234,16 +268,21 @@ def run_main(main, argv):
     prepare_streams()
     let_libraries_print_safely()
     try:
+        check_python()
         main(argv)
+        if sys.stdout:
+            sys.stdout.flush()
         leave_process_group()
         return 0
     except BrokenPipeError:  # `head`, for example, leaves after its last line
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 1
     except (KeyboardInterrupt, Stopped) as stop:
         return end_by(stop)
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # also what libraries in Rust raise when the system starts no more threads
         if stop := stop_behind(error):
             return end_by(stop)
         mistake = error if isinstance(error, UserError) else system_problem(error)
@@ -251,10 +290,38 @@ def run_main(main, argv):
             raise
         if "--debug" in argv:
             say(traceback.format_exc().rstrip())
-        say(f"error: {mistake}", each_process=mistake.each_process)
+        say_error(mistake)
         if not mistake.each_process:  # all processes end here
             leave_process_group()
         return 2
+
+
+def say_error(mistake):
+    """Print a UserError once on each machine: its other processes let the first one do it.
+
+    A launcher that sees a process fail ends the others, so that one that failed before the first would silence it, and
+    one that lives on met the error alone.
+    """
+    if not is_first_on_machine():
+        time.sleep(FIRST_SPEAKS)
+    say(f"error: {mistake}", each_process=True)
+
+
+def check_python():
+    """Raise UserError where Python was told to leave out what transformers needs to be imported."""
+    if sys.flags.optimize > 1:
+        raise UserError("python -OO leaves out docstrings, which transformers reads; run python without it, or with -O")
+
+
+def drop_unwritten():
+    """Let go of what stdout or stderr did not take, because a disk is full: at its end Python would try once more."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:  # it was closed
+            pass
 
 
 def prepare_streams():
@@ -273,6 +340,12 @@ class PrintableRecord(logging.LogRecord):
         return printable(super().getMessage())
 
 
+def print_uncaught_in_thread(found):
+    """As print_uncaught, for a thread. TensorBoard's hands on what it met, and who waits for it says it."""
+    if not isinstance(getattr(found.thread, "exception", None), OSError):
+        print_uncaught(found.exc_type, found.exc_value, found.exc_traceback)
+
+
 def format_printable_warning(*args, **options):
     return printable(FORMAT_WARNING(*args, **options))
 
@@ -287,21 +360,48 @@ def let_libraries_print_safely():
     logging.setLogRecordFactory(PrintableRecord)
     warnings.formatwarning = format_printable_warning
     sys.excepthook = print_uncaught
+    threading.excepthook = print_uncaught_in_thread
 
 
 def system_problem(error):
     """The UserError for what the system refuses, a file, a folder or memory; None if the exception is a bug of ours."""
-    if isinstance(error, MemoryError):
+    if lost_process(error):
         return UserError(
-            "this machine's memory is used up; a file that is read, or the model, is too large for it: give a smaller"
-            " one, or close other programs",
+            "another process of this run ended, or cannot be reached any more; its own line or the launcher's report"
+            " says which and why; mend that, and the same command goes on from the last checkpoint",
             each_process=True,
         )
+    if problem := memory_problem(error):
+        return UserError(problem, each_process=True)
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:  # what os.getcwd() raises
+        return UserError("the folder in which this command was started is gone; go to another one", each_process=True)
+    if isinstance(error, shutil.Error):  # of a folder's copy: a list of what failed, each with its words
+        return UserError(f"not all could be copied: {error.args[0][0][-1]}; mend that and try again", each_process=True)
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in STORAGE_ERROR_NUMBERS):
         refused = error.filename2 or error.filename  # of a rename it is the new name that something is in the way of
         name = os.fsdecode(refused) if isinstance(refused, (str, bytes)) else "output"
         name = name if len(name) < 300 else f"{name[:300]}..."
         return UserError(f"{os.strerror(error.errno)}: {name}; mend that and try again", each_process=True)
+    return None
+
+
+def lost_process(error):
+    """Whether an exception came of the connection to another process: one of PyTorch's own types, or Gloo's words."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def memory_problem(error):
+    """What the system gives no more of, memory or threads, and what to do; None if an exception tells of neither."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return (
+            "this machine's memory is used up; a file that is read, or the model, is too large for it: give a smaller"
+            " one, or close other programs"
+        )
+    if any(words in str(error) for words in NO_THREADS):
+        return "the system starts no more threads; close other programs, or raise its limits (ulimit -a lists them)"
     return None
 
 

@@ -6,12 +6,13 @@ import difflib
 import json
 import os
 import re
+import sys
 import traceback
 from collections import namedtuple
 from pathlib import Path
 
 from file_utils import PROJECT_DIR, display_path, resolve_input
-from message_utils import LateImport, UserError, printable, say, signals_leave_at_once
+from message_utils import LateImport, UserError, printable, say_once, signals_leave_at_once
 
 torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
 
@@ -223,6 +224,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{message}; see python {self.prog} --help")
         flag = unknown[1].split("=")[0]
         name = flag.removeprefix("--")
+        if flag in self._option_string_actions:
+            raise UserError(f"{flag} stands behind a lone --, where no flag is read; put it in front of that")
         if name in DEFAULTS:
             *users, last = [script for script, names in USED_SETTINGS.items() if name in names]
             users = f"{', '.join(users)} and {last}" if users else last
@@ -364,7 +367,7 @@ def make_settings(given=None, recorded=None, script="train.py"):
     taken = [name for name in demo if name not in bound | given and name in USED_SETTINGS.get(script, ())]
     if taken:
         used = ", ".join(f"{name}={demo[name]}" for name in taken)
-        say(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
+        say_once(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
     return settings
 
 
@@ -430,7 +433,9 @@ def check_value(name, value, shown):
 def require_utf8(text, shown):
     """Raise UserError for a text that cannot be written as UTF-8, which logs and records are."""
     if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{shown} is {shortened(text)}, which is not UTF-8 text; correct it, or rename what it names")
+        encoding = sys.getfilesystemencoding()
+        remedy = "" if encoding == "utf-8" else ", or set the environment variable PYTHONUTF8=1"
+        raise UserError(f"{shown} is {shortened(text)}, which is no {encoding} text; rename what it names{remedy}")
 
 
 def is_folder_name(text):

@@ -12,16 +12,14 @@ from typing import ClassVar
 import numpy as np
 import transformers
 
+from encoding_utils import IGNORED, encode_texts, is_whole_text
 from file_utils import DiskWatch, cached_folder, sha256
 from message_utils import UserError, printable
 from progress_utils import progress
 from prompt_utils import (
-    IGNORED,
     control_tokens,
-    encode_texts,
     end_token_ids,
     find_end_token,
-    is_whole_text,
     mark_answers,
     writes_one_bos,
     written_date,
@@ -107,7 +105,8 @@ def tokenize_conversations(
     rows in messages. The number of processes is chosen by the number of rows unless it is given. Raises UserError with
     the number of the first row that the template refuses.
     """
-    code = [Path(__file__).with_name(name) for name in ("token_utils.py", "prompt_utils.py", "thought_utils.py")]
+    rooms = ("token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py")
+    code = [Path(__file__).with_name(name) for name in rooms]
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     shaping = json.dumps(
         [

@@ -349,7 +349,7 @@ for name in ("output_dir", "models_dir", "custom_dataset_path", "base_model_name
         lambda place, name=name: {name: f"{place.folder}/\udcff"},
         train.main,
         2,
-        (f"--{name} is '", "which is not UTF-8 text; correct it, or rename what it names"),
+        (f"--{name} is '", "which is no utf-8 text; rename what it names"),
     )
 
 
@@ -359,7 +359,7 @@ def a_pipe_as_data(place):
     return {"custom_dataset_path": place.folder / "rows.json"}
 
 
-@fault("--adapter_path is '", "which is not UTF-8 text", main=talk)
+@fault("--adapter_path is '", "which is no utf-8 text", main=talk)
 def an_adapter_that_is_no_UTF_8(place):
     place.patch.setenv("ADAPTER", "\udcff")
 
@@ -693,7 +693,7 @@ def an_adapter_with_a_strange_record(place):
     (adapter(place) / "identity.json").write_text('{"files": 3}')
 
 
-@fault("cannot be loaded", "restore the folder's tokenizer files or give another one", main=talk)
+@fault("cannot be loaded", "restore the folder's files or give another one", main=talk)
 def no_tokenizer(place):
     for path in adapter(place).glob("tokenizer*"):
         path.unlink()
