@@ -1,5 +1,6 @@
 """A file of prompts and their answers, which are kept as they come, so that a run that was killed goes on."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def answer_file(model, tokenizer, settings, adapter_path, source, target, cache_
         except (KeyboardInterrupt, Stopped):
             say(f"\n{len(journal.replies):,} of {counted(len(rows), 'answer')} kept; the same command goes on")
             raise
+        if target.exists():
+            raise UserError(
+                f"{display_path(target)} has come to exist meanwhile; move it away, and the same command writes all"
+                " answers there"
+            )
         with whole_file(target) as file:
             file.writelines(to_json(row | journal.replies[index]) + "\n" for index, row in enumerate(rows))
         journal.remove()
@@ -185,10 +191,9 @@ class Journal:
         return self
 
     def __exit__(self, *exception):
-        try:
+        with contextlib.suppress(OSError):  # a full disk refuses once more what was said to be refused
             self.file.close()
-        finally:  # a full disk refuses what was not written yet once more
-            self.unlock()
+        self.unlock()
 
     def unlock(self):
         Path(self.lock.lock_file).unlink(missing_ok=True)

@@ -49,7 +49,12 @@ def hub_problem(error, name, kind):
         if kind != "model":
             return f"{switch} is set, so the Hub is not asked for {name}; unset it or {SUBSTITUTES[kind]}"
         return f"{name} is not in the cache and {switch} is set; unset it or give a local folder"
-    if any(re.search("SOCKS proxy|proxy URL", str(cause)) for cause in causes):
+    if any(isinstance(cause, UnicodeEncodeError) for cause in causes):
+        return (
+            "the token for the Hub, HF_TOKEN or what hf auth login kept, holds a character that no token has; correct"
+            f" it, or {SUBSTITUTES[kind]}"
+        )
+    if any(re.search("SOCKS proxy|proxy URL|Invalid port", str(cause)) for cause in causes):
         return (
             f"the Hub cannot be reached for {name} through the proxy that ALL_PROXY or HTTPS_PROXY names"
             f" ({' '.join(str(causes[-1]).split())[:120]}); correct or unset it, for a SOCKS proxy pip install"

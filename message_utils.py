@@ -268,7 +268,7 @@ def run_main(main, argv):
     prepare_streams()
     let_libraries_print_safely()
     try:
-        check_python()
+        check_start()
         main(argv)
         if sys.stdout:
             sys.stdout.flush()
@@ -307,10 +307,16 @@ def say_error(mistake):
     say(f"error: {mistake}", each_process=True)
 
 
-def check_python():
-    """Raise UserError where Python was told to leave out what transformers needs to be imported."""
+def check_start():
+    """Raise UserError for a start that cannot go well: without docstrings, or as one of several that nobody started."""
     if sys.flags.optimize > 1:
-        raise UserError("python -OO leaves out docstrings, which transformers reads; run python without it, or with -O")
+        raise UserError("python -OO leaves out docstrings, which transformers reads; leave -OO out, or give -O")
+    if not is_first_process() and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"RANK is set to {os.environ['RANK']!r}, as a launcher sets it, and LOCAL_RANK is not; start this by"
+            " accelerate launch, or unset RANK",
+            each_process=True,
+        )
 
 
 def drop_unwritten():
