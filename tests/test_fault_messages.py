@@ -8,10 +8,12 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import namedtuple
 from itertools import count
@@ -589,6 +591,43 @@ def a_folder_where_a_record_belongs(place):
     (folder / "adapter_config.json").mkdir()
 
 
+def beside_the_adapter(place, name, lay):
+    """Put something else in the place of an adapter's file."""
+    path = adapter(place) / name
+    path.unlink()
+    lay(path)
+
+
+for name, lay in {
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a link to nowhere": lambda p: p.symlink_to("x"),
+}.items():
+    FAULTS[f"{name} where the adapters settings belong"] = Fault(
+        lambda place, lay=lay: beside_the_adapter(place, "settings.json", lay),
+        talk,
+        2,
+        ("the adapter's settings", "settings.json is no file; move away what lies there, and restore it"),
+    )
+
+
+@fault("the chat template writes nothing, expected a question's text; restore the tokenizer's files", main=talk)
+def an_adapter_whose_template_writes_nothing(place):
+    beside_the_adapter(place, "chat_template.jinja", Path.touch)
+
+
+@fault("cannot be loaded: its weights have other shapes than its config.json says; restore both")
+def a_base_whose_config_is_of_another_model(place):
+    edit_json(copied_base(place) / "config.json", intermediate_size=72)
+    return {"base_model_name": place.folder / "base"}
+
+
+@fault("cannot be loaded: Validation error for field 'rms_norm_eps': TypeError: ", "restore the folder's files")
+def a_base_whose_config_holds_a_text_for_a_number(place):
+    edit_json(copied_base(place) / "config.json", rms_norm_eps="x")
+    return {"base_model_name": place.folder / "base"}
+
+
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 STOPPED = ("Stopped at step 3 of 4, saved in", "checkpoint-3; the same command goes on from the last checkpoint")
 
@@ -957,3 +996,11 @@ def test_a_fault_is_one_plain_line(name, place, hub, capsys):
         assert said[0].startswith("error: ")
     if name not in ("two runs in one folder", "a folder where the locks record belongs"):
         assert {path.name for path in place.out.glob(".lock*")} <= {".lock"}  # the owner's record is gone
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py", "merge.py"])
+def test_a_python_without_the_libraries_is_told_of_in_one_line(script):
+    without = [sys.executable, "-S", PROJECT / script, "--help"]  # -S: without site-packages
+    ended = subprocess.run(without, capture_output=True, text=True, check=False, env=outside({}))
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: the library \w+ is not installed; Python here is .*requirements.txt\n", ended.stderr)
