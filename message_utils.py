@@ -271,6 +271,17 @@ def run_main(main, argv):
         return 2
 
 
+def say_uncaught(kind, error, trace):
+    """The scripts' sys.excepthook: a package that is missing where they import it is the line of any other mistake."""
+    if isinstance(error, ModuleNotFoundError):
+        say_error(system_problem(error))
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_uncaught
+
+
 def say_error(mistake):
     """Print a UserError once on each machine: its other processes let the first one do it.
 
@@ -315,11 +326,17 @@ def let_libraries_print_safely():
 
 
 def system_problem(error):
-    """The UserError for what the system refuses, a file, a folder or memory; None if the exception is a bug of ours."""
+    """The UserError for what this machine lacks, a package, or refuses, a file, a folder or memory; None of our bugs."""
     if isinstance(error, MemoryError):
         return UserError(
             "this machine's memory is used up; a file that is read, or the model, is too large for it: give a smaller"
             " one, or close other programs",
+            each_process=True,
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return UserError(
+            f"the package {error.name} is not installed for {sys.executable}; start the script by the Python of your"
+            " virtual environment, or run: pip install -r requirements.txt",
             each_process=True,
         )
     if lost_process(error):
