@@ -326,7 +326,7 @@ def let_libraries_print_safely():
 
 
 def system_problem(error):
-    """The UserError for what this machine lacks, a package, or refuses, a file, a folder or memory; None of our bugs."""
+    """The UserError for what this machine lacks, or refuses: a package, a file, a folder, memory; else None."""
     if isinstance(error, MemoryError):
         return UserError(
             "this machine's memory is used up; a file that is read, or the model, is too large for it: give a smaller"
