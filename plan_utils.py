@@ -1,10 +1,12 @@
 """The plan: what a run will do, how its steps will be computed and what they need, before any weight is loaded."""
 
 import math
+import os
 import time
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import TorchDynamoException
@@ -144,6 +146,7 @@ class StepPlan(NamedTuple):
 
     kernels: Kernels = PLAIN
     checkpointing: bool = False  # the activations of a decoder layer are computed again in the backward pass
+    offloaded: bool = False  # what checkpointing keeps of each layer, its input, waits on the host
     dequantized: bool = False  # frozen 4-bit weights stay dequantized
     compiled: bool | str = False  # decoder layers are compiled; "auto": only if the fused LoRA layers serve the model
     recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
@@ -184,7 +187,7 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     passes = count_passes(rows, settings, max_pass_tokens, processes)
     compiled = plan_compilation(shapes, settings, kernels, passes)
     plan = plan_memory(plan._replace(compiled=compiled, recorded=bool(compiled)), shapes, settings, dtype, rows, gpu)
-    if not compiled:
+    if not plan.recorded:
         return plan
     return plan._replace(lengths=plan_lengths(plan, shapes, rows, count_steps(len(rows), settings, processes)))
 
@@ -263,17 +266,20 @@ def plan_memory(plan, shapes, settings, dtype, rows, gpu):
     """Complete a StepPlan by what depends on a GPU's memory, and say how much training should take.
 
     The fastest way is taken that leaves a tenth of the free memory over; where none does, the one that takes least.
-    GRADIENT_CHECKPOINTING = "auto" recomputes where all others do not fit.
+    GRADIENT_CHECKPOINTING = "auto" recomputes where all others do not fit. Checkpoints wait on the host where they do
+    not fit on the GPU beside the rest, as those of rows of tens of thousands of tokens.
     """
     ways = memory_ways(plan, shapes, settings, dtype, rows)
     plan, more = next((way for way in ways if way[0].expected_bytes <= 0.9 * gpu.free), ways[-1])
     tokens, peak = longest_tokens(plan, rows), plan.expected_bytes
     reason = ""
     if settings.gradient_checkpointing == "auto":
-        plain = peak if not plan.checkpointing else ways[-2][0].expected_bytes
+        plain = peak if not plan.checkpointing else [way.expected_bytes for way, _ in ways if not way.checkpointing][-1]
         reason = f", as {plain / GIB:.1f} GiB would {'not fit' if plan.checkpointing else 'fit'} without it"
     if plan.dequantized:
         reason += f"; {more / GIB:.1f} GiB are for weights that are dequantized once, which is faster"
+    if plan.offloaded:
+        reason += f"; the {more / GIB:.1f} GiB that it keeps wait in the host's memory, which is slower"
     say(
         f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {gpu.free / GIB:.1f} of"
         f" {gpu.total / GIB:.1f} GiB are free; gradient checkpointing {'on' if plan.checkpointing else 'off'}{reason}"
@@ -284,8 +290,9 @@ def plan_memory(plan, shapes, settings, dtype, rows, gpu):
 
 
 def memory_ways(plan, shapes, settings, dtype, rows):
-    """The ways in which memory can be used, the fastest first: of each a StepPlan and its dequantized weights' bytes.
+    """The ways in which memory can be used, the fastest first: of each a StepPlan, and bytes that are told of it.
 
+    They are those of weights that stay dequantized, or those on the host, which may take half of what is free there.
     Passes need no more tokens than fill the GPU, unless each of them dequantizes the frozen 4-bit weights.
     """
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
@@ -310,8 +317,19 @@ def memory_ways(plan, shapes, settings, dtype, rows):
         ways += [way(False, few, more)] if more or not settings.use_4bit_quantization else []
         ways += [way(False, whole), way(False, few)]
     if settings.gradient_checkpointing is not False:
-        ways.append(way(True, whole))
+        ways += [way(True, whole), way(True, few)]
+        kept = checkpoint_bytes(shapes, settings, dtype) * longest_tokens(ways[-1][0], rows)
+        peak = ways[-1][0].expected_bytes - ALLOCATOR * kept
+        if kept <= psutil.virtual_memory().available / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            ways.append((ways[-1][0]._replace(offloaded=True, recorded=False, expected_bytes=peak), kept))
     return ways
+
+
+def checkpoint_bytes(model, settings, dtype):
+    """Bytes that checkpointing keeps of a token until the backward pass: the inputs of all layers but two at work."""
+    config = transformers_model(model).config.get_text_config()
+    width = 4 if settings.use_dora else dtype.itemsize  # peft's DoRA gives float32
+    return max(config.num_hidden_layers - 2, 0) * width * config.hidden_size
 
 
 def count_rounds(steps, eval_steps, done=0):

@@ -235,6 +235,22 @@ def test_memory_that_will_not_do_is_said_before_the_model_is_loaded(seven_billio
     assert "That may not fit: lower --batch_size or --max_seq_length" in capsys.readouterr().err
 
 
+def test_checkpoints_wait_on_the_host_where_smaller_passes_do_not_fit_either(seven_billion, monkeypatch, capsys):
+    def found(length, batch_size, free, host=64):
+        monkeypatch.setattr(plan_utils.psutil, "virtual_memory", lambda: SimpleNamespace(available=host * GIB))
+        rows = {"rows": rows_of(*[length] * 40), "max_seq_length": length, "batch_size": batch_size}
+        return plan(seven_billion, free=free, torch_compile=True, **rows)
+
+    whole, fewer, offloaded = found(512, 64, 40), found(512, 64, 14), found(32768, 1, 16)
+    assert (whole.max_pass_tokens, whole.offloaded) == (64 * 512, False)
+    assert (fewer.max_pass_tokens, fewer.offloaded, fewer.recorded) == (plan_utils.ENOUGH_TOKENS, False, True)
+    assert (offloaded.offloaded, offloaded.recorded, offloaded.compiled) == (True, False, True)
+    assert "; the 7.5 GiB that it keeps wait in the host's memory, which is slower" in capsys.readouterr().err
+    assert found(32768, 1, 40).expected_bytes - offloaded.expected_bytes == pytest.approx(7.5 * GIB, rel=0.1)
+    assert not found(32768, 1, 40).offloaded
+    assert not found(32768, 1, 16, host=14).offloaded
+
+
 def test_on_a_cpu_only_true_recomputes_and_nothing_fast_is_planned(seven_billion, capsys):
     for setting, expected in ((True, True), (False, False), ("auto", False)):
         settings = SETTINGS._replace(gradient_checkpointing=setting)
