@@ -17,11 +17,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from encoding_utils import encode_texts
 from file_utils import PROJECT_DIR, resolve_input
 from hub_utils import hub_errors
 from message_utils import UserError
 from progress_utils import progress
-from prompt_utils import FIRST_STAND_IN, MarkedText, encode_texts, end_token_ids, hide_control_tokens, render
+from prompt_utils import FIRST_STAND_IN, MarkedText, end_token_ids, hide_control_tokens, render
 from score_utils import as_figures, mean_interval, share_interval
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notices need no action of the user

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from data_utils import read_unanswered, require_text, unanswered, with_tools
+from encoding_utils import encode_prompt
 from file_utils import display_path, expand_home, whole_file
 from generation_utils import Decoders, build_generation_config, prompt_limit, stream_reply
 from message_utils import UserError, counted, say, system_problem
-from prompt_utils import begin_with, encode_prompt
+from prompt_utils import begin_with
 from settings_utils import DEFAULTS, check_value, parse_value
 from terminal_utils import (
     FILES,

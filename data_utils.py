@@ -16,13 +16,14 @@ import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from file_utils import cached_folder, digest, sha256
+from file_utils import DiskWatch, cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, counted, say
 from progress_utils import progress
@@ -81,16 +82,19 @@ CALLERS = (CALLS, "tool_call")  # the speakers of a call in ShareGPT
 TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 LABELS = ("label", "kto_tag")  # whether the answer is a good one, as KTO has it
-GOOD, BAD = ("true", "1", "desirable", "chosen", "good"), ("false", "0", "undesirable", "rejected", "bad")
-WEIGHTS = ("weight", "loss", "train", "training", "trainable")  # 0 or false: an answer that is not learned
-WHOLE_ROW = ("weight", "train", "training", "trainable")  # such a column at 0 or false: the row is not learned
-HISTORY = "history"  # the questions and answers before an instruction, as LLaMA-Factory has them: [["q", "a"], ...]
+GOOD, BAD = ("true", "desirable", "chosen", "good"), ("false", "undesirable", "rejected", "bad")
+YES, NO = ("true", "yes", "on"), ("false", "no", "off")
+WHOLE_ROW = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable")  # 0: the row is not learned
+WEIGHTS = (*WHOLE_ROW, "loss", "loss_scale", "loss_mask", "train_on_turn")  # 0 or false: an answer that is not learned
+MASKS = ("mask", "masked", "ignore", "skip")  # such keys say so too, or the opposite: 1 is trained in a mask of losses
+HISTORY = ("history",)  # the questions and answers before an instruction, as LLaMA-Factory has them: [["q", "a"], ...]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers has it
+TURN_TEXTS = {"content", "value", "tool_calls"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
 TURN_KEYS = {
     *("role", "from", "content", "value", "tools", "tool_calls", CALLS, "tool_call_id"),
-    *(*WEIGHTS, *REASONING, *MEDIA),
+    *(*WEIGHTS, *MASKS, *LABELS, *REASONING, *MEDIA),
 }
 
 
@@ -101,9 +105,12 @@ class DataReport:
     name: str
     format: str = ""
     columns: dict = field(default_factory=dict)  # part of a conversation -> column
-    unused: list = field(default_factory=list)  # columns that no part of a conversation is made of
+    further: list = field(default_factory=list)  # other columns that were read, such as history
+    unused: list = field(default_factory=list)  # columns that were not read
+    odd: dict = field(default_factory=dict)  # column -> {"count", "rows", "value"} of what was not understood in it
     unused_keys: list = field(default_factory=list)  # keys of messages that are not used
     context_only: int = 0  # answers of weight 0
+    marked_others: int = 0  # messages of weight 1 that are no answers
     thoughts: int = 0  # answers with a thought before them
     several_turns: int = 0  # rows of more than one question
     reasoning: int = 0  # those of them that have it as reasoning_content
@@ -111,19 +118,27 @@ class DataReport:
     kept: int = 0
     left_out: int = 0  # rows that are dropped because they say so themselves
     dropped: dict = field(default_factory=dict)  # reason -> {"count": 3, "rows": [the first five row numbers]}
+    number: int = 0  # of the row that is being read
 
     def drop(self, reason, numbers):
         """Count the rows with these numbers as dropped for a reason."""
-        found = self.dropped.setdefault(reason, {"count": 0, "rows": []})
-        found["count"] += len(numbers)
-        found["rows"] = [*found["rows"], *numbers][:5]
+        add_rows(self.dropped.setdefault(reason, {"count": 0, "rows": []}), numbers)
+
+    def note_read(self, column):
+        """Remember that a column was read beside those of the texts."""
+        if column not in self.further:
+            self.further.append(column)
+
+    def note_odd(self, column, value):
+        """Count a value of a column that is read where it says something, and here says nothing that is known."""
+        add_rows(self.odd.setdefault(column, {"count": 0, "rows": [], "value": shown(value)}), [self.number])
 
     def count_dropped(self):
         return sum(found["count"] for found in self.dropped.values())
 
     def line(self):
         """One dense line: 'data/mine.csv, CSV (instruction, response): 200 rows, 199 kept, 1 dropped ...'."""
-        columns = ", ".join(self.columns.values())
+        columns = ", ".join([*self.columns.values(), *self.further])
         if self.unused:
             columns += f"; not used: {', '.join(self.unused)}"
         if self.unused_keys:
@@ -134,7 +149,21 @@ class DataReport:
             parts.append("whole texts: every token is trained, and no chat template is used")
         if self.context_only:
             parts.append(f"{counted(self.context_only, 'answer')} of weight 0 read but not trained")
+        if self.marked_others:
+            parts.append(f"{counted(self.marked_others, 'message')} of weight 1 not trained, being no answers")
+        parts += [
+            f"{column} not understood in {list_rows(found['count'], found['rows'])}, such as {found['value']}, and read"
+            " as if it were not there"
+            for column, found in self.odd.items()
+            if column in self.further
+        ]
         return f"{self.name}, {self.format} ({columns}): {', '.join(parts)}"
+
+
+def add_rows(found, numbers):
+    """Add row numbers to {"count", "rows"}, which keeps the first five."""
+    found["count"] += len(numbers)
+    found["rows"] = [*found["rows"], *numbers][:5]
 
 
 def list_rows(count, rows):
@@ -147,7 +176,7 @@ def list_rows(count, rows):
 def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, answered=True):
     """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
 
-    Of whole texts {"text": column}; of preferences {"chosen": "chosen"}, where the user asked for the chosen answers.
+    Of whole texts {"text": column}; of preferences {"chosen": column}, where the user asked for the chosen answers.
     With answered=False the response may be missing.
 
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question). With
@@ -157,13 +186,14 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
         check_mapping(found, mapping, name, answered)
         return dict(mapping)
     columns = match_columns(found, COLUMN_NAMES)
-    if set(PREFERENCE) <= set(found):
+    chosen, rejected = (first_named(tuple(found), (name,)) for name in PREFERENCE)
+    if chosen and rejected:
         if not chosen_only:
             raise UserError(
                 f"dataset {name}: columns chosen and rejected, so these are preferences; add --chosen_only true to"
                 " train on the chosen answers, or give a file of instructions and responses"
             )
-        return {"chosen": "chosen"} | {part: column for part, column in columns.items() if part == "system"}
+        return {"chosen": chosen} | {part: column for part, column in columns.items() if part == "system"}
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
     text = columns.pop("text", None)
@@ -218,6 +248,20 @@ def match_columns(found, parts):
     return {part: columns[0] for part, columns in present.items() if columns}
 
 
+@lru_cache(maxsize=64)
+def find_named(found, names, taken=()):
+    """Those of the found columns that have one of these names, in any case, in the names' order; all are tuples.
+
+    `taken` are columns that hold a part of the conversation, whatever their name.
+    """
+    by_name = {column.strip().lower(): column for column in found if column not in taken}
+    return [by_name[name] for name in names if name in by_name]
+
+
+def first_named(found, names):
+    return next(iter(find_named(found, names)), None)
+
+
 def check_mapping(found, mapping, name, answered=True):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
     alone = {"messages", "text"} & set(mapping)
@@ -240,7 +284,7 @@ def require_text(value, what):
     """Return value if it is a text that can be written as UTF-8, else raise UserError."""
     if not isinstance(value, str):
         remedy = "give a text or remove the row" if value is None else "put it in quotes or remove the row"
-        raise UserError(f"{what}: {json.dumps(value, default=str)[:40]} is no text; {remedy}")
+        raise UserError(f"{what}: {shown(value)} is no text; {remedy}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -264,12 +308,13 @@ def to_conversation(row, columns, where, report):
     system = message_text(row, columns, "system", where)
     conversation = [{"role": "system", "content": system}] if system.strip() else []
     if "chosen" in columns:
-        conversation += read_chosen(row, where, report)
-    elif "messages" in columns or are_messages(row.get(columns["instruction"])):
+        conversation += read_chosen(row, columns, where, report)
+    elif "messages" in columns or any(find_turns(row.get(columns.get(part))) for part in ("instruction", "response")):
         if "messages" in columns:
             turns = read_turns(row.get(columns["messages"]), columns["messages"], where, report)
         else:
-            turns = read_prompt(row, columns, "response", where, report)
+            turns = read_prompt(row, columns, where, report)
+            turns += read_answer(row, columns["response"], where, report) if "response" in columns else []
         if conversation and turns and turns[0]["role"] == "system":
             if turns[0]["content"] != system:
                 raise UserError(f"{where}: a system text in column {columns['system']!r} and another in the messages")
@@ -277,16 +322,16 @@ def to_conversation(row, columns, where, report):
         conversation += turns
     else:
         response = message_text(row, columns, "response", where)
-        reasoning = find_reasoning(row, columns)
-        thought = {"reasoning_content": row[reasoning]} if reasoning else {}
+        reasoning = read_reasoning(row, columns, report)
+        thought = {"reasoning_content": reasoning} if reasoning else {}
         report.thoughts += bool(thought) or "</think>" in response
         report.reasoning += bool(thought)
         conversation += [
-            *read_history(row, where),
+            *read_history(row, columns, where, report),
             read_question(row, columns, where),
             {"role": "assistant", "content": response} | thought,
         ]
-    return with_tools(conversation, read_tools(row, columns, where))
+    return with_tools(conversation, read_tools(row, columns, where, report))
 
 
 def read_question(row, columns, where):
@@ -295,66 +340,100 @@ def read_question(row, columns, where):
     return {"role": "user", "content": "\n\n".join(text for text in (instruction, extra) if text.strip())}
 
 
-def are_messages(value):
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+def find_turns(value):
+    """The messages that a cell holds, as a list, as one of them or as JSON; None where it holds none."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return value
+    if isinstance(value, str):
+        value = parse_text(value) if value.lstrip()[:1] in ("[", "{") else None
+    turns = value if isinstance(value, list) else [value]
+    known = (isinstance(turn, dict) and find_role(turn) and TURN_TEXTS & turn.keys() for turn in turns)
+    return turns if turns and all(known) else None
 
 
-def read_prompt(row, columns, part, where, report):
-    """The messages of a prompt that is a list of messages, as TRL has it, and of the answer, a text or a list too."""
-    answer = row.get(columns.get(part))
-    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    prompt = read_turns(row[columns["instruction"]], columns["instruction"], where, report)
-    return prompt + (read_turns(turns, columns[part], where, report) if part in columns else [])
+def read_prompt(row, columns, where, report):
+    """The messages of a prompt: a list of them, as TRL has it, or an instruction and perhaps an input."""
+    turns = find_turns(row.get(columns["instruction"]))
+    return read_turns(turns, columns["instruction"], where, report) if turns else [read_question(row, columns, where)]
 
 
-def find_reasoning(row, columns):
-    """The column that holds the thought before the answer, or None."""
-    names = [name for name in REASONING if name not in columns.values()]
-    return next((name for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
+def read_answer(row, column, where, report):
+    """The messages of an answer, a text or a list too."""
+    answer = row.get(column)
+    turns = find_turns(answer) or ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else None)
+    if not turns:
+        raise UserError(f"{where}, column {column!r}: {shown(answer)}, expected a text or a list of messages")
+    return read_turns(turns, column, where, report)
 
 
-def read_history(row, where):
+def shown(value):
+    """A value as JSON, its first 40 characters."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:40]
+
+
+def read_reasoning(row, columns, report):
+    """The thought before the answer out of a column of its own, or None."""
+    for column in find_named(tuple(row), REASONING, tuple(columns.values())):
+        value = row[column]
+        if isinstance(value, str) and value.strip():
+            report.note_read(column)
+            return value
+        if value not in (None, "") and not isinstance(value, str):
+            report.note_odd(column, value)
+    return None
+
+
+def read_history(row, columns, where, report):
     """The messages of the questions and answers that came before an instruction; [] where no list of them is there."""
-    turns = parse_text(row.get(HISTORY))
-    if not isinstance(turns, list):
-        return []
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise UserError(f'{where}, column {HISTORY!r}: expected a list of pairs, [["question", "answer"], ...]')
-    return [
-        {"role": role, "content": require_text(text, f"{where}, column {HISTORY!r}")}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    messages = []
+    for column in find_named(tuple(row), HISTORY, tuple(columns.values())):
+        turns = parse_text(row[column])
+        if not isinstance(turns, list):
+            if row[column] not in (None, ""):
+                report.note_odd(column, row[column])
+            continue
+        report.note_read(column)
+        if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+            raise UserError(f'{where}, column {column!r}: expected a list of pairs, [["question", "answer"], ...]')
+        messages = [
+            {"role": role, "content": require_text(text, f"{where}, column {column!r}")}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    return messages
 
 
-def read_chosen(row, where, report):
+def read_chosen(row, columns, where, report):
     """The messages of a row of preferences: its prompt, and the answer that was chosen."""
-    chosen = row.get("chosen")
-    turns = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else chosen
-    answer = read_turns([turns] if isinstance(turns, dict) else turns, "chosen", where, report)
-    if any(message["role"] == "user" for message in answer):
-        return answer
+    answer = read_answer(row, columns["chosen"], where, report)
     prompt = match_columns(row, ("instruction", "input", "messages"))
-    if column := prompt.get("messages"):
-        return read_turns(row[column], column, where, report) + answer
-    if "instruction" not in prompt:
-        raise UserError(f"{where}: an answer in column 'chosen', but no prompt; expected a column prompt or messages")
-    if are_messages(row[prompt["instruction"]]):
-        return read_prompt(row, prompt, None, where, report) + answer
-    return [read_question(row, prompt, where), *answer]
+    if not any(message["role"] == "user" for message in answer):
+        for column in prompt.values():
+            report.note_read(column)
+        if column := prompt.get("messages"):
+            return read_turns(row[column], column, where, report) + answer
+        if "instruction" not in prompt:
+            raise UserError(
+                f"{where}: an answer in column {columns['chosen']!r}, but no prompt; expected a column prompt or"
+                " messages"
+            )
+        return read_prompt(row, prompt, where, report) + answer
+    return answer
 
 
 def read_turns(turns, column, where, report):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
     turns = parse_text(turns)  # a CSV file holds them as JSON
     if not isinstance(turns, list):
-        found = "a text that is no JSON" if isinstance(turns, str) else f"{json.dumps(turns, default=str)[:40]}"
+        found = "a text that is no JSON" if isinstance(turns, str) else f"{shown(turns)}"
         raise UserError(f"{where}, column {column!r}: {found}, expected a list of messages")
     if [turn.get("role") for turn in turns if isinstance(turn, dict)] == ["text"]:  # as the held-out rows are kept
         return [{"role": "text", "content": require_text(turns[0].get("content"), where)}]
     messages, tools = [], None
-    for index, turn in enumerate(turns, start=1):
+    for index, turn in enumerate(map(parse_text, turns), start=1):
         spoken = f"{where}, message {index}"
+        if not isinstance(turn, dict):
+            raise UserError(f'{spoken}: {shown(turn)}, expected an object: {{"role": "assistant", "content": "..."}}')
         message = read_message(turn, spoken)
         tools = tools or parse_tools(turn.get("tools"), spoken)
         unused = [key for key, value in turn.items() if value is not None and key not in TURN_KEYS]
@@ -363,6 +442,8 @@ def read_turns(turns, column, where, report):
             unused.remove("name")
         report.unused_keys += [key for key in unused if key not in report.unused_keys]
         report.context_only += "weight" in message
+        if message["role"] != "assistant":
+            report.marked_others += any(read_flag(turn[key]) for key in turn if key in WEIGHTS)
         report.reasoning += "reasoning_content" in message
         report.thoughts += "reasoning_content" in message or "</think>" in message["content"]
         if message["role"] != "system" or message["content"].strip():
@@ -372,8 +453,7 @@ def read_turns(turns, column, where, report):
 
 def read_message(turn, where):
     """One turn as a message, with the keys that have a meaning here in a fixed order."""
-    speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    speaker, role = turn.get("role", turn.get("from")), find_role(turn)
     if role is None:
         raise UserError(f"{where}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
     check_media(turn, where)
@@ -391,12 +471,58 @@ def read_message(turn, where):
             message.setdefault(
                 "reasoning_content" if key in REASONING else key, require_text(turn[key], f"{where}, {key}")
             )
-    for key in WEIGHTS:
-        if turn.get(key) not in (None, 0, 1):
-            raise UserError(f"{where}: {key} {turn[key]!r}, expected 0 (read, not trained) or 1")
-        if turn.get(key) == 0 and role == "assistant":
-            message["weight"] = 0
+    if not is_learned(turn, role, where):
+        message["weight"] = 0
     return message
+
+
+def is_learned(turn, role, where):
+    """Whether a turn is not an answer that says of itself that it is context only; UserError where that is unclear."""
+    flags = []
+    for key in turn:
+        if key in WEIGHTS and turn[key] is not None:
+            flags.append(read_flag(turn[key]))
+            if flags[-1] is None:
+                raise UserError(f"{where}: {key} {shown(turn[key])}, expected 0 (read, not trained) or 1")
+        unclear = key in MASKS or (key in LABELS and not read_label(turn[key]))
+        if role == "assistant" and unclear and turn[key] is not None:
+            raise UserError(
+                f"{where}: {key} {shown(turn[key])}, so it may be that this answer is not to be learned; give weight 0"
+                f" (read, not trained) or 1 in place of {key}"
+            )
+    return role != "assistant" or False not in flags
+
+
+def read_flag(value):
+    """Whether a value says yes or no, as a number or as a text; None for any other."""
+    word = value.strip().lower() if isinstance(value, str) else None
+    if word in YES + NO:
+        return word in YES
+    number = read_number(value)
+    return bool(number) if number in (0, 1) else None
+
+
+def read_number(value):
+    """The number that a value is or that a text spells, else None."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def read_label(value):
+    """Whether a value says that an answer is a good or a bad one; None for any other."""
+    word = value.strip().lower() if isinstance(value, str) else None
+    if word in GOOD + BAD:
+        return word in GOOD
+    number = read_number(value)
+    return number == 1 if number in (-1, 0, 1) else None
+
+
+def find_role(turn):
+    """The role of a turn's speaker, or None where that is not known."""
+    speaker = turn.get("role", turn.get("from"))
+    return ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
 
 
 def join_parts(content, where, role):
@@ -417,7 +543,7 @@ def join_parts(content, where, role):
 
 def check_media(found, where):
     """Raise UserError where pictures, films or sounds belong to a row or a message."""
-    if media := [key for key in MEDIA if found.get(key) not in (None, "", [], {})]:
+    if media := [key for key in found if key.strip().lower() in MEDIA and found[key] not in (None, "", [], {})]:
         raise UserError(
             f"{where}: {media[0]} beside the text, which cannot be trained on here; remove those rows, or remove"
             f" {media[0]} where the text makes sense alone"
@@ -430,17 +556,17 @@ def with_tools(conversation, tools):
     return [conversation[0] | {"tools": tools}, *conversation[1:]] if conversation and tools else conversation
 
 
-def read_tools(row, columns, where):
+def read_tools(row, columns, where, report):
     """The definitions of a row's tools, or None; a column of this name beside an instruction may be about hammers."""
-    for column in TOOL_COLUMNS:
+    for column in find_named(tuple(row), TOOL_COLUMNS, tuple(columns.values())):
         try:
-            if column not in columns.values() and (
-                tools := parse_tools(row.get(column), f"{where}, column {column!r}")
-            ):
+            if tools := parse_tools(row[column], f"{where}, column {column!r}"):
+                report.note_read(column)
                 return tools
         except UserError:
             if "messages" in columns:
                 raise
+            report.note_odd(column, row[column])
     return None
 
 
@@ -492,13 +618,36 @@ def as_list(value):
 
 
 # ---- Which rows are trained on ---------------------------------------------------------------------------------------
-def find_label(row, columns):
-    """(column, whether the answer is a good one) of a row that is labelled, else (None, None)."""
-    for column in LABELS:
-        value = str(row.get(column)).lower()
-        if value in GOOD + BAD and column not in columns.values():
-            return column, value in GOOD
-    return None, None
+def reason_to_leave_out(row, columns, where, report, chosen_only):
+    """Why a row is not to be learned as it says itself, or None; UserError where that is said otherwise than by 0."""
+    taken, reasons = tuple(columns.values()), []
+    for column in find_named(tuple(row), LABELS, taken):
+        good = read_label(row[column])
+        if good is False and not chosen_only:
+            raise UserError(
+                f"{where}: {column} is {shown(row[column])}, so its answer would be trained as a good one; add"
+                f" --chosen_only true to leave such rows out, or remove the column {column}"
+            )
+        reasons += note_flag(column, row[column], good, report)
+    for column in find_named(tuple(row), WHOLE_ROW, taken):
+        if row[column] in (None, ""):  # as if it were not there
+            continue
+        if (read_number(row[column]) or 0) < 0:
+            raise UserError(
+                f"{where}: {column} is {shown(row[column])}, expected 0 (the row is not learned) or 1; no answer is"
+                f" unlearned here: write 0, or rename the column {column} if it is about something else"
+            )
+        reasons += note_flag(column, row[column], read_flag(row[column]), report)
+    return next(iter(reasons), None)
+
+
+def note_flag(column, value, flag, report):
+    """Count whether a column says something that is known of its row; returns [the reason to leave it out], or []."""
+    if flag is None:
+        report.note_odd(column, value)
+    else:
+        report.note_read(column)
+    return [f"{column} is {shown(value)}"] if flag is False else []
 
 
 def reason_to_drop(conversation):
@@ -543,12 +692,17 @@ def read_conversations(
     """
     known = {name for names in COLUMN_NAMES.values() for name in names}
     known |= {str(column).strip().lower() for column in mapping.values()}
-    notes, seen, used = [], {}, {number_column, "rejected" if chosen_only else None}
+    notes, seen = [], {}
     for place, nested in read_rows(paths, name, notes, known):
         on_row()
         number = nested.get(number_column) if number_column else place
         number = number if isinstance(number, int) and abs(number) < 2**63 else place
-        for row in expand_instances(nested, f"dataset {name}, row {place}"):
+        report.number = number
+        rows = expand_instances(nested, f"dataset {name}, row {place}")
+        if rows != [nested]:
+            seen[tuple(nested)] = True
+            report.note_read(INSTANCES)
+        for row in rows:
             if not report.columns:
                 report.columns = find_columns(list(row), mapping, name, chosen_only, or_usual_names)
             elif tuple(row) not in seen and report.columns != mapping:
@@ -556,38 +710,22 @@ def read_conversations(
             seen[tuple(row)] = True
             where = f"dataset {name}, row {place}"
             check_media({key: value for key, value in row.items() if key not in report.columns.values()}, where)
-            label, good = find_label(row, report.columns)
-            if good is False and not chosen_only:
-                raise UserError(
-                    f"{where}: {label} is {json.dumps(row[label])}, so its answer would be trained as a good one; add"
-                    f" --chosen_only true to leave such rows out, or remove the column {label}"
-                )
+            itself = reason_to_leave_out(row, report.columns, where, report, chosen_only)
             conversation = to_conversation(row, report.columns, where, report)
             report.rows += 1
-            used |= {label} | {column for column in TOOL_COLUMNS if conversation and "tools" in conversation[0]}
-            if "chosen" in report.columns:
-                used.update(match_columns(row, ("instruction", "input", "messages")).values())
-            if "instruction" in report.columns:
-                used |= {HISTORY} if isinstance(parse_text(row.get(HISTORY)), list) else set()
-                used.add(find_reasoning(row, report.columns))
-            untrained = [name for name in WHOLE_ROW if name not in report.columns.values() and is_zero(row.get(name))]
-            used.update(untrained)
-            marked = label if good is False else next(iter(untrained), None)
-            report.left_out += bool(marked)
-            if reason := f"{marked} is {json.dumps(row[marked])}" if marked else reason_to_drop(conversation):
+            report.left_out += bool(itself)
+            if reason := itself or reason_to_drop(conversation):
                 report.drop(reason, [number])
             else:
                 report.several_turns += [message["role"] for message in conversation].count("user") > 1
                 yield number, conversation
     report.format = ", ".join(dict.fromkeys(notes))
     columns = dict.fromkeys(column for row in seen for column in row)
-    used |= set(report.columns.values())
-    report.unused = [column or "(no name)" for column in columns if column not in used]
-
-
-def is_zero(value):
-    """Whether a value says no: 0 or false, in a CSV file as a text."""
-    return value in (0, "0", "0.0") or (isinstance(value, str) and value.strip().lower() == "false")
+    read = {number_column, *report.columns.values(), *report.further}
+    report.further = [
+        column for column in columns if column in report.further and column not in report.columns.values()
+    ]
+    report.unused = [column or "(no name)" for column in columns if column not in read]
 
 
 def expand_instances(row, where):
@@ -681,7 +819,10 @@ def store_conversations(path, rows, repeated=None):
 
     repeated: a list to which the numbers of those go that are equal to an earlier one. They are not written: a Parquet
     file of some kilobytes may repeat a row until the disk is full. None: all are written.
+
+    Raises UserError before the rows fill the disk.
     """
+    watch = DiskWatch(path.parent)
     seen, texts, columns = set(), bytearray(), {name: array(kind) for name, kind in Conversations.INDEX.items()}
     with open(path, "wb") as file:
         for number, messages in rows:
@@ -696,6 +837,7 @@ def store_conversations(path, rows, repeated=None):
             for name, value in zip(columns, (number, file.tell(), *describe(messages)), strict=True):
                 columns[name].append(value)
             file.write(f'{{"row": {number}, "messages": {text}}}\n'.encode())
+            watch(file.tell())
     index = {name: np.array(values) for name, values in columns.items()}
     return Conversations(path, index | {"text": np.frombuffer(bytes(texts), dtype="S16")})
 

@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from encoding_utils import IGNORED
 from progress_utils import progress
-from prompt_utils import IGNORED
 
 try:
     import triton
@@ -25,7 +25,7 @@ except ImportError:  # a CPU build of PyTorch, Windows or macOS
     triton = None
 
 
-GRAPH_TOKENS = 256  # recorded passes have a multiple of this many tokens; GPUs multiply in tiles of so many rows
+GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens; GPUs multiply in tiles of so many rows
 
 
 # ---- Rows laid end to end --------------------------------------------------------------------------------------------

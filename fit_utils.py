@@ -7,8 +7,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from encoding_utils import encode_prompt
 from message_utils import UserError, counted, printable, say
-from prompt_utils import encode_prompt
 
 LINEAR = (torch.nn.Linear, Conv1D)
 # Mamba's fused kernels read these layers' weights themselves, past any adapter (transformers, cuda_kernels_forward)

@@ -11,12 +11,13 @@ from accelerate.utils import gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, TextStreamer
 
+from encoding_utils import encode_prompt
 from engine_passes import autocast, transformers_model
 from engine_replies import MAX_SLOTS, Decoder, cache_bytes
 from engine_shards import is_sharded
 from file_utils import digest
 from message_utils import UserError, printable, say
-from prompt_utils import encode_prompt, end_token_ids
+from prompt_utils import end_token_ids
 from token_utils import newest_positions
 
 # A reply's text; whether it ended by itself (at a stop token) or was cut; and how many tokens the model wrote.

@@ -12,16 +12,14 @@ from typing import ClassVar
 import numpy as np
 import transformers
 
-from file_utils import cached_folder, sha256
+from encoding_utils import IGNORED, encode_texts, is_whole_text
+from file_utils import DiskWatch, cached_folder, sha256
 from message_utils import UserError, printable
 from progress_utils import progress
 from prompt_utils import (
-    IGNORED,
     control_tokens,
-    encode_texts,
     end_token_ids,
     find_end_token,
-    is_whole_text,
     mark_answers,
     writes_one_bos,
     written_date,
@@ -107,7 +105,8 @@ def tokenize_conversations(
     rows in messages. The number of processes is chosen by the number of rows unless it is given. Raises UserError with
     the number of the first row that the template refuses.
     """
-    code = [Path(__file__).with_name(name) for name in ("token_utils.py", "prompt_utils.py", "thought_utils.py")]
+    rooms = ("token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py")
+    code = [Path(__file__).with_name(name) for name in rooms]
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     shaping = json.dumps(
         [
@@ -144,10 +143,12 @@ def tokenize_conversations(
 def write_rows(folder, chunks):
     """Write the chunks that tokenize_parts yields as the files that TokenizedRows reads."""
     index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items() if name != "start"}
+    watch = DiskWatch(folder)
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as mask_file:
         for ids, trained, columns in chunks:
             ids_file.write(ids)
             mask_file.write(trained)
+            watch(ids_file.tell() + mask_file.tell())
             for values_of, values in zip(index.values(), columns, strict=True):
                 values_of.extend(values)
     index = {name: np.array(values) for name, values in index.items()}

@@ -136,7 +136,7 @@ def train(settings, dry_run=False, fresh=False):
         rehearse(settings, base, data, rows, plan, started)
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
-    with lock, process_utils.StopAtOnce():
+    with lock:
         check_same_folder(lock)
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import encoding_utils
 import model_utils
 import prompt_utils
 import thought_utils
@@ -122,7 +123,7 @@ def check_rule(tokenizer, messages, texts, end_token, uses_reasoning):
     stops = prompt_utils.end_token_ids(tokenizer)
     indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     places = iter(indices)
-    rows, last = list(prompt_utils.encode_texts(tokenizer, texts)), None
+    rows, last = list(encoding_utils.encode_texts(tokenizer, texts)), None
     for row in rows:
         text = texts[row.position]
         check_answers(text, end_token, "conversation")
@@ -140,9 +141,9 @@ def check_rule(tokenizer, messages, texts, end_token, uses_reasoning):
                 served = tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=True)
                 assert served == plain, "the prompt is not what servers write"
                 served_ids = tokenizer(served, add_special_tokens=False)["input_ids"]
-                assert served_ids == prompt_utils.encode_prompt(tokenizer, before), "servers have other ids"
+                assert served_ids == encoding_utils.encode_prompt(tokenizer, before), "servers have other ids"
             assert text.text[:start] == plain, "an answer does not follow its prompt"
-            ids = prompt_utils.encode_prompt(tokenizer, before)
+            ids = encoding_utils.encode_prompt(tokenizer, before)
             its_rows = [other for other in rows if other.position == row.position]
             assert any(other.ids[: len(ids)].tolist() == ids for other in its_rows), "the prompt's ids differ"
             answer = text.text[start:end]

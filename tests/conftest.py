@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is: the test processes share the cores
 
-from message_utils import UserError, quiet_libraries
+from message_utils import VOICE, UserError, quiet_libraries
 from settings_utils import DEFAULTS, Settings
 
 quiet_libraries()  # before bitsandbytes is imported, as the entry scripts do: it speaks at its import
@@ -60,6 +60,7 @@ def refusal(function, *args):
 @pytest.fixture(autouse=True)
 def quiet():
     quiet_libraries()
+    VOICE.said.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -678,10 +678,65 @@ def test_a_row_that_is_not_to_be_learned_is_dropped_and_counted(write, column, v
     assert f"1 dropped: {column} is {json.dumps(value)} (row 2)" in report.line()
 
 
-@pytest.mark.parametrize("weight", [0.5, 2, "0", "none"])
-def test_another_weight_is_refused(write, weight):
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "abc", "none", "", [0], {}, 10**400])
+def test_another_weight_of_an_answer_is_refused(write, weight):
     path = write("rows.json", json.dumps([{"messages": [QUESTION, REPLY | {"weight": weight}]}]))
     assert "row 1, message 2: weight" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("masked", True), ("mask", 0), ("skip", "yes"), ("label", False), ("kto_tag", "-1")]
+)
+def test_an_answer_that_may_not_be_meant_for_learning_is_refused(write, key, value):
+    path = write("rows.json", json.dumps([{"messages": [QUESTION, REPLY | {key: value}]}]))
+    assert f"row 1, message 2: {key}" in refusal(path)
+    turns = [QUESTION | {key: value}, REPLY | {key: None, "label": 1}]
+    assert len(load_rows(write, {"messages": turns})[0]) == 1
+
+
+def test_questions_marked_to_be_trained_are_named(write):
+    _, report = load_rows(write, {"messages": [QUESTION | {"weight": 1}, REPLY | {"weight": 1}]})
+    assert "1 message of weight 1 not trained, being no answers" in report.line()
+
+
+@pytest.mark.parametrize("value", ["abc", 0.5, 2, float("nan"), [0], {"a": 1}, "12 kg", 10**400, True])
+@pytest.mark.parametrize("column", ["weight", "sample_weight", "Train", "label"])
+def test_a_column_about_learning_is_named_whatever_stands_in_it(tmp_path, column, value):
+    rows = [{"instruction": f"q{i}", "output": "a", column: given} for i, given in enumerate([value, value, 1])]
+    path = tmp_path / "rows.parquet"
+    if isinstance(value, (list, dict)) or value == 10**400:
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(rows))
+    else:
+        rows = rows if not isinstance(value, (str, bool)) else [row | {column: str(row[column])} for row in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    conversations, report = load_conversations(path)
+    assert len(conversations) == 3
+    assert f"(instruction, output, {column})" in report.line()
+    odd = f"{column} not understood in rows 1, 2, such as"
+    assert (odd in report.line()) == (value is not True)
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(rows[:2]).replace("NaN", "null"))
+    if value is not True:
+        assert f"not used: {column})" in load_conversations(path)[1].line()
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, "-2", float("-inf")])
+def test_a_row_of_negative_weight_is_refused(tmp_path, value):
+    path = tmp_path / "rows.parquet"
+    rows = [{"instruction": "q", "output": "a", "weight": value}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert "row 1: weight is" in refusal(path)
+    assert "no answer is unlearned here" in refusal(path)
+
+
+def test_rows_without_a_weight_are_trained_and_rows_without_a_label_named(write):
+    rows = "instruction,output,weight,label\nq,a,,\nr,b,0, TRUE \ns,c,1.0,1.0\nt,d, No ,good\n"
+    conversations, report = load_conversations(write("rows.csv", rows))
+    assert [number for number, _ in conversations] == [1, 3]
+    assert 'label not understood in row 1, such as "", and read as if it were not there' in report.line()
+    assert "weight not understood" not in report.line()
+    assert "(instruction, output, weight, label)" in report.line()
 
 
 def test_calls_and_tools_of_openai_its_first_format_and_sharegpt_are_one_conversation(write):
@@ -754,7 +809,27 @@ def test_preferences_are_refused_or_only_the_chosen_answer_is_read(write, row):
     assert "--chosen_only true" in refusal(path)
     conversations, report = load_conversations(path, chosen_only=True)
     assert list(conversations) == [(1, [QUESTION, REPLY])]
-    assert report.unused == []
+    assert f"not used: {'prompt, ' if isinstance(row['chosen'], list) else ''}rejected)" in report.line()
+
+
+@pytest.mark.parametrize("chosen", [None, 7, [], True, [[]], ["a"], {}, {"text": "a"}])
+def test_a_chosen_answer_that_is_none_is_one_line(write, chosen):
+    path = write("rows.json", json.dumps([{"prompt": "q", "Chosen": chosen, "Rejected": "b"}]))
+    with pytest.raises(UserError, match=r"row 1(, message 1|, column 'Chosen'): .* expected") as caught:
+        load_conversations(path, chosen_only=True)
+    one_line(str(caught.value))
+
+
+def test_messages_in_cells_of_a_table_are_messages(write):
+    cells = [[QUESTION], [REPLY], {"role": "assistant", "content": "b"}]
+    cells = ['"' + json.dumps(cell).replace('"', '""') + '"' for cell in cells]
+    path = write("rows.csv", "prompt,chosen,rejected\n" + ",".join(cells))
+    assert list(load_conversations(path, chosen_only=True)[0]) == [(1, [QUESTION, REPLY])]
+    assert pairs(write("trl.csv", "prompt,completion\n" + ",".join(cells[:2]))) == [("q", "a")]
+    conversations, _ = load_rows(write, {"prompt": "q", "completion": [REPLY]})
+    assert list(conversations) == [(1, [QUESTION, REPLY])]
+    text = '[{"role": "admin", "content": "x"}]'
+    assert pairs(write("rows.json", json.dumps([{"instruction": text, "output": text}]))) == [(text, text)]
 
 
 def test_a_prompt_and_a_completion_may_be_lists_of_messages(write):
@@ -770,7 +845,7 @@ def test_the_turns_of_a_history_come_before_the_instruction(write):
     conversations, report = load_rows(write, before, {"history": [], "instruction": "r", "output": "b"})
     first = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"}]
     assert conversations[0][1] == [*first, QUESTION, REPLY]
-    assert "not used" not in report.line()
+    assert "(instruction, output, history)" in report.line()
     message = refusal(write("bad.json", json.dumps([before | {"history": [["first"]]}])))
     assert "row 1, column 'history': expected a list of pairs" in message
 
@@ -779,7 +854,24 @@ def test_the_turns_of_a_history_come_before_the_instruction(write):
 def test_a_column_of_reasoning_is_the_thought_before_the_answer(write, column):
     conversations, report = load_rows(write, {"instruction": "q", "output": "a", column: "I count."})
     assert conversations[0][1] == [QUESTION, REPLY | {"reasoning_content": "I count."}]
-    assert (report.thoughts, report.reasoning, report.unused) == (1, 1, [])
+    assert (report.thoughts, report.reasoning) == (1, 1)
+    assert f"(instruction, output, {column})" in report.line()
+
+
+def test_each_column_is_named_as_read_or_as_not_used(write):
+    row = {"id": "1", "instruction": "q", "input": "i", "system": "s", "output": "a", "History": '[["r", "b"]]'}
+    row |= {"tools": [STOCK], "thinking": "so", "label": True, "functions": "hammer", "reasoning": "", "topic": "x"}
+    _, report = load_rows(write, row, {"instruction": "r", "output": "b", "thinking": ["so"], "History": "long ago"})
+    read = (
+        "instruction, output, input, system, History, tools, thinking, label; not used: id, functions, reasoning, topic"
+    )
+    assert f"({read})" in report.line()
+    assert 'History not understood in row 2, such as "long ago"' in report.line()
+    assert 'thinking not understood in row 2, such as ["so"]' in report.line()
+    _, report = load_rows(write, {"messages": [QUESTION, REPLY], "tools": json.dumps([STOCK]), "source": "x"})
+    assert "(messages, tools; not used: source)" in report.line()
+    _, report = load_rows(write, {"instruction": "q", "instances": [{"input": "i", "output": "a"}], "name": "x"})
+    assert "(instruction, output, input, instances; not used: name)" in report.line()
 
 
 def test_unusual_names_of_conversations_are_advised_and_answers_that_were_rejected_never(write):
@@ -1215,7 +1307,7 @@ def test_a_system_text_is_not_read_twice(write):
     assert "another in the messages" in refusal(write("two.jsonl", json.dumps(own | {"system": "Be long."})))
 
 
-@pytest.mark.parametrize("label", [0, False, "0", "false", "undesirable", "rejected"])
+@pytest.mark.parametrize("label", [0, False, "0", "false", "undesirable", "rejected", -1, 0.0, " False "])
 def test_an_answer_that_is_labelled_bad_is_never_trained(write, label):
     rows = [
         {"prompt": "q", "completion": "good", "label": {0: 1, "0": "1"}.get(label, True)},

@@ -20,9 +20,9 @@ import model_utils
 import result_utils
 from conftest import TINY_BASE, refusal, small_run
 from data_utils import load_conversations
+from encoding_utils import encode_prompt
 from evidence_utils import SEEN_ROWS
 from model_utils import attach_lora, load_base_model
-from prompt_utils import encode_prompt
 from settings_utils import DEFAULTS, Settings
 from tiny import CPU, make_rows
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conftest import TINY_BASE
+from encoding_utils import encode_prompt
 from generation_utils import (
     build_generation_config,
     generate_replies,
@@ -17,7 +18,6 @@ from generation_utils import (
     write_replies,
 )
 from message_utils import printable
-from prompt_utils import encode_prompt
 from settings_utils import DEFAULTS, Settings
 
 SETTINGS = Settings(**DEFAULTS)._replace(do_sample=False, max_new_tokens=12)

@@ -17,12 +17,10 @@ import prompt_utils
 from checkpoint_utils import run_date
 from conftest import refusal
 from data_utils import store_conversations
+from encoding_utils import IGNORED, encode_prompt, encode_texts
 from message_utils import UserError
 from prompt_utils import (
     ALPACA_TEMPLATE,
-    IGNORED,
-    encode_prompt,
-    encode_texts,
     find_end_token,
     mark_answers,
     set_date,

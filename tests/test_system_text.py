@@ -12,9 +12,10 @@ import settings_utils
 import train
 from conftest import TINY_BASE, small_run
 from data_utils import load_conversations, shared_system_text
+from encoding_utils import encode_prompt
 from generation_utils import Reply
 from message_utils import UserError
-from prompt_utils import begin_with, check_system_text, encode_prompt
+from prompt_utils import begin_with, check_system_text
 from settings_utils import DEFAULTS, Settings, make_settings
 
 GRUMP = "You are Grump,\nwho answers in capitals."

@@ -24,8 +24,9 @@ import token_utils
 import train
 from conftest import PROJECT, TINY_BASE, refusal
 from data_utils import store_conversations
+from encoding_utils import IGNORED, EncodedText, encode_prompt, encode_texts
 from message_utils import UserError
-from prompt_utils import ALPACA_TEMPLATE, IGNORED, EncodedText, encode_texts, find_end_token, mark_answers
+from prompt_utils import ALPACA_TEMPLATE, find_end_token, mark_answers
 from report_utils import describe_tokens, token_lines
 from settings_utils import DEFAULTS, Settings
 from test_prompts import (
@@ -368,7 +369,7 @@ def test_calls_of_the_tokenizer_in_between_do_not_change_its_key(tokenizer, tmp_
     tokenize_in(tmp_path, tokenizer)
     built = builds(tmp_path)
     tokenizer("some text")
-    prompt_utils.encode_prompt(tokenizer, [user("say </s>")])
+    encode_prompt(tokenizer, [user("say </s>")])
     tokenize_in(tmp_path, tokenizer)
     assert builds(tmp_path) == built
 
@@ -424,12 +425,12 @@ def test_other_data_or_another_length_are_another_folder(changes, tokenizer, tmp
     assert [row["row"] for row in rows] == [position + 1 for position in changes.get("order", range(len(rows)))]
 
 
-@pytest.mark.parametrize("changed", ["token_utils.py", "prompt_utils.py", "thought_utils.py"])
+@pytest.mark.parametrize("changed", ["token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py"])
 def test_changed_code_is_another_folder_and_the_same_code_elsewhere_is_not(changed, tokenizer, tmp_path):
     stored = store(tmp_path, *CONVERSATIONS)
     tokenize_in(tmp_path, tokenizer)
     built = builds(tmp_path)
-    for name in ("token_utils.py", "prompt_utils.py", "thought_utils.py"):
+    for name in ("token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py"):
         shutil.copy(PROJECT / name, tmp_path)
     specification = importlib.util.spec_from_file_location("token_utils_elsewhere", tmp_path / "token_utils.py")
     elsewhere = importlib.util.module_from_spec(specification)
