@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import refusal
-from engine_passes import Kernels, decoder_layers, mean_loss, score_rows, transformers_model
+from engine_passes import Kernels, decoder_layers, mean_loss, recorded_tokens, score_rows, transformers_model
 from engine_runner import StepRunner, fill_up, planned_length
 from plan_utils import StepPlan
 from tiny import (
@@ -30,7 +30,11 @@ def test_a_row_longer_than_passes_may_be_is_recorded_in_a_planned_length_and_len
     plan = StepPlan(max_pass_tokens=4096, lengths=(1024, 4096, 6144, 8192))
     assert [planned_length(plan, count) for count in (1000, 1025, 4096, 5000, 6145)] == [1024, 4096, 4096, 6144, 8192]
     lowered = plan._replace(max_pass_tokens=2000)  # memory ran out with passes of 4,096
-    assert [planned_length(lowered, count) for count in (1000, 1025, 1900)] == [1024, recorded_tokens(1025), recorded_tokens(1900)]
+    assert [planned_length(lowered, count) for count in (1000, 1025, 1900)] == [
+        1024,
+        recorded_tokens(1025),
+        recorded_tokens(1900),
+    ]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
