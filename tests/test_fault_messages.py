@@ -797,7 +797,9 @@ def a_launcher_that_keeps_the_shards_on_the_host(place):
         place.patch.setenv(name, value)
 
 
-@fault("accelerate launch asks for DeepSpeed, which is not installed; pip install deepspeed, or run accelerate launch")
+@fault(
+    "accelerate launch asks for DeepSpeed, which is not installed; pip install -r requirements-deepspeed.txt, or run"
+)
 def a_launcher_that_shards_by_deepspeed_which_is_not_there(place):
     place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     place.patch.setattr(engine_shards, "find_spec", lambda name: None)
@@ -807,7 +809,8 @@ def a_launcher_that_shards_by_deepspeed_which_is_not_there(place):
 def a_launcher_that_shards_the_optimizer_alone(place):
     place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     place.patch.setattr(engine_shards, "find_spec", lambda name: "there")
-    place.patch.setattr(engine_shards, "DeepSpeedPlugin", lambda: SimpleNamespace(zero_stage=2))
+    config = {"zero_optimization": {"stage": 2}}
+    place.patch.setattr(engine_shards, "DeepSpeedPlugin", lambda: SimpleNamespace(deepspeed_config=config))
 
 
 @fault("One process was started, so that there is nothing to share out: it holds the whole model", code=0)

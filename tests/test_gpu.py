@@ -213,6 +213,20 @@ def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkp
     assert sorted(runner.recordings.graphs) == [256, 512]
 
 
+def test_checkpoints_that_wait_on_the_host_change_no_gradient_and_take_less_memory():
+    model, found = trained_model(dropout=0.3), []
+    rows = some_rows((4000,))  # a row that fills the layers' inputs, of 2 MB each
+    for offloaded in (False, True):
+        with StepRunner(model, ALL._replace(checkpointing=True, offloaded=offloaded, longest_row=4000)) as runner:
+            step_gradients(runner, [rows])  # loads the kernels
+            torch.manual_seed(1)
+            torch.cuda.reset_peak_memory_stats()
+            found.append((step_gradients(runner, [rows]), torch.cuda.max_memory_allocated()))
+    (expected, more), (gradient, less) = found
+    assert distance(gradient, expected) < 0.02
+    assert less < more - 2 * 4000 * 256 * 2  # of the bundled base's eight inputs at least two
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_recorded_passes_draw_their_dropout_anew_each_time(checkpointing):
     model, rows = trained_model(dropout=0.3), some_rows()
