@@ -271,8 +271,9 @@ def measure(options):
     quiet_libraries()
     if options.program.startswith("unsloth"):
         import unsloth  # noqa: F401  patches the libraries that are imported after it
-    import programs
     import psutil
+
+    import programs
     from model_utils import load_tokenizer
 
     prepared = json.loads((options.work_dir / "prepared.json").read_text())
