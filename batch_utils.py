@@ -9,7 +9,7 @@ from data_utils import read_unanswered, unanswered
 from encoding_utils import encode_prompt
 from file_utils import display_path, sha256, whole_file
 from generation_utils import build_generation_config, generate_replies, prompt_limit
-from message_utils import UserError, counted, say
+from message_utils import Stopped, UserError, counted, say
 from progress_utils import progress
 from prompt_utils import begin_with
 
@@ -36,7 +36,7 @@ def answer_file(model, tokenizer, settings, adapter_path, source, target, cache_
             say(f"Going on: {len(journal.replies):,} of {counted(len(rows), 'answer')} found")
         try:
             answer_missing(model, tokenizer, settings, prompts, missing, journal)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             say(f"\n{len(journal.replies):,} of {counted(len(rows), 'answer')} kept; the same command goes on")
             raise
         with whole_file(target) as file:

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from file_utils import cached_folder, digest, sha256
+from file_utils import DiskWatch, cached_folder, digest, sha256
 from hub_utils import find_files
 from message_utils import UserError, counted, say
 from progress_utils import progress
@@ -819,7 +819,10 @@ def store_conversations(path, rows, repeated=None):
 
     repeated: a list to which the numbers of those go that are equal to an earlier one. They are not written: a Parquet
     file of some kilobytes may repeat a row until the disk is full. None: all are written.
+
+    Raises UserError before the rows fill the disk.
     """
+    watch = DiskWatch(path.parent)
     seen, texts, columns = set(), bytearray(), {name: array(kind) for name, kind in Conversations.INDEX.items()}
     with open(path, "wb") as file:
         for number, messages in rows:
@@ -834,6 +837,7 @@ def store_conversations(path, rows, repeated=None):
             for name, value in zip(columns, (number, file.tell(), *describe(messages)), strict=True):
                 columns[name].append(value)
             file.write(f'{{"row": {number}, "messages": {text}}}\n'.encode())
+            watch(file.tell())
     index = {name: np.array(values) for name, values in columns.items()}
     return Conversations(path, index | {"text": np.frombuffer(bytes(texts), dtype="S16")})
 

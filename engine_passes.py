@@ -25,7 +25,7 @@ except ImportError:  # a CPU build of PyTorch, Windows or macOS
     triton = None
 
 
-GRAPH_TOKENS = 256  # recorded passes have a multiple of this many tokens; GPUs multiply in tiles of so many rows
+GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens; GPUs multiply in tiles of so many rows
 
 
 # ---- Rows laid end to end --------------------------------------------------------------------------------------------

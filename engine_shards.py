@@ -25,6 +25,16 @@ from engine_passes import Patches
 from message_utils import UserError, say
 
 FSDP, ZERO = "FSDP2", "DeepSpeed's ZeRO-3"
+DEEPSPEED_EXTRA = "pip install -r requirements-deepspeed.txt"
+# What accelerate launch may ask for besides, and the setting that decides it here
+DECIDED_HERE = {
+    "ACCELERATE_MIXED_PRECISION": "USE_FP16",
+    "ACCELERATE_DYNAMO_BACKEND": "TORCH_COMPILE",
+    "FSDP_ACTIVATION_CHECKPOINTING": "GRADIENT_CHECKPOINTING",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_GRADIENT_CLIPPING": "MAX_GRAD_NORM",
+}
+NEUTRAL = ("", "no", "none", "false", "1", "1.0")  # what a launcher writes where nothing is asked for
 
 
 class ShardEngine(NamedTuple):
@@ -40,24 +50,58 @@ class ShardEngine(NamedTuple):
         return self.name == FSDP
 
 
-def find_engine():
-    """The ShardEngine that accelerate launch asks for in the environment, or None.
+def find_engine(dtype):
+    """The ShardEngine that accelerate launch asks for in the environment, or None; dtype: that of the passes.
 
     The wish is taken out of the environment, since only the frozen base is sharded: the Trainer and its Accelerator see
     processes that each hold the whole of what is trained.
     """
+    leave_to_settings(dtype)
     fsdp, zero = parse_flag_from_env("ACCELERATE_USE_FSDP"), parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if not (fsdp or zero):
         return None
-    check_fsdp() if fsdp else check_zero()
+    check_fsdp() if fsdp else check_deepspeed()
+    plugin = read_plugin(FullyShardedDataParallelPlugin if fsdp else DeepSpeedPlugin)
+    if zero:
+        check_zero(plugin)
     os.environ["ACCELERATE_USE_FSDP"] = os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         say("One process was started, so that there is nothing to share out: it holds the whole model")
         return None
-    return ShardEngine(
-        FSDP if fsdp else ZERO, processes, FullyShardedDataParallelPlugin() if fsdp else DeepSpeedPlugin()
-    )
+    return ShardEngine(FSDP if fsdp else ZERO, processes, plugin)
+
+
+def read_plugin(kind):
+    """Accelerate's plugin of a kind, with what the launcher has written into the environment for it."""
+    try:
+        return kind()
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"accelerate launch's configuration does not serve ({error}); correct it, or take one of the files in"
+            " launch/ with --config_file"
+        ) from error
+
+
+def leave_to_settings(dtype):
+    """Take out of the environment what the settings decide, and say so where a launcher wants it otherwise.
+
+    Raises UserError for ways to share out a model that there are not here.
+    """
+    others = {"MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism_config (tensor, context or sequence)"}
+    for name, what in others.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"accelerate launch asks for {what}, expected FSDP2, DeepSpeed's ZeRO-3 or a model on each GPU; take"
+                " one of the files in launch/ with --config_file"
+            )
+    format_here = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    wanted = {name: os.environ.pop(name, "").lower() for name in DECIDED_HERE}
+    asked = {name: value for name, value in wanted.items() if value not in (*NEUTRAL, format_here)}
+    if asked:
+        shown = ", ".join(f"{name.removeprefix('ACCELERATE_').lower()} {value}" for name, value in asked.items())
+        deciding = ", ".join(DECIDED_HERE[name] for name in asked)
+        say(f"accelerate launch asks for {shown}, which is not used: here {deciding} in config.py decides")
 
 
 def check_fsdp():
@@ -77,19 +121,29 @@ def check_fsdp():
         os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"  # else all layers would be gathered at once
 
 
-def check_zero():
-    """Raise UserError unless DeepSpeed is there and the launcher asks for its third stage."""
+def check_deepspeed():
+    """Raise UserError unless DeepSpeed is there."""
     if find_spec("deepspeed") is None:
         raise UserError(
-            "accelerate launch asks for DeepSpeed, which is not installed; pip install deepspeed, or run accelerate"
+            f"accelerate launch asks for DeepSpeed, which is not installed; {DEEPSPEED_EXTRA}, or run accelerate"
             " launch --config_file launch/fsdp.yaml train.py, which shares a model out as well"
         )
-    stage = DeepSpeedPlugin().zero_stage
+
+
+def check_zero(plugin):
+    """Raise UserError unless the launcher asks for DeepSpeed's third stage, in the memory of GPU or host."""
+    options = plugin.deepspeed_config.get("zero_optimization", {})
+    stage = options.get("stage", 0)
     if stage != 3:
         raise UserError(
             f"accelerate launch asks for DeepSpeed's ZeRO in stage {stage}, expected stage 3, which shares out the base"
             " model; write zero_stage: 3 into its configuration, or run accelerate launch --config_file launch/ddp.yaml"
             " train.py, where each GPU holds the model"
+        )
+    if (options.get("offload_param") or {}).get("device") == "nvme":
+        raise UserError(
+            "accelerate launch is to keep the shards on an NVMe disk, which is not supported; write"
+            " offload_param_device: none or cpu into its configuration"
         )
 
 

@@ -26,7 +26,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from file_utils import check_writable, display_path, resolve_path
-from message_utils import LateImport, UserError, counted, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import (
+    LateImport,
+    UserError,
+    counted,
+    quiet_libraries,
+    run_script,
+    say,
+    say_once,
+    start_garbage_collection,
+)
 from progress_utils import progress
 from run_utils import CACHE, EVALUATION, find_adapter, find_run_folder, read_run_name
 from settings_utils import USED_SETTINGS, build_parser, make_settings, parse_command_line
@@ -189,7 +198,7 @@ def tokenize_rows(tokenizer, conversations, settings, cache_dir):
     if not len(rows):
         raise UserError(f"--max_seq_length {settings.max_seq_length} leaves no token of an answer; raise it")
     for line in report_utils.token_lines("validation", report_utils.describe_tokens(rows), settings.max_seq_length):
-        say(line)
+        say_once(line)
     return rows
 
 
@@ -315,8 +324,8 @@ def compare_adapters(paths, output_dir, given, options):
     samples, check = choose_samples(measured.conversations, settings[0])
     adapters = name_adapters(paths, settings)
     found = []
-    for path, each, adapter in zip(paths, settings, adapters, strict=True):
-        say(f"Adapter {adapter['run']}: {adapter['adapter']}")
+    for number, (path, each, adapter) in enumerate(zip(paths, settings, adapters, strict=True), 1):
+        say(f"Adapter {number} of {len(paths)}: {adapter['run']}")
         found.append(measure_adapter(path, each, measured.conversations, samples, check, output_dir / CACHE))
         gc.collect()  # its model goes before the next one is loaded
     metrics, columns, rows = result_utils.compare_scores(
@@ -335,12 +344,12 @@ def compare_adapters(paths, output_dir, given, options):
 
 
 def name_adapters(paths, settings):
-    """What names each adapter in a comparison; of those of one run the folder is told too."""
+    """What names each adapter in a comparison; those of one name are numbered, since their folders are told beside."""
     adapters = [name_adapter(path, each) for path, each in zip(paths, settings, strict=True)]
     names = [adapter["run"] for adapter in adapters]
-    for adapter in adapters:
-        if names.count(adapter["run"]) > 1:
-            adapter["run"] = f"{adapter['run']} in {adapter['adapter']}"
+    for position, (adapter, name) in enumerate(zip(adapters, names, strict=True)):
+        if names.count(name) > 1:
+            adapter["run"] = f"{name} ({names[: position + 1].count(name)})"
     return adapters
 
 

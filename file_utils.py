@@ -10,7 +10,7 @@ import uuid
 import zlib
 from pathlib import Path
 
-from message_utils import STORAGE_ERROR_NUMBERS, UserError
+from message_utils import STOPPING, STORAGE_ERROR_NUMBERS, SignalHandlers, UserError
 
 READ_BYTES = 2**18  # of a file that is hashed, at once
 
@@ -45,7 +45,8 @@ def resolve_input(path):
     with contextlib.suppress(FileNotFoundError):  # the folder of the shell was deleted
         here = expand_home(path).absolute()
         if here.exists():
-            return here.resolve()
+            file = here.resolve()
+            return file if file.exists() else here  # a pipe, such as a shell's <(...), has no other name
     return resolve_path(path)
 
 
@@ -157,8 +158,9 @@ def staged_folder(target, staged=None):
         sync_folder(staged)
         os.replace(staged, target)
         sync_folder(target.parent)
-    except BaseException:  # also for Ctrl-C
-        remove(staged)
+    except BaseException:  # also for a signal, of which a further one must not disturb the removing
+        with SignalHandlers(STOPPING, lambda number, frame: None):
+            remove(staged)
         raise
 
 
@@ -287,6 +289,33 @@ def check_space(folder, needed, what, consequence):
             f"{free / 2**20:,.0f} MiB free on the disk of {display_path(folder)}, {what} needs"
             f" {needed / 2**20:,.0f} MiB; {consequence}"
         )
+
+
+LEFT_FREE = 2**30  # bytes of a disk, or a twentieth of a small one, that rows are not let fill
+LOOK_EVERY = 2**20  # bytes written between two looks at the disk
+
+
+class DiskWatch:
+    """Called with the bytes of rows that were written so far, it raises UserError before they fill the disk.
+
+    A small Parquet file whose rows share a long text may unpack to more than any disk holds.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.due = folder, LOOK_EVERY
+
+    def __call__(self, written):
+        if written < self.due:
+            return
+        self.due = written + LOOK_EVERY
+        disk = shutil.disk_usage(self.folder)
+        if disk.free < min(LEFT_FREE, disk.total // 20):
+            shown = self.folder.parent if self.folder.suffix == ".incomplete" else self.folder
+            raise UserError(
+                f"the rows take more than {written / 2**20:,.0f} MiB on the disk of {display_path(shown)}, of which"
+                f" {disk.free / 2**20:,.0f} MiB are left; give fewer or shorter rows, or a folder on a larger disk with"
+                " --output_dir"
+            )
 
 
 def storage_problem(error):

@@ -159,6 +159,8 @@ def find_files(dataset, cache_dir):
         return display_path(local), [local]
     if local.is_dir():
         raise UserError(f"dataset {display_path(local)} is a folder, expected one {FILE_TYPES} file")
+    if local.exists():
+        raise UserError(f"dataset {display_path(local)} is a pipe or a device, expected one {FILE_TYPES} file")
     first, *rest = Path(dataset).parts
     is_path = len(rest) != 1 or Path(dataset).suffix.lower() in SUFFIXES or dataset.startswith((".", "~"))
     if is_path or not HUB_ID.fullmatch(dataset) or (PROJECT_DIR / first).is_dir():

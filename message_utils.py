@@ -1,10 +1,11 @@
-"""What a user is told: one line for each message, mistakes with their remedy, exit codes."""
+"""What a user is told: one line for each message, mistakes with their remedy, exit codes; signals."""
 
 import contextlib
 import errno
 import gc
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -20,8 +21,8 @@ STORAGE_ERROR_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, 
 class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do.
 
-    Where several processes work on one command, all of them usually raise the same error and the first one prints it.
-    With each_process=True the process that raises it prints it, because the others may not know of it.
+    Where several processes work on one command, all of them usually raise the same error. With each_process=True a
+    process may be alone with it, and the others still wait for it. Either way it is printed once on a machine.
     """
 
     def __init__(self, message, each_process=False):
@@ -41,7 +42,9 @@ class Stopped(BaseException):
         self.exit_code = 128 + signal_number  # the code that a shell reports for a signal
 
 
+STOPPING = ("SIGTERM", "SIGHUP", "SIGINT")  # the signals that ask a process to end
 CTRL_C = "\nStopped by Ctrl-C."
+ECHO = 2  # seconds after a signal in which one more is taken for the same: `timeout` and launchers send it twice
 FORMAT_WARNING = warnings.formatwarning
 
 # No foreign text may steer the terminal: C0 and C1 control characters except tab and newline, and what turns the
@@ -65,6 +68,11 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_on_machine():
+    """Whether this is the first of the processes that a launcher started on this machine; is_first_process is one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 class Voice:
     """What say() does beside printing; the rooms whose matter it is set `aside` and `note`."""
 
@@ -72,9 +80,11 @@ class Voice:
         self.spoken_at = 0.0  # of the last line, in seconds of time.monotonic()
         self.aside = contextlib.nullcontext  # moves progress bars out of the way
         self.note = None  # note(line): keeps it in a run's log
+        self.said = set()  # what say_once() has said
 
 
 VOICE = Voice()
+FIRST_SPEAKS = 10  # seconds that a machine's other processes give its first one to print an error of all and to end
 
 
 def say(message, each_process=False, styled=False):
@@ -93,10 +103,97 @@ def say(message, each_process=False, styled=False):
         note(shown)
 
 
+def say_once(message):
+    """say() what stays true to the end of a script, such as where it runs; the same message again is not repeated."""
+    if message not in VOICE.said:
+        VOICE.said.add(message)
+        say(message)
+
+
 def note(message):
     """Keep a message in the run's log, where there is one. What say() prints is kept."""
     if VOICE.note:
         VOICE.note(message)
+
+
+# ---- Signals ---------------------------------------------------------------------------------------------------------
+class SignalHandlers:
+    """Context manager that handles signals, named as in the module signal, by handle(number, frame).
+
+    A signal that is ignored stays ignored, as nohup does with SIGHUP. Outside the main thread, where Python allows no
+    handlers, nothing is done.
+    """
+
+    def __init__(self, names, handle):
+        self.names = names
+        self.handle = handle
+        self.previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for name in self.names:
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class StopAtOnce(SignalHandlers):
+    """Context manager of a script: SIGTERM and SIGHUP raise Stopped, so that what was begun is removed on the way out.
+
+    Only in the first process, which holds locks and writes files. The others, and forks of the first, have nothing to
+    clean up and end by the signal.
+    """
+
+    def __init__(self):
+        super().__init__(("SIGTERM", "SIGHUP") if is_first_process() else (), self.stop)
+        self.process, self.stopped_at = os.getpid(), -math.inf  # seconds of time.monotonic()
+
+    def stop(self, number, frame):
+        if os.getpid() != self.process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif time.monotonic() - self.stopped_at > ECHO:
+            self.stopped_at = time.monotonic()
+            detach_from_closed_terminal(number)
+            raise Stopped(number, f"Stopped by {signal.Signals(number).name}.")
+
+
+def detach_from_closed_terminal(number):
+    """After SIGHUP, send to nowhere what is printed on a terminal: it is closed, and printing would raise an error."""
+    if number != getattr(signal, "SIGHUP", None):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if stream.isatty():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def signals_leave_at_once():
+    """End the process at a signal while libraries are imported, or a user's file is executed: in C code an exception
+    would be lost, or come out as another error. Nothing needs cleaning up there. A training's handlers stay.
+    """
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING if hasattr(signal, name)}
+    ours = [
+        name
+        for name, handler in handlers.items()
+        if handler is signal.default_int_handler or isinstance(getattr(handler, "__self__", None), StopAtOnce)
+    ]
+    with SignalHandlers(ours, leave_at_once):
+        yield
+
+
+def leave_at_once(number, frame):
+    if is_first_process():
+        line = CTRL_C if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}."
+        with contextlib.suppress(OSError):  # the terminal was closed
+            os.write(2, f"{line}\n".encode())
+    os._exit(128 + number)
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
@@ -114,31 +211,9 @@ class LateImport:
     def __getattr__(self, attribute):
         if self._name not in sys.modules:
             progress = importlib.import_module("progress_utils").progress  # it builds on this room
-            with progress("Loading the libraries"), ctrl_c_leaves_at_once():
+            with progress("Loading the libraries"), signals_leave_at_once():
                 importlib.import_module(self._name)
         return getattr(importlib.import_module(self._name), attribute)
-
-
-@contextlib.contextmanager
-def ctrl_c_leaves_at_once():
-    """While libraries are imported, end the process at Ctrl-C: in their C code a KeyboardInterrupt would be lost, or
-    come out as another error. Nothing needs cleaning up yet.
-    """
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, leave_at_once)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def leave_at_once(number, frame):
-    if is_first_process():
-        os.write(2, CTRL_C.encode() + b"\n")
-    os._exit(128 + number)
 
 
 def start_garbage_collection():
@@ -159,9 +234,10 @@ def run_script(main, argv):
     signal. Any other exception is a bug of ours and is raised with its traceback.
     """
     try:
-        return run_main(main, argv)
-    except KeyboardInterrupt:  # one more, while the first was dealt with
-        return end_by_ctrl_c()
+        with StopAtOnce():
+            return run_main(main, argv)
+    except (KeyboardInterrupt, Stopped) as stop:  # one more, while the first was dealt with
+        return end_by(stop)
 
 
 def run_main(main, argv):
@@ -179,24 +255,31 @@ def run_main(main, argv):
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 1
-    except KeyboardInterrupt:
-        return end_by_ctrl_c()
-    except Stopped as stop:
-        leave_process_group()
-        say(str(stop))
-        return stop.exit_code
+    except (KeyboardInterrupt, Stopped) as stop:
+        return end_by(stop)
     except Exception as error:
-        if came_of_ctrl_c(error):
-            return end_by_ctrl_c()
+        if stop := stop_behind(error):
+            return end_by(stop)
         mistake = error if isinstance(error, UserError) else system_problem(error)
         if mistake is None:
             raise
         if "--debug" in argv:
             say(traceback.format_exc().rstrip())
-        say(f"error: {mistake}", each_process=mistake.each_process)
+        say_error(mistake)
         if not mistake.each_process:  # all processes end here
             leave_process_group()
         return 2
+
+
+def say_error(mistake):
+    """Print a UserError once on each machine: its other processes let the first one do it.
+
+    A launcher that sees a process fail ends the others, so that one that failed before the first would silence it, and
+    one that lives on met the error alone.
+    """
+    if not is_first_on_machine():
+        time.sleep(FIRST_SPEAKS)
+    say(f"error: {mistake}", each_process=True)
 
 
 def prepare_streams():
@@ -239,6 +322,12 @@ def system_problem(error):
             " one, or close other programs",
             each_process=True,
         )
+    if lost_process(error):
+        return UserError(
+            "another process of this run ended, or cannot be reached any more; its own line or the launcher's report"
+            " says which and why; mend that, and the same command goes on from the last checkpoint",
+            each_process=True,
+        )
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in STORAGE_ERROR_NUMBERS):
         refused = error.filename2 or error.filename  # of a rename it is the new name that something is in the way of
         name = os.fsdecode(refused) if isinstance(refused, (str, bytes)) else "output"
@@ -247,19 +336,34 @@ def system_problem(error):
     return None
 
 
-def came_of_ctrl_c(error):
-    """Whether an exception was raised while, or because, a KeyboardInterrupt was: libraries turn it into others."""
+def lost_process(error):
+    """Whether an exception came of the connection to another process: one of PyTorch's own types, or Gloo's words."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def stop_behind(error):
+    """The KeyboardInterrupt or Stopped while, or because of which, an exception was raised, or None.
+
+    Libraries turn them into others.
+    """
     while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
-def end_by_ctrl_c():
-    """Say that Ctrl-C ended the script, and let no further one disturb its end; returns the exit code."""
+def end_by(stop):
+    """Say that a signal ended the script, and let no further Ctrl-C disturb its end; returns the exit code."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if isinstance(stop, Stopped):
+        leave_process_group()
+        say(str(stop))
+        return stop.exit_code
     say(CTRL_C)
     return 130
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
@@ -44,7 +46,7 @@ from file_utils import (
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
 from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
-from message_utils import UserError, counted, quiet_libraries, say
+from message_utils import UserError, counted, quiet_libraries, say, say_once
 from progress_utils import progress
 from prompt_utils import (
     ALPACA_TEMPLATE,
@@ -75,15 +77,27 @@ PROBE_TEXT = "### Instruction:\nWhat does a good answer look like?\n\n### Respon
 def resolve_device(device):
     """Return the torch.device to run on: "cuda" falls back to MPS or the CPU, and says so; "cpu" forces the CPU.
 
-    Under accelerate or torchrun each process takes the GPU of its local rank.
+    Under accelerate or torchrun each process takes the GPU of its local rank; accelerate launch --cpu forces the CPU.
     """
-    if device == "cpu":
+    if device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_gpu())
     fallback = "mps" if torch.backends.mps.is_available() else "cpu"
-    say(f"Running on {fallback.upper()}: no CUDA GPU found")
+    say_once(f"Running on {fallback.upper()}: no CUDA GPU found")
     return torch.device(fallback)
+
+
+def local_gpu():
+    """The number of this process's GPU; a UserError where a launcher started more processes than there are GPUs."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes were started on this machine and {counted(gpus, 'GPU')} can be used, expected one"
+            f" for each; give accelerate launch --num_processes {gpus} (of all machines together), or look at"
+            " CUDA_VISIBLE_DEVICES and gpu_ids"
+        )
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def choose_dtype(device, use_fp16):
@@ -756,14 +770,16 @@ def merging_device(model, path, models_dir):
 def write_candidate(model, tokenizer, path, models_dir, candidate, folder):
     """Merge the adapter into one of its bases and write it to a folder; returns (number format, its probe_loss)."""
     base = load_base_model(path, merging_device(model, path, models_dir), "auto", models_dir=models_dir)
-    if candidate == DEQUANTIZED:
-        copy_dequantized(model, base)
+    trained_on = four_bit_layers(model) if candidate == DEQUANTIZED else {}
+    for name, layer in trained_on.items():
+        base.get_submodule(name).weight.data.copy_(dequantized_weight(layer, base.get_submodule(name)))
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.base_model_name_or_path = base.name_or_path
     with_adapter = get_peft_model(base, lora_config).eval()  # new layers are in training mode, with dropout
     set_peft_model_state_dict(with_adapter, get_peft_model_state_dict(model, save_embedding_layers=False))
     expected = probe_loss(with_adapter, tokenizer)
-    merged = with_adapter.merge_and_unload(safe_merge=True)
+    merge_layers(with_adapter, trained_on)
+    merged = with_adapter.unload()
     found = probe_loss(merged, tokenizer)
     check_same(found, expected)
     merged.config.use_cache = True
@@ -779,12 +795,47 @@ def check_same(found, expected):
 
 
 @torch.no_grad()
-def copy_dequantized(model, base):
-    """Give the layers of an unquantized base the weights that the 4-bit model computes with."""
-    for name, layer in four_bit_layers(model).items():
-        weight = dequantize_bnb_weight(layer.weight)
-        target = base.get_submodule(name)
-        target.weight.copy_(weight.T if isinstance(target, Conv1D) else weight)  # GPT-2's weights lie so
+def merge_layers(model, trained_on):
+    """Merge an adapter into its base model: each layer's sum in float32, rounded once to the base's number format.
+
+    trained_on: {name: 4-bit layer} of the layers whose weights are the dequantized ones, or {}.
+    """
+    generator = torch.Generator(model.device).manual_seed(0)  # the same merge gives the same bytes
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base_layer = layer.get_base_layer()
+        formats = {parameter: parameter.dtype for parameter in base_layer.parameters()}
+        for parameter in formats:
+            parameter.data = parameter.data.float()
+        if name in trained_on:
+            base_layer.weight.copy_(dequantized_weight(trained_on[name], base_layer))
+        layer.merge(safe_merge=True)
+        for parameter, dtype in formats.items():
+            parameter.data = round_stochastically(parameter.data, dtype, generator)
+
+
+def round_stochastically(weight, dtype, generator):
+    """Round float32 numbers to a 16-bit format, up or down by chance, the likelier the nearer: right on average.
+
+    What an adapter adds to a weight is often less than half the distance to the next 16-bit number. Rounding to the
+    nearest would take it back in most places, and with it much of what a short training has learned.
+    """
+    nearest = weight.to(dtype)
+    if dtype.itemsize != 2:
+        return nearest
+    error = weight - nearest.float()
+    further = torch.where(error * nearest.float() > 0, 1, -1).to(torch.int16)  # from zero, or nearer to it
+    other = (nearest.view(torch.int16) + further).view(dtype)
+    gap = (other.float() - nearest.float()).abs()
+    chance = torch.rand(weight.shape, generator=generator, device=weight.device)
+    return torch.where(chance * gap < error.abs(), other, nearest)
+
+
+def dequantized_weight(layer, target):
+    """The weights that a 4-bit layer computes with, as they lie in its unquantized counterpart."""
+    weight = dequantize_bnb_weight(layer.weight)
+    return weight.T if isinstance(target, Conv1D) else weight  # GPT-2's weights lie so
 
 
 def score_candidate(model, tokenizer, folder, probed, score):

@@ -70,13 +70,9 @@ def count_steps(rows, settings, processes=1):
 
 
 def tokens_a_step(rows, rows_a_step, processes):
-    """Tokens in a step of one process, on average over an epoch.
-
-    The last step of an epoch is short, or is filled up where several processes need rows.
-    """
+    """Tokens in a step of one process, on average over an epoch, whose last step may be short."""
     steps = math.ceil(len(rows) / (rows_a_step * processes))
-    rows_an_epoch = len(rows) if processes == 1 else steps * rows_a_step * processes
-    return float(row_lengths(rows).mean()) * rows_an_epoch / processes / steps
+    return int(row_lengths(rows).sum()) / processes / steps
 
 
 def count_passes(rows, settings, max_pass_tokens, processes=1):

@@ -1,16 +1,14 @@
-"""Processes: what the first one does for all, errors that they share, and signals."""
+"""Processes: what the first one does for all, errors that they share, and the signals that end a training."""
 
 import contextlib
 import os
 import signal
-import sys
-import threading
 import time
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from message_utils import Stopped, UserError, is_first_process, say
+from message_utils import ECHO, STOPPING, SignalHandlers, UserError, detach_from_closed_terminal, say
 
 
 # ---- The processes of a launcher -------------------------------------------------------------------------------------
@@ -55,45 +53,6 @@ def shared_errors():
 
 
 # ---- Signals ---------------------------------------------------------------------------------------------------------
-class SignalHandlers:
-    """Context manager that handles signals, named as in the module signal, by handle(number, frame).
-
-    A signal that is ignored stays ignored, as nohup does with SIGHUP. Outside the main thread, where Python allows no
-    handlers, nothing is done.
-    """
-
-    def __init__(self, names, handle):
-        self.names = names
-        self.handle = handle
-        self.previous = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for name in self.names:
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                    self.previous[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-class StopAtOnce(SignalHandlers):
-    """Context manager for the time before the training: SIGTERM and SIGHUP raise Stopped, since nothing needs saving.
-
-    Only in the first process, which has a lock to release. The others have nothing to clean up and end by the signal.
-    """
-
-    def __init__(self):
-        super().__init__(("SIGTERM", "SIGHUP") if is_first_process() else (), self.stop)
-
-    def stop(self, number, frame):
-        detach_from_closed_terminal(number)
-        raise Stopped(number, f"{signal.Signals(number).name}: stopped before the training; the same command starts it")
-
-
 class StopSignals(SignalHandlers):
     """Context manager for the training: the first SIGTERM, SIGINT or SIGHUP is noted and the step goes on to its end.
 
@@ -101,13 +60,13 @@ class StopSignals(SignalHandlers):
     """
 
     def __init__(self):
-        super().__init__(("SIGTERM", "SIGINT", "SIGHUP"), self.note)
+        super().__init__(STOPPING, self.note)
         self.requested = 0
         self.first_at = 0.0  # seconds of time.monotonic()
 
     def note(self, number, frame):
         # A launcher passes Ctrl-C on to processes that have had it from the terminal already
-        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.first_at < 2
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.first_at < ECHO
         if number == signal.SIGINT and self.requested == signal.SIGINT and not echo:
             signal.signal(number, signal.SIG_IGN)  # more of them must not disturb the cleaning up
             self.previous.pop(number, None)
@@ -117,13 +76,3 @@ class StopSignals(SignalHandlers):
             self.requested, self.first_at = int(number), time.monotonic()
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             say(f"\n{signal.Signals(number).name}: finishing this step and saving{again}")
-
-
-def detach_from_closed_terminal(number):
-    """After SIGHUP, send to nowhere what is printed on a terminal: it is closed, and printing would raise an error."""
-    if number != getattr(signal, "SIGHUP", None):
-        return
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            if stream.isatty():
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,6 +1,7 @@
 """Settings: config.py, an adapter's record and the command line, merged into one frozen snapshot."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -10,27 +11,47 @@ from collections import namedtuple
 from pathlib import Path
 
 from file_utils import PROJECT_DIR, display_path, resolve_input
-from message_utils import LateImport, UserError, printable, say
+from message_utils import LateImport, UserError, printable, say_once, signals_leave_at_once
 
 torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
 
 CONFIG_FILE = PROJECT_DIR / "config.py"
 
 
+LONGEST_FILE = 2**20  # bytes of a settings file: /dev/zero never ends
+SOURCES = {}  # {settings file: its text}
+
+
 def read_config(path):
     """{name: value} of a settings file's names; UserError, with file and line, if it cannot be read or executed."""
     path, shown = Path(path), display_path(path)
-    values = {"__file__": str(path)}
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), values)
+        with open(path, "rb") as file:
+            source = file.read(LONGEST_FILE + 1)
     except OSError as error:
         raise UserError(f"settings file {shown} cannot be read ({error.strerror}); give one by --config") from None
-    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a user's file raises is told of with its line
+    if len(source) > LONGEST_FILE:
+        raise UserError(f"settings file {shown} holds more than a megabyte, expected lines such as LORA_R = 8")
+    SOURCES[path] = source.decode(errors="replace")
+    values, problem = {"__file__": str(path)}, None
+    try:
+        with signals_leave_at_once():
+            exec(compile(source, str(path), "exec"), values)
+    except BaseException as error:  # noqa: BLE001  whatever a user's file raises is told of with its line
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         place = f"{shown}, line {line}" if line else shown
-        raise UserError(f"{place}: {getattr(error, 'msg', error)} ({type(error).__name__}); correct it") from None
+        problem = UserError(f"{place}: {describe_error(error)}; correct it")
+    if problem:  # raised outside `except`: a KeyboardInterrupt of the file's own would be taken for Ctrl-C
+        raise problem
     return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def describe_error(error):
+    """'division by zero (ZeroDivisionError)'; the name alone where the user's own exception has no words."""
+    with contextlib.suppress(Exception):
+        return f"{getattr(error, 'msg', error)} ({type(error).__name__})".strip()
+    return type(error).__name__
 
 
 # A config.py that cannot be read is told of when a command line is parsed or settings are made, not at this import
@@ -262,7 +283,7 @@ def use_config(path):
 def place_of(name, file=None):
     """The words for where a setting has its value: "config.py, line 31: LORA_R"."""
     file = file or OTHER_FILES.get(name.lower(), CONFIG_FILE)
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = SOURCES[file].splitlines()
     numbers = [number for number, line in enumerate(lines, 1) if re.match(rf"{name}\b\s*[:=]", line)]
     return f"{display_path(file)}{f', line {numbers[-1]}' if numbers else ''}: {name}"
 
@@ -301,7 +322,10 @@ def check_config():
 
 def shortened(value):
     """A value as Python writes it, cut to what fits into a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  an object of the user's own, or a number of more digits than Python writes
+        text = f"a value of the type {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -336,7 +360,7 @@ def make_settings(given=None, recorded=None, script="train.py"):
     taken = [name for name in demo if name not in bound | given and name in USED_SETTINGS.get(script, ())]
     if taken:
         used = ", ".join(f"{name}={demo[name]}" for name in taken)
-        say(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
+        say_once(f"No CUDA GPU found, so the demo settings apply (CPU_DEMO in config.py): {used}")
     return settings
 
 

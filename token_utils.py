@@ -13,7 +13,7 @@ import numpy as np
 import transformers
 
 from encoding_utils import IGNORED, encode_texts, is_whole_text
-from file_utils import cached_folder, sha256
+from file_utils import DiskWatch, cached_folder, sha256
 from message_utils import UserError, printable
 from progress_utils import progress
 from prompt_utils import (
@@ -143,10 +143,12 @@ def tokenize_conversations(
 def write_rows(folder, chunks):
     """Write the chunks that tokenize_parts yields as the files that TokenizedRows reads."""
     index = {name: array(kind) for name, kind in TokenizedRows.INDEX.items() if name != "start"}
+    watch = DiskWatch(folder)
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "trained.bin", "wb") as mask_file:
         for ids, trained, columns in chunks:
             ids_file.write(ids)
             mask_file.write(trained)
+            watch(ids_file.tell() + mask_file.tell())
             for values_of, values in zip(index.values(), columns, strict=True):
                 values_of.extend(values)
     index = {name: np.array(values) for name, values in index.items()}

@@ -122,7 +122,7 @@ def train(settings, dry_run=False, fresh=False):
         lock.check()
     base = model_utils.find_base(settings)
     folder = resolve_path(settings.output_dir) / CHECKPOINTS
-    base = base._replace(shards=engine_shards.find_engine())  # before the Trainer looks for it
+    base = base._replace(shards=engine_shards.find_engine(base.dtype))  # before the Trainer looks for it
     arguments = training_utils.build_training_arguments(
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
@@ -136,7 +136,7 @@ def train(settings, dry_run=False, fresh=False):
         rehearse(settings, base, data, rows, plan, started)
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
-    with lock, process_utils.StopAtOnce():
+    with lock:
         check_same_folder(lock)
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)

@@ -113,9 +113,25 @@ class LoraTrainer(Trainer):
         return self.times.left(self.state.global_step) if self.rehearsed else None
 
     # ---- A step ----
+    def get_train_dataloader(self):
+        """Gives each process all rows of a step, of which it takes its part.
+
+        Accelerate would deal them out in parts of one size, and fill the last step of an epoch up with rows that the
+        epoch has had.
+        """
+        batch_size = self.args.train_batch_size * self._processes()
+        loader = self._get_dataloader(
+            self.train_dataset, "Training", batch_size, self._get_train_sampler, is_training=True
+        )
+        if self._processes() > 1:
+            whole = loader.batch_sampler
+            whole.num_processes, whole.process_index, whole.even_batches = 1, 0, False
+        return loader
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward over one step's rows; returns the step's mean loss a token."""
         self.speed.start()
+        inputs = inputs[self.accelerator.process_index :: self._processes()]
         if self.checkpoints:
             self.checkpoints.check_folder()
         if not self.rehearsed:

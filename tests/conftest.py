@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is: the test processes share the cores
 
-from message_utils import UserError, quiet_libraries
+from message_utils import VOICE, UserError, quiet_libraries
 from settings_utils import DEFAULTS, Settings
 
 quiet_libraries()  # before bitsandbytes is imported, as the entry scripts do: it speaks at its import
@@ -60,6 +60,7 @@ def refusal(function, *args):
 @pytest.fixture(autouse=True)
 def quiet():
     quiet_libraries()
+    VOICE.said.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +122,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_two(tmp_path_factory):
-    """Run a script in two processes, as a launcher does: run_two("train.py") -> two CompletedProcess, by rank."""
+    """Run a script in two processes, as a launcher does: run_two("train.py") -> two CompletedProcess, by rank.
+
+    If one fails, the other is ended by SIGTERM.
+    """
 
     def run_script(script, *arguments, **environment):
         with socket.socket() as free:
@@ -133,6 +137,11 @@ def run_two(tmp_path_factory):
             place = outside(meeting | two | {"RANK": rank, "LOCAL_RANK": rank} | environment)
             folder = tmp_path_factory.mktemp("process")
             processes.append(WarmProcess(folder, PROJECT / script, arguments, PROJECT, place))
+        while all(process.process.exitcode is None for process in processes):
+            processes[0].process.join(0.1)
+        if any(process.process.exitcode for process in processes):
+            for process in processes:
+                process.process.terminate()
         return [process.wait(600) for process in processes]
 
     return run_script

@@ -101,13 +101,13 @@ def test_what_is_compared_is_two_or_more_different_adapters(tmp_path):
     assert "twice" in refusal(evaluate.check_compared, options(tmp_path / "a", tmp_path / "b/../a"))
 
 
-def test_adapters_of_one_run_are_told_apart_by_their_folders(tmp_path):
+def test_adapters_of_one_run_are_told_apart_by_numbers(tmp_path):
     settings = [Settings(**DEFAULTS)] * 2
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text('{"run": "demo"}')
     names = [found["run"] for found in evaluate.name_adapters([tmp_path / "one", tmp_path / "two"], settings)]
-    assert names == [f"demo in {tmp_path / 'one'}", f"demo in {tmp_path / 'two'}"]
+    assert names == ["demo (1)", "demo (2)"]
 
 
 def test_two_adapters_are_measured_on_rows_that_neither_was_trained_on(undisturbed, dataset, tmp_path, capsys):
@@ -125,8 +125,11 @@ def test_two_adapters_are_measured_on_rows_that_neither_was_trained_on(undisturb
         "cpu",
     ]
     compared = ["--compare", str(tmp_path / "out/lora-adapter"), str(checkpoint)]
+    capsys.readouterr()
     evaluate.main([*compared, *flags, "--output_dir", str(tmp_path / "out")])
     said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == len(set(lines)), "the same line is said of each adapter"
     assert "24 rows: these adapters were trained on 22 of them, which are left out" in said.err
     assert "Verdict: Too few rows for a verdict." in said.out
     folder = tmp_path / "out/evaluation/comparison-rows"

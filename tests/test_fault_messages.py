@@ -17,17 +17,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.constants
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig
 
+import batch_utils
 import checkpoint_utils
 import engine_runner
 import engine_shards
 import evaluate
+import export_utils
+import file_utils
 import inference
+import merge
 import model_utils
+import result_utils
+import token_utils
 import train
 import training_utils
 from checkpoint_utils import find_newest, seal
@@ -170,6 +177,22 @@ def measure(argv):
     evaluate.main(["--adapter_path", os.environ["ADAPTER"]])
 
 
+def flags_of_rows():
+    """An adapter, the rows that it was trained on, and where to write."""
+    folder = Path(os.environ["ADAPTER"]).parent
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    places = ["--validation_dataset_path", f"{folder}/rows.json", "--output_dir", f"{folder}/out"]
+    return ["--adapter_path", os.environ["ADAPTER"], *places]
+
+
+def measure_rows(argv):
+    evaluate.main([*flags_of_rows(), "--eval_samples=0", "--include_trained_rows"])
+
+
+def join(argv):
+    merge.main(flags_of_rows())
+
+
 class Bomb:
     def __reduce__(self):
         return (os.mkdir, (os.environ["BOMB"],))
@@ -252,6 +275,18 @@ def resuming_with_other_data(place):
 @fault("MiB free on the disk of", "the run needs", "free some, or give another folder with --output_dir")
 def a_disk_with_too_little_room(place):
     return {"output_dir": disk(place, "3m") / "out", "lora_r": 64}
+
+
+@fault(
+    "the rows take more than",
+    "/cache, of which",
+    "MiB are left; give fewer or shorter rows, or a folder on a larger disk with --output_dir",
+)
+def a_small_file_whose_rows_share_a_long_text(place):
+    rows = [{"instruction": f"Say {n}", "response": "red " * 500_000} for n in range(60)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place.folder / "rows.parquet", compression="zstd")
+    assert (place.folder / "rows.parquet").stat().st_size < 2**17
+    return {"custom_dataset_path": place.folder / "rows.parquet", "output_dir": disk(place, "40m") / "out"}
 
 
 @fault("checkpoint-3 could not be saved: No space left on device; last good checkpoint", "the same command goes on")
@@ -497,7 +532,7 @@ def sigterm_in_a_save(place):
     return {"validation_split": 0}
 
 
-@fault("SIGTERM: stopped before the training; the same command starts it", code=143)
+@fault("Stopped by SIGTERM.", code=143)
 def sigterm_while_the_model_loads(place):
     before(place, model_utils, "load_base_model", send(signal.SIGTERM))
 
@@ -505,6 +540,60 @@ def sigterm_while_the_model_loads(place):
 @fault("Stopped by Ctrl-C.", code=130)
 def ctrl_c_while_the_model_loads(place):
     before(place, model_utils, "load_base_model", send(signal.SIGINT))
+
+
+def twice(number):
+    """As `timeout` sends it, to a process and to its group."""
+
+    def action():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), number)
+
+    return action
+
+
+@fault("Stopped by SIGTERM.", code=143)
+def sigterm_twice_while_rows_are_tokenized(place):
+    before(place, token_utils, "write_rows", twice(signal.SIGTERM))
+
+
+@fault("Stopped by SIGTERM.", code=143, main=join)
+def sigterm_in_a_merge(place):
+    adapter(place)
+    before(place, export_utils, "write_modelfile", twice(signal.SIGTERM))
+
+
+@fault("Stopped by SIGHUP.", code=129, main=join)
+def a_terminal_that_is_closed_in_a_merge(place):
+    adapter(place)
+    before(place, export_utils, "write_modelfile", send(signal.SIGHUP))
+
+
+@fault("Stopped by Ctrl-C.", code=130, main=join)
+def ctrl_c_in_a_merge(place):
+    adapter(place)
+    before(place, export_utils, "write_modelfile", send(signal.SIGINT))
+
+
+@fault("Stopped by Ctrl-C.", code=130, main=join)
+def ctrl_c_twice_in_a_merge(place):
+    adapter(place)
+    before(place, export_utils, "write_modelfile", send(signal.SIGINT))
+    before(place, file_utils, "remove", send(signal.SIGINT), lambda path: path.exists())
+
+
+@fault("Stopped by SIGTERM.", code=143, main=measure_rows)
+def sigterm_while_an_evaluation_is_written(place):
+    adapter(place)
+    before(place, result_utils, "write_report", send(signal.SIGTERM))
+
+
+@fault("Stopped by SIGTERM.", code=143, main=answer_rows)
+def sigterm_while_prompts_are_answered(place):
+    adapter(place)
+    before(place, batch_utils, "generate_replies", send(signal.SIGTERM))
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
@@ -763,6 +852,7 @@ def test_a_fault_is_one_plain_line(name, place, hub, capsys):
     assert len(said) == 1, lines
     assert "Traceback" not in "".join(lines)
     assert TOKEN not in "".join(lines)
+    assert not [path for name in ("*.incomplete", "*.tmp") for path in place.folder.rglob(name) if path.is_dir()]
     if code == 2:
         assert lines[-1] == said[0]
         assert said[0].startswith("error: ")

@@ -272,8 +272,16 @@ def test_the_cpu_can_be_forced_on_a_machine_with_a_gpu(gpus, capsys):
 
 def test_each_process_of_a_launcher_takes_the_gpu_of_its_local_rank(gpus, monkeypatch):
     gpus(cuda=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert resolve_device("cuda") == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    message = refusal(resolve_device, "cuda")
+    assert "5 processes were started on this machine and 4 GPUs can be used" in message
+    assert "--num_processes 4" in message
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # by accelerate launch --cpu
+    assert resolve_device("cuda") == CPU
 
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------
@@ -659,6 +667,36 @@ def test_a_merged_model_keeps_the_number_format_of_its_base_on_a_cpu(tmp_path):
     stored, merged = (load_file(path / "model.safetensors") for path in (Path(TINY_BASE), tmp_path / "merged"))
     assert {name: weight.dtype for name, weight in merged.items()} == {name: torch.bfloat16 for name in stored}
     assert merge.dtype == json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_is_too_small_for_sixteen_bits_is_merged_on_average():
+    """Beside bf16 weights of 1 stands an update of a tenth of their last place, which the nearest would take back."""
+    for dtype in (torch.bfloat16, torch.float16):
+        update = torch.finfo(dtype).eps / 10
+        weight = torch.tensor([1.0, -1.0]).repeat_interleave(100_000)
+        rounded = model_utils.round_stochastically(weight + update, dtype, torch.Generator().manual_seed(0))
+        assert rounded.dtype == dtype
+        for found, sign in ((rounded[:100_000].float().mean(), 1), (rounded[100_000:].float().mean(), -1)):
+            assert abs(found - sign - update).item() < 0.05 * update
+        exact = torch.tensor([0.0, -0.0, 1.5, -2.0, 2.0**-20, torch.finfo(dtype).max]).to(dtype)
+        again = model_utils.round_stochastically(exact.float(), dtype, torch.Generator().manual_seed(0))
+        assert torch.equal(again, exact)
+
+
+def test_merging_into_a_sixteen_bit_base_keeps_a_small_update(tmp_path):
+    """As a short training leaves it: most of its changes are smaller than the distance of the weights' numbers."""
+    model, folder = save_trained(tmp_path / "adapter", TINY_BASE)
+    with torch.no_grad():
+        model.get_submodule(f"base_model.model.{NAME}").lora_B["default"].weight *= 0.001
+    save_adapter(model, load_tokenizer(TINY_BASE), folder)
+    merge_and_save_model(*load_trained_model(folder), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged/model.safetensors")[f"{NAME}.weight"].flatten()
+    stored = load_file(Path(TINY_BASE) / "model.safetensors")[f"{NAME}.weight"].flatten().float()
+    update = expected_weight(TINY_BASE, model, "full").flatten().float() - stored
+    arrived = torch.dot(merged.float() - stored, update) / torch.dot(update, update)
+    assert arrived.item() == pytest.approx(1, abs=0.1)
+    nearest = torch.dot((stored + update).to(merged.dtype).float() - stored, update) / torch.dot(update, update)
+    assert nearest.item() < 0.5  # the check can tell
 
 
 def merge_by_scores(tmp_path, base, scores, **options):

@@ -551,6 +551,15 @@ def test_of_a_copy_of_config_only_what_was_edited_wins_over_the_demo(restored, n
         ("SEED = seed\n", "mine.py, line 1: name 'seed' is not defined (NameError)"),
         ("SEED = 1\nimport nowhere\n", "mine.py, line 2: No module named 'nowhere' (ModuleNotFoundError)"),
         ("raise SystemExit(3)\n", "mine.py, line 1: 3 (SystemExit)"),
+        ("SEED = 1\nraise KeyboardInterrupt\n", "mine.py, line 2: (KeyboardInterrupt); correct it"),
+        ("raise BaseException('boom')\n", "mine.py, line 1: boom (BaseException); correct it"),
+        ("raise GeneratorExit\n", "mine.py, line 1: (GeneratorExit); correct it"),
+        ("raise TimeoutError\n", "mine.py, line 1: (TimeoutError); correct it"),
+        ("class Odd(Exception):\n  __str__ = None\nraise Odd\n", "mine.py, line 3: Odd; correct it"),
+        ("def again():\n  again()\nagain()\n", "mine.py, line 2: maximum recursion depth exceeded"),
+        ("LORA_R = (1 / 0 for _ in 'ab')\n", "mine.py, line 1: LORA_R is <generator object"),
+        ("LORA_R = 10**9999\n", "mine.py, line 1: LORA_R is a value of the type int, expected 1 to 4096"),
+        ("#" * 2**21, "mine.py holds more than a megabyte, expected lines such as LORA_R = 8"),
         ("SEED = 1\0\n", "mine.py"),
         ("SEED = '" + "x" * 9999 + "'\n", "mine.py, line 1: SEED is 'xxx"),
         (
@@ -847,6 +856,7 @@ ENDS = [
     (message_utils.Stopped(15, "saved"), True),
     (UserError("no space left"), True),
     (UserError("out of memory", each_process=True), False),
+    (torch.distributed.DistBackendError("NCCL error"), False),
     (ValueError(), False),
 ]
 
@@ -874,12 +884,36 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
     assert (out, err) == ("", "error: no such file\n")
 
 
-def test_of_several_processes_the_first_says_a_mistake_or_the_one_that_meets_it_alone(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    assert message_utils.run_script(raiser(UserError("no such file")), []) == 2
-    assert capsys.readouterr().err == ""
-    assert message_utils.run_script(raiser(UserError("out of memory", each_process=True)), []) == 2
-    assert capsys.readouterr().err == "process 1: error: out of memory\n"
+@pytest.mark.parametrize("each_process", [False, True])
+@pytest.mark.parametrize(("rank", "local_rank"), [("0", "0"), ("1", "1"), ("1", "0")])
+def test_a_mistake_is_said_by_the_first_on_a_machine_or_by_the_one_that_outlives_it(
+    rank, local_rank, each_process, monkeypatch, capsys
+):
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(message_utils.time, "sleep", waited.append)
+    assert message_utils.run_script(raiser(UserError("no such file", each_process=each_process)), []) == 2
+    before = "" if rank == "0" else "process 1: "
+    assert capsys.readouterr().err == f"{before}error: no such file\n"
+    assert waited == ([message_utils.FIRST_SPEAKS] if local_rank == "1" else [])  # meanwhile a launcher ends it
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]"
+        ),
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0."),
+        torch.distributed.DistNetworkError("The client socket has timed out"),
+    ],
+)
+def test_a_process_that_is_gone_is_one_line_for_the_others(error, capsys):
+    assert message_utils.run_script(raiser(error), []) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "another process of this run ended" in line
 
 
 def test_debug_shows_the_traceback_of_a_users_mistake(capsys):
@@ -935,6 +969,7 @@ def test_durations_are_short_to_read(seconds, text):
         (("SEED = 42", "SEED = 42\nSEEED = 3"), ": SEEED is no setting; did you mean SEED?"),
         (("SEED = 42", "SEED = 42\nlora_r = 3"), ": lora_r is no setting; did you mean LORA_R?"),
         (("DATASET_COLUMNS = ", "COLUMNS = "), ": COLUMNS is no setting; did you mean DATASET_COLUMNS?"),
+        (("SEED = 42", "raise KeyboardInterrupt"), ": (KeyboardInterrupt); correct it"),
         (("SEED = 42", "SEED = seed"), ": name 'seed' is not defined (NameError); correct it"),
         (("CPU_DEMO = {", "CPU_DEMO = 3 or {"), ": CPU_DEMO is 3, expected a dict of settings"),
         (('OUTPUT_DIR = "output"', "OUTPUT_DIR = 5"), ": OUTPUT_DIR is 5, expected a text; correct it"),

@@ -1,16 +1,18 @@
-"""A base model that processes share out computes as a whole one; what it holds is told beforehand."""
+"""A base model that processes share out computes as a whole one; what a launcher asks for, and what it holds."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from conftest import small_base
+import engine_shards
+from conftest import refusal, small_base
 from engine_passes import PLAIN, Kernels
 from engine_runner import StepRunner
-from engine_shards import FSDP, ShardEngine, is_sharded, quantizing_on, shard
+from engine_shards import FSDP, ShardEngine, find_engine, is_sharded, quantizing_on, shard
 from model_utils import CPU, build_quantization_config, empty_model, load_base_model
 from plan_utils import NF4_BYTES, StepPlan, shard_bytes, weight_bytes
 from settings_utils import DEFAULTS, Settings
@@ -68,3 +70,70 @@ def test_a_process_is_told_to_hold_its_part_of_the_weights_and_all_of_their_scal
     four_whole, four_held, _ = shard_bytes(shapes, four_bit, torch.bfloat16, 4)
     in_layers = (whole - four_whole) / (2 - NF4_BYTES)  # how many weights are quantized
     assert four_held == pytest.approx((four_whole + 3 * in_layers * (NF4_BYTES - 0.5)) / 4, rel=0.01)
+
+
+# ---- What a launcher asks for ----------------------------------------------------------------------------------------
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "WORLD_SIZE": "2"}
+REFUSED = [
+    (FSDP2 | {"FSDP_VERSION": "1"}, "FSDP in version 1, expected version 2; write fsdp_version: 2"),
+    (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
+    (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "MINE"}, "configuration does not serve (Invalid auto wrap policy: MINE."),
+    (ZERO3, "pip install -r requirements-deepspeed.txt"),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM, expected FSDP2"),
+    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "asks for a parallelism_config"),
+]
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """launcher(environment): what a launcher has written into it, and nothing else."""
+
+    def launcher(environment):
+        for name in [*engine_shards.os.environ]:
+            if name.startswith(("ACCELERATE_", "FSDP_")):
+                monkeypatch.delenv(name)
+        # also what find_engine sets and takes out, so that it is restored
+        untouched = dict.fromkeys(engine_shards.DECIDED_HERE, "no")
+        untouched |= {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "false"}
+        for name, value in (untouched | {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"} | environment).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(engine_shards, "find_spec", lambda name: None)
+
+    return launcher
+
+
+@pytest.mark.parametrize(("environment", "words"), REFUSED)
+def test_what_a_launcher_asks_for_in_vain_is_one_line_with_its_remedy(environment, words, launcher):
+    launcher(environment)
+    assert words in refusal(find_engine, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"stage": 2}, "ZeRO in stage 2, expected stage 3"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "NVMe"),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, ""),
+    ],
+)
+def test_of_deepspeed_only_the_third_stage_in_the_memory_of_gpu_or_host_serves(zero, words):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    if words:
+        assert words in refusal(engine_shards.check_zero, plugin)
+    else:
+        engine_shards.check_zero(plugin)
+
+
+def test_what_a_launcher_and_the_settings_both_decide_the_settings_do_and_say_so(launcher, capsys):
+    asked = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    launcher(FSDP2 | asked)
+    assert find_engine(torch.float32).processes == 2
+    assert capsys.readouterr().err == (
+        "accelerate launch asks for mixed_precision fp16, gradient_accumulation_steps 4, which is not used: here"
+        " USE_FP16, GRADIENT_ACCUMULATION_STEPS in config.py decides\n"
+    )
+    assert "ACCELERATE_MIXED_PRECISION" not in engine_shards.os.environ
+    launcher({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"})
+    assert find_engine(torch.bfloat16) is None
+    assert capsys.readouterr().err == ""
