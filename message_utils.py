@@ -296,6 +296,17 @@ def run_main(main, argv):
         return 2
 
 
+def say_uncaught(kind, error, trace):
+    """The scripts' sys.excepthook: a package that is missing where they import it is the line of any other mistake."""
+    if isinstance(error, ModuleNotFoundError):
+        say_error(system_problem(error))
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_uncaught
+
+
 def say_error(mistake):
     """Print a UserError once on each machine: its other processes let the first one do it.
 
@@ -356,25 +367,33 @@ def format_printable_warning(*args, **options):
     return printable(FORMAT_WARNING(*args, **options))
 
 
-def print_uncaught(kind, error, trace):
-    """Print the traceback of a bug of ours, or of a library; one line if a library that a script imports is missing."""
-    mistake = library_problem(error)
-    shown = f"error: {mistake}" if mistake else "".join(traceback.format_exception(kind, error, trace)).rstrip()
-    say(shown, each_process=True)
-
-
-sys.excepthook = print_uncaught  # from here on, as the scripts import libraries before they call run_script
+def print_uncaught(*error):
+    """Print the traceback of a bug of ours, or of a library."""
+    say("".join(traceback.format_exception(*error)).rstrip(), each_process=True)
 
 
 def let_libraries_print_safely():
     """Make printable what libraries log, warn of and raise."""
     logging.setLogRecordFactory(PrintableRecord)
     warnings.formatwarning = format_printable_warning
+    sys.excepthook = print_uncaught
     threading.excepthook = print_uncaught_in_thread
 
 
 def system_problem(error):
-    """The UserError for what the system refuses, a file, a folder, memory or a library; None for a bug of ours."""
+    """The UserError for what this machine lacks, or refuses: a package, a file, a folder, memory; else None."""
+    if isinstance(error, ModuleNotFoundError):
+        return UserError(
+            f"the package {error.name} is not installed for {sys.executable}; start the script by the Python of your"
+            " virtual environment, or run: pip install -r requirements.txt",
+            each_process=True,
+        )
+    if isinstance(error, (ImportError, OSError)) and "shared object" in str(error):  # of the linker, without a number
+        return UserError(
+            f"a library cannot be loaded ({error}): give the process more memory (ulimit -v) if it lacks some, else"
+            " install the libraries anew by pip install --force-reinstall -r requirements.txt",
+            each_process=True,
+        )
     if lost_process(error):
         return UserError(
             "another process of this run ended, or cannot be reached any more; its own line or the launcher's report"
@@ -392,23 +411,7 @@ def system_problem(error):
         name = os.fsdecode(refused) if isinstance(refused, (str, bytes)) else "output"
         name = name if len(name) < 300 else f"{name[:300]}..."
         return UserError(f"{os.strerror(error.errno)}: {name}; mend that and try again", each_process=True)
-    return library_problem(error)
-
-
-def library_problem(error):
-    """The UserError for a library that is not installed, of another version or not loadable; None for other errors."""
-    is_linking = isinstance(error, OSError) and not error.errno and "shared object" in str(error)
-    if not isinstance(error, ImportError) and not is_linking:
-        return None
-    name = (getattr(error, "name", None) or "").partition(".")[0]
-    if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")):  # a bug of ours
-        return None
-    found = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({error})"
-    return UserError(
-        f"the library {name} {found}; Python here is {sys.executable}: activate the project's virtual environment, or"
-        " install what is missing by pip install -r requirements.txt",
-        each_process=True,
-    )
+    return None
 
 
 def lost_process(error):

@@ -87,6 +87,30 @@ def test_a_pipe_that_is_closed_early_is_quiet(pipe):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py", "merge.py"])
+def test_a_python_without_the_packages_is_told_which_in_one_line(script):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", PROJECT / script]  # -S: without the packages of this environment
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    [line] = done.stderr.splitlines()
+    assert done.returncode != 0
+    assert line.startswith("error: the package ")
+    assert "pip install -r requirements.txt" in line
+
+
+def test_a_library_that_the_system_cannot_link_is_one_line():
+    words = "libtorch_cpu.so: failed to map segment from shared object"
+    code, _, error = run_main(f"def main(argv):\n    raise ImportError({words!r})")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert error.startswith(f"error: a library cannot be loaded ({words}): give the process more memory")
+
+
+def test_a_package_that_is_missed_later_is_a_line_too():
+    code, _, error = run_main("def main(argv):\n    import no_such_package")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert error.startswith("error: the package no_such_package is not installed for ")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_under_stderr_costs_the_lines_and_not_the_run():
     program = "import sys\nfrom message_utils import run_script, say\n"
