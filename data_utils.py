@@ -940,6 +940,7 @@ def load_conversations(
     parts = json.dumps(
         [mapping, number_column, chosen_only, system_prompt, or_usual_names, [path.suffix for path in paths]]
     )
+    states = file_states(paths)
     with progress(f"Hashing {name}"):
         key = sha256([parts, *paths, Path(__file__), code])
 
@@ -952,6 +953,8 @@ def load_conversations(
             rows = ((number, begin_with(system_prompt, messages)) for number, messages in rows)
             repeated = array("q")
             conversations = store_conversations(folder / "conversations.jsonl", rows, repeated)
+        if file_states(paths) != states:  # other rows must not be kept under the hash of these
+            raise UserError(f"dataset {name} was changed while it was read; try again once it is whole")
         if repeated:
             report.drop("duplicate", repeated.tolist())
         report.kept = len(conversations)
@@ -965,6 +968,12 @@ def load_conversations(
     report.name = name
     with np.load(folder / "index.npz") as index:
         return Conversations(folder / "conversations.jsonl", dict(index), temporary), report
+
+
+def file_states(paths):
+    """What tells whether a file was written to or replaced: its number, size and time of change."""
+    states = [path.stat() for path in paths]
+    return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
 
 def load_announced(label, dataset, mapping, cache_dir, chosen_only=False, **options):

@@ -104,6 +104,8 @@ def loading_problem(error, name, remedy):
         return f"{name} cannot be loaded: its weights have other shapes than its config.json says; restore both"
     first, *rest = str(error).strip().split("\n")
     problem = f"{first} {rest[0]}" if first.endswith(":") and rest else first  # what follows a colon says what is wrong
+    if isinstance(error, KeyError):  # whose words are the missing name alone
+        problem = f"it names or needs {problem}, which is not known"
     return f"{name} cannot be loaded: {problem or type(error).__name__}; {remedy}"
 
 

@@ -915,6 +915,20 @@ def test_duplicates_are_dropped_and_counted_and_near_duplicates_kept(write):
     assert "2 dropped: duplicate (rows 3, 5)" in report.line()
 
 
+def test_a_file_that_grows_while_it_is_read_is_refused_and_leaves_nothing(write, tmp_path, monkeypatch):
+    path, read = write("rows.jsonl", '{"instruction": "q", "response": "a"}\n'), data_utils.read_conversations
+
+    def appending(*args):
+        yield from read(*args)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write('{"instruction": "p", "response": "b"}\n')
+
+    monkeypatch.setattr(data_utils, "read_conversations", appending)
+    with pytest.raises(UserError, match="was changed while it was read; try again once it is whole"):
+        load_conversations(path, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_small_file_that_repeats_a_long_row_fills_no_disk(tmp_path):
     path = parquet(tmp_path / "rows.parquet", [{"instruction": "Say it", "response": "a word " * 1000}] * 1000)
     conversations, report = load_conversations(str(path), cache_dir=tmp_path / "cache")
