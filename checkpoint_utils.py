@@ -382,6 +382,7 @@ class Checkpoints:
         self.trainable = trainable  # the number of trained parameters
         self.resumption = resumption
         self.saved_step = resumption.step if resumption else 0
+        self.output_folder = None  # the device and number of the one that the run writes to
         self.started = time.time() - (resumption.progress["seconds"] if resumption else 0)
 
     def path(self, step):
@@ -413,8 +414,13 @@ class Checkpoints:
         state.best_model_checkpoint = str(self.path(state.best_global_step)) if state.best_global_step else None
 
     def check_folder(self):
-        """Raise UserError if the output folder was deleted under the run."""
-        if not self.folder.parent.is_dir():
+        """Raise UserError if the output folder was deleted under the run, or another lies in its place by now."""
+        found = None
+        with contextlib.suppress(OSError):
+            place = self.folder.parent.stat()
+            found = (place.st_dev, place.st_ino)
+        self.output_folder = self.output_folder or found
+        if found is None or found != self.output_folder:
             raise UserError(
                 f"{display_path(self.folder.parent)} was deleted or moved while the run was writing to it, so that its"
                 " checkpoints are gone; start it again, and leave its folder where it is",
@@ -432,6 +438,7 @@ class Checkpoints:
 
     def prepare(self, step, staged):
         """Make an empty folder for the checkpoint, if the disk has room for it. `staged` becomes responsible for it."""
+        self.check_folder()  # making the staging folder would make a deleted one anew
         with self.storage_errors(step):
             shutil.rmtree(self.staging, ignore_errors=True)  # what a killed process left
             remedy = f"{self.last()}; free some space, and {AGAIN}"

@@ -509,6 +509,22 @@ def test_an_output_folder_that_is_deleted_under_a_run_is_said_at_once(dataset, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("put", [lambda folder: None, Path.mkdir, Path.touch], ids=["nothing", "a folder", "a file"])
+def test_an_output_folder_that_is_moved_before_a_save_is_said_at_once(put, dataset, tmp_path, monkeypatch):
+    out, prepare = tmp_path / "out", checkpoint_utils.Checkpoints.prepare
+
+    def moving(self, step, staged):
+        if step == 4:
+            out.rename(tmp_path / "moved")
+            put(out)
+        prepare(self, step, staged)
+
+    monkeypatch.setattr(checkpoint_utils.Checkpoints, "prepare", moving)
+    message = refusal(lambda: small_run(dataset, tmp_path))
+    assert message.startswith(f"{out} was deleted or moved while the run was writing to it")
+    assert not (out / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b'{"row": 4, "mess', bytes(200)])
 def test_a_torn_file_of_validation_rows_is_written_anew_when_the_run_goes_on(content, dataset, tmp_path, undisturbed):
     whole = undisturbed()
