@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -328,6 +329,15 @@ def check_start():
             f"RANK is set to {os.environ['RANK']!r}, as a launcher sets it, and LOCAL_RANK is not; start this by"
             " accelerate launch, or unset RANK",
             each_process=True,
+        )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if not re.fullmatch(r"-1|[0-9]{1,9}", number := os.environ.get(name, "0")):
+            raise UserError(f"{name} is set to {number!r}, expected the number that a launcher sets; unset it")
+    lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if lacking and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as left over from a script for a cluster
+        raise UserError(
+            f"WORLD_SIZE is set to {os.environ['WORLD_SIZE']!r}, as a launcher sets it, and {lacking[0]} is not; start"
+            " this by accelerate launch, or unset WORLD_SIZE"
         )
 
 

@@ -161,6 +161,32 @@ def test_a_system_that_gives_no_more_threads_or_memory_is_one_line(error, words,
     assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        ({"WORLD_SIZE": "y"}, "WORLD_SIZE is set to 'y', expected the number that a launcher sets"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is set to '', expected the number"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is set to '2', as a launcher sets it, and RANK is not; start this by accelerate",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+            "and MASTER_ADDR is not; start this by accelerate launch",
+        ),
+    ],
+)
+def test_what_a_launcher_left_behind_is_named(left, words, capsys, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert run_script(lambda argv: None, []) == 2
+    line = capsys.readouterr().err
+    assert words in line
+    assert line.count("\n") == 1
+
+
 def test_a_rank_that_no_launcher_set_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "x")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
