@@ -26,6 +26,9 @@ NO_MEMORY = (os.strerror(errno.ENOMEM), "can't allocate memory")
 NO_THREADS = (os.strerror(errno.EAGAIN), "can't start new thread")
 
 
+LONGEST_LINE = 2000  # characters of a message
+
+
 class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do.
 
@@ -35,7 +38,9 @@ class UserError(Exception):
 
     def __init__(self, message, each_process=False):
         # names from a user's file can contain line breaks and control characters
-        super().__init__(printable(" ".join(message.split())))
+        line = printable(" ".join(message.split()))
+        # they may also be megabytes long; the remedy stands at the end
+        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:1000]} ... {line[-500:]}")
         self.each_process = each_process
 
 

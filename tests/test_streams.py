@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import warnings
 import pytest
 
 from conftest import PROJECT
-from message_utils import format_printable_warning, let_libraries_print_safely, run_script, say
+from message_utils import UserError, format_printable_warning, let_libraries_print_safely, run_script, say
 
 FOREIGN = "é 你好 \x1b[31mred\x07 \u202eturned\u2066"
 SHOWN = "é 你好 [31mred turned"
@@ -185,6 +186,11 @@ def test_what_a_launcher_left_behind_is_named(left, words, capsys, monkeypatch):
     line = capsys.readouterr().err
     assert words in line
     assert line.count("\n") == 1
+
+
+def test_a_line_that_quotes_a_long_text_is_cut_in_its_middle_and_keeps_its_remedy():
+    assert re.fullmatch(r"--x a{996} \.\.\. a+; correct it", line := str(UserError(f"--x {'a' * 10**6}; correct it")))
+    assert len(line) == 1505
 
 
 def test_a_rank_that_no_launcher_set_is_refused(capsys, monkeypatch):
