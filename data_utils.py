@@ -78,6 +78,7 @@ ROLES = {
 
 # What a row may hold beside its texts, and what it means
 CALLS = "function_call"  # the key of a call in OpenAI's first format
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call, by the names of several providers
 CALLERS = (CALLS, "tool_call")  # the speakers of a call in ShareGPT
 TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -89,6 +90,10 @@ WEIGHTS = (*WHOLE_ROW, "loss", "loss_scale", "loss_mask", "train_on_turn")  # 0 
 MASKS = ("mask", "masked", "ignore", "skip")  # such keys say so too, or the opposite: 1 is trained in a mask of losses
 HISTORY = ("history",)  # the questions and answers before an instruction, as LLaMA-Factory has them: [["q", "a"], ...]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers has it
+TWINS = (
+    ("role", "from"),
+    ("content", "value"),
+)  # OpenAI's keys and ShareGPT's; the first are read where both are there
 TURN_TEXTS = {"content", "value", "tool_calls"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
@@ -294,11 +299,20 @@ def require_text(value, what):
 
 def message_text(row, columns, part, where):
     column = columns.get(part)
-    if column is None or (part in OPTIONAL and row.get(column) is None):
+    if column is None or (part in OPTIONAL and is_missing(row.get(column))):
         return ""
+    return require_text(find_cell(row, column, where), f"{where}, column {column!r}")
+
+
+def is_missing(value):
+    """Whether a value stands for none: null, or the NaN that tables have in place of it."""
+    return value is None or value != value
+
+
+def find_cell(row, column, where):
     if column not in row:
         raise UserError(f"{where}: column {column!r} is missing; columns found: {', '.join(row)}")
-    return require_text(row[column], f"{where}, column {column!r}")
+    return row[column]
 
 
 def to_conversation(row, columns, where, report):
@@ -311,7 +325,7 @@ def to_conversation(row, columns, where, report):
         conversation += read_chosen(row, columns, where, report)
     elif "messages" in columns or any(find_turns(row.get(columns.get(part))) for part in ("instruction", "response")):
         if "messages" in columns:
-            turns = read_turns(row.get(columns["messages"]), columns["messages"], where, report)
+            turns = read_turns(find_cell(row, columns["messages"], where), columns["messages"], where, report)
         else:
             turns = read_prompt(row, columns, where, report)
             turns += read_answer(row, columns["response"], where, report) if "response" in columns else []
@@ -393,6 +407,9 @@ def read_history(row, columns, where, report):
                 report.note_odd(column, row[column])
             continue
         report.note_read(column)
+        if find_turns(turns):
+            messages = read_turns(turns, column, where, report)
+            continue
         if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
             raise UserError(f'{where}, column {column!r}: expected a list of pairs, [["question", "answer"], ...]')
         messages = [
@@ -436,7 +453,8 @@ def read_turns(turns, column, where, report):
             raise UserError(f'{spoken}: {shown(turn)}, expected an object: {{"role": "assistant", "content": "..."}}')
         message = read_message(turn, spoken)
         tools = tools or parse_tools(turn.get("tools"), spoken)
-        unused = [key for key, value in turn.items() if value is not None and key not in TURN_KEYS]
+        other = {new if old in turn and turn.get(new) is not None else None for old, new in TWINS}
+        unused = [key for key, value in turn.items() if value is not None and (key not in TURN_KEYS or key in other)]
         if message["role"] == "tool" and "name" in unused:
             message["name"] = require_text(turn["name"], spoken)
             unused.remove("name")
@@ -454,6 +472,11 @@ def read_turns(turns, column, where, report):
 def read_message(turn, where):
     """One turn as a message, with the keys that have a meaning here in a fixed order."""
     speaker, role = turn.get("role", turn.get("from")), find_role(turn)
+    if speaker is None:
+        raise UserError(
+            f"{where}: no role such as user or assistant; keys found: {', '.join(turn) or 'none'}, expected role and"
+            " content"
+        )
     if role is None:
         raise UserError(f"{where}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
     check_media(turn, where)
@@ -462,8 +485,10 @@ def read_message(turn, where):
     if speaker in CALLERS and not calls and isinstance(content, str):
         calls = parse_calls(content, where)
         content = None if calls else content
-    text = "" if content is None and calls else join_parts(content, where, role)
+    text = "" if content is None and (calls or role == "system") else join_parts(content, where, role)
     message = {"role": role, "content": text}
+    if calls and role != "assistant":
+        raise UserError(f"{where}: a call of a tool by the {role}, expected calls in messages of the assistant alone")
     if calls:
         message["tool_calls"] = calls
     for key in ("tool_call_id", *REASONING):
@@ -597,7 +622,7 @@ def parse_calls(value, where):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
-        arguments = parse_text(function.get("arguments") or {})
+        arguments = parse_text(next((function[key] for key in ARGUMENTS if function.get(key)), {}))
         if not isinstance(arguments, dict):
             raise UserError(f"{where}: the arguments of {function['name']} are no JSON object; mend or remove the row")
         number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
@@ -706,7 +731,8 @@ def read_conversations(
             if not report.columns:
                 report.columns = find_columns(list(row), mapping, name, chosen_only, or_usual_names)
             elif tuple(row) not in seen and report.columns != mapping:
-                report.columns = match_columns(row, optional_parts(report.columns)) | report.columns
+                lacking = [part for part in optional_parts(report.columns) if part not in report.columns]
+                report.columns |= match_columns(row, lacking)
             seen[tuple(row)] = True
             where = f"dataset {name}, row {place}"
             check_media({key: value for key, value in row.items() if key not in report.columns.values()}, where)

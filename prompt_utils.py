@@ -519,7 +519,7 @@ def write_turn(tokenizer, messages, end_token):
     *earlier, message = messages
     prompt = render(tokenizer, earlier, add_generation_prompt=True)
     check_prompt(prompt, earlier)
-    begun = None if earlier and prompt.endswith(earlier[-1]["content"]) else thought_utils.find_begun(prompt)
+    begun = find_begun(tokenizer, prompt, earlier)
     inline, text = thought_utils.split_inline(message["content"], begun)
     parts = parts_of(message, text)
     turn = write_answer(tokenizer, prompt, begun, messages, (inline, text), end_token)
@@ -533,6 +533,14 @@ def write_turn(tokenizer, messages, end_token):
     return Turn(prompt, end_answer(tokenizer, turn, end, end_token, message))
 
 
+def find_begun(tokenizer, prompt, messages):
+    """The thought that the template has Begun at the end of a prompt, or None; what a user writes there begins none."""
+    written = messages[-1]["content"] if messages else ""
+    if prompt.endswith(written) and written.strip() and prompt == render(tokenizer, messages, False):
+        return None
+    return thought_utils.find_begun(prompt)
+
+
 def write_answer(tokenizer, prompt, begun, messages, content, end_token):
     """What the template writes of an answer behind its prompt, with whatever follows it; None if it writes no answer.
 
@@ -542,7 +550,7 @@ def write_answer(tokenizer, prompt, begun, messages, content, end_token):
     """
     *earlier, message = messages
     inline, text = content
-    parts = parts_of(message, text)
+    parts, names = parts_of(message, text), parts_of(message, "")
     base = prompt.removesuffix(begun.text) if begun else prompt
     opened = begun if begun and not begun.closed else None
     reasoning = "" if begun and begun.closed else message.get("reasoning_content", "")
@@ -551,7 +559,8 @@ def write_answer(tokenizer, prompt, begun, messages, content, end_token):
     plain["content"] = text.strip() if inline else text
 
     def write(form, parts):
-        return find_turn(base, render(tokenizer, [*earlier, form], False), parts, earlier)
+        is_text = parts[:1] != names[:1]
+        return find_turn(base, render(tokenizer, [*earlier, form], False), parts, earlier, is_text)
 
     def try_form(form):
         with suppress_refusals():
@@ -616,22 +625,28 @@ def uses_reasoning(tokenizer):
     return True  # the rows will tell
 
 
-def find_turn(base, rendered, parts, earlier):
+def find_turn(base, rendered, parts, earlier, is_text=True):
     """What a template writes behind `base`, the start of a prompt: taken from the conversation with its answer.
 
-    Where the template writes the earlier turns otherwise than in the prompt, it begins with what stands between the
-    base's last words and the first of the answer's parts, unless that is of another turn. None where a part is missing.
+    Where the template writes the earlier turns otherwise than in the prompt, it begins behind the base's last words, if
+    they stand before the first of the answer's parts and no other turn does; else, where all earlier turns are written
+    alike, where the two part; else with the first of the parts, if that is a text. None where a part is missing.
     """
     if rendered.startswith(base):
         return rendered[len(base) :]
     place = next((place for order in orders(parts) if (place := find_back(rendered, order)) is not None), None)
     if place is None:
         return None
+    said = [words for message in earlier if (words := message["content"].strip())]
     starts = range(max(place - 200, 0), place + 1)
     start = max(starts, key=lambda start: (shared_end(rendered[:start], base), start))
-    said = [message["content"].strip() for message in earlier]
-    foreign = any(words and words in rendered[start:place] for words in said)
-    return rendered[place if foreign or not shared_end(rendered[:start], base) else start :]
+    shared = rendered[start - shared_end(rendered[:start], base) : start]
+    if re.search(r"\w", shared) and not any(words in rendered[start:place] for words in said):
+        return rendered[start:]
+    start = count_shared(rendered, base)
+    if start <= place and not any(words in base[start:] + rendered[start:place] for words in said):
+        return rendered[start:]
+    return rendered[place:] if is_text else None
 
 
 def count_shared(one, other):

@@ -1260,6 +1260,44 @@ def test_an_answer_that_is_not_to_be_learned_is_context_only_whatever_the_key(wr
     assert turns_of(write, draft)[1].get("weight") == weight
 
 
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args", "input"])
+def test_the_arguments_of_a_call_are_read_under_each_of_their_names(write, key):
+    call = {"name": "f", key: {"a": 1}}
+    for calls in ([call], call, [{"type": "function", "function": call}], json.dumps([call | {key: '{"a": 1}'}])):
+        found = turns_of(write, {"role": "assistant", "content": None, "tool_calls": calls})[1]["tool_calls"]
+        assert found == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([{"messages": [QUESTION | {"tool_calls": [CALL]}, REPLY]}], "message 1: a call of a tool by the user"),
+        ([{"messages": [QUESTION, REPLY]}, {"text": "x"}], "row 2: column 'messages' is missing; columns found: text"),
+        (
+            [{"messages": [{"speaker": "user", "text": "q"}]}],
+            "message 1: no role such as user or assistant; keys found: speaker, text",
+        ),
+    ],
+)
+def test_what_a_row_lacks_is_said_as_it_is(write, rows, line):
+    assert line in refusal(write("rows.jsonl", "\n".join(map(json.dumps, rows))))
+
+
+def test_what_stands_for_nothing_is_left_out_and_what_stands_twice_is_named(write, tmp_path):
+    table = pyarrow.Table.from_pylist([{"instruction": "q", "input": float("nan"), "output": "a"}])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert pairs(tmp_path / "rows.parquet") == [("q", "a")]
+    turns = [{"role": "system", "content": None}, QUESTION | {"from": "human", "value": "other"}, REPLY]
+    conversations, report = load_rows(write, {"messages": turns})
+    assert list(conversations) == [(1, [QUESTION, REPLY])]
+    assert "not used in messages: from, value" in report.line()
+    rows = [{"instruction": "q", "output": "a"}, {"instruction": "r", "output": "b", "input": "i", "system": "s"}]
+    assert "(instruction, output, input, system)" in load_rows(write, *rows)[1].line()
+    before = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}]
+    conversations, _ = load_rows(write, rows[0] | {"history": before})
+    assert conversations[0][1] == [*before, QUESTION, REPLY]
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_a_thought_is_read_under_each_of_its_names(write, key):
     assert turns_of(write, {"role": "assistant", "content": "a", key: "I count."})[1]["reasoning_content"] == "I count."

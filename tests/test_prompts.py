@@ -1,5 +1,6 @@
 """Token ids and labels, exactly: each test here fails on a known trap (TRAPS.md)."""
 
+import json
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -854,6 +855,28 @@ def test_what_a_user_writes_at_the_end_of_a_prompt_opens_no_thought(tokenizer):
     assert check_rule(tokenizer, [user("What is <think>"), assistant("A mark.")])[0][1] == (
         "<|reserved_0|>assistant\nA mark.</s>"
     )
+
+
+@pytest.mark.parametrize("said", ["<think>", "<think>\n", "assistant", "[A]<think>"])
+def test_a_user_may_write_what_the_prompt_ends_with(tokenizer, said):
+    tokenizer.chat_template = chat("<think>" + SPOKEN, "<think>")
+    ((prompt, answer),) = check_rule(tokenizer, [user(said), assistant("4")])
+    assert prompt.endswith(f"[user]{said}[A]<think>")
+    assert answer == "\n\n</think>\n\n4</s>"
+
+
+def test_a_call_that_stands_without_the_heading_of_its_prompt_is_trained_whole(tokenizer):
+    # as Falcon 3 has it: a heading where there is a text, and the calls as indented JSON
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+        "{% if m.content %}{{ '<|reserved_0|>' + m.role + '\n' + m.content }}{% endif %}"
+        "{% if m.tool_calls %}{{ '\n[CALLS]\n' + m.tool_calls | tojson(indent=2) }}{% endif %}{{ '<|reserved_1|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|reserved_0|>assistant\n' }}{% endif %}"
+    )
+    texts = mark_answers(tokenizer, CALLING, find_end_token(tokenizer))
+    call, answer = [text.text[start:end] for text in texts for start, end in text.answers]
+    assert call == "\n[CALLS]\n" + json.dumps(CALL, indent=2) + "<|reserved_1|>"
+    assert answer == "Three are left.<|reserved_1|>"
 
 
 def test_templates_that_take_texts_as_parts_only_get_them_so(tokenizer):
