@@ -253,7 +253,8 @@ def run_script(main, argv):
     signal. Any other exception is a bug of ours and is raised with its traceback.
     """
     try:
-        with StopAtOnce():
+        # a launcher's processes may wait for each other in C code, where no handler is called: there they just end
+        with contextlib.nullcontext() if "LOCAL_RANK" in os.environ else StopAtOnce():
             return run_main(main, argv)
     except (KeyboardInterrupt, Stopped) as stop:  # one more, while the first was dealt with
         return end_by(stop)
