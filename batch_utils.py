@@ -1,5 +1,6 @@
 """A file of prompts and their answers, which are kept as they come, so that a run that was killed goes on."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from filelock import FileLock, Timeout
 
 from data_utils import read_unanswered, unanswered
 from encoding_utils import encode_prompt
-from file_utils import display_path, sha256, whole_file
+from file_utils import display_path, sha256, storage_errors, whole_file
 from generation_utils import build_generation_config, generate_replies, prompt_limit
 from message_utils import Stopped, UserError, counted, say
 from progress_utils import progress
@@ -39,6 +40,11 @@ def answer_file(model, tokenizer, settings, adapter_path, source, target, cache_
         except (KeyboardInterrupt, Stopped):
             say(f"\n{len(journal.replies):,} of {counted(len(rows), 'answer')} kept; the same command goes on")
             raise
+        if target.exists():
+            raise UserError(
+                f"{display_path(target)} has come to exist meanwhile; move it away, and the same command writes all"
+                " answers there"
+            )
         with whole_file(target) as file:
             file.writelines(to_json(row | journal.replies[index]) + "\n" for index, row in enumerate(rows))
         journal.remove()
@@ -173,8 +179,9 @@ class Journal:
         self.write([{"index": index} | reply for index, reply in more.items()])
 
     def write(self, entries):
-        self.file.write(b"".join(to_json(entry).encode() + b"\n" for entry in entries))
-        self.file.flush()
+        with storage_errors(display_path(self.path), "mend that, and the same command goes on"):
+            self.file.write(b"".join(to_json(entry).encode() + b"\n" for entry in entries))
+            self.file.flush()
 
     def remove(self):
         self.file.close()
@@ -184,7 +191,8 @@ class Journal:
         return self
 
     def __exit__(self, *exception):
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk refuses once more what was said to be refused
+            self.file.close()
         self.unlock()
 
     def unlock(self):

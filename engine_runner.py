@@ -62,12 +62,39 @@ def layer_forward(layer, runner):
             return plain(*args, **kwargs)
         inner = compiled if runner.plan.compiled else plain
         with KEEP_LITTLE():
-            if runner.plan.checkpointing:
-                keep = not runner.seeded_dropout
-                return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=keep, **kwargs)
-            return inner(*args, **kwargs)
+            if not runner.plan.checkpointing:
+                return inner(*args, **kwargs)
+            how = {"use_reentrant": False, "preserve_rng_state": not runner.seeded_dropout}
+            if not (runner.plan.offloaded and args):
+                return checkpoint(inner, *args, **how, **kwargs)
+            hidden = OffloadedInput(args[0])
+            # checkpoint() looks for the device, and its random state, among the tensors that it is given
+            out = checkpoint(hidden.call, inner, args[0].new_empty(0), *args[1:], **how, **kwargs)
+            hidden.offload()
+            return out
 
     return forward
+
+
+class OffloadedInput:
+    """The input of a checkpointed layer, (1, tokens, width), which waits on the host until it is computed again.
+
+    It is copied on the stream that computes, so that the memory is used anew only behind the copy.
+    """
+
+    def __init__(self, hidden):
+        self.hidden, self.device, self.trained, self.away = hidden, hidden.device, hidden.requires_grad, False
+
+    def call(self, layer, _, *args, **kwargs):
+        hidden = self.hidden
+        if self.away:
+            hidden = hidden.to(self.device, non_blocking=True).detach().requires_grad_(self.trained)
+        return layer(hidden, *args, **kwargs)
+
+    def offload(self):
+        self.away = True
+        host = torch.empty(self.hidden.shape, dtype=self.hidden.dtype, pin_memory=self.device.type == "cuda")
+        self.hidden = host.copy_(self.hidden.detach(), non_blocking=True)
 
 
 # ---- Recorded passes -------------------------------------------------------------------------------------------------
@@ -156,6 +183,16 @@ class Recordings:
             graph.backward.reset()
         self.graphs = {}
         self.pool = self.stream = self.hidden = self.grad_hidden = None
+
+
+def planned_length(plan, count):
+    """The tokens of the recorded pass that serves a pass of so many: the next of the plan's lengths.
+
+    Of those, the memory ran out with the ones that are longer than passes may be; only a row that is longer itself, and
+    is a pass of its own, is served by them.
+    """
+    longest = recorded_tokens(plan.max_pass_tokens)
+    return recorded_tokens(count, [length for length in plan.lengths if length <= longest or count > longest])
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
@@ -378,8 +415,7 @@ class StepRunner:
 
     def _graph(self, count):
         """The recorded pass that serves so many tokens; it is recorded when the first pass of its length comes."""
-        longest = recorded_tokens(self.plan.max_pass_tokens)  # the memory ran out with longer ones
-        tokens = recorded_tokens(count, [length for length in self.plan.lengths if length <= longest])
+        tokens = planned_length(self.plan, count)
         if self.recordings is None:
             self.recordings = Recordings(self.base.device)
             weakref.finalize(self, self.recordings.release)  # garbage collection keeps to no order

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from data_utils import load_announced, load_conversations
 from file_utils import display_path
@@ -63,9 +63,9 @@ def read_seen_rows(folder):
     if not path.is_file():
         return None
     try:
-        found = load_file(path)
+        found = load(path.read_bytes())
         return SeenRows(**{name: found[name].astype(np.uint64, casting="equiv") for name in SeenRows._fields})
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError) as error:
         raise UserError(
             f"{display_path(path)} is damaged ({type(error).__name__}: {error}); restore it, or remove it: then it is"
             " unknown which rows the adapter has seen"

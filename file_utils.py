@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -22,7 +23,8 @@ PROJECT_DIR = Path(__file__).resolve().parent
 def resolve_path(path):
     """Anchor a relative path at the project's folder, so that scripts work from any folder; ~ is expanded.
 
-    Raises UserError for what is no path: an unknown user's home, a NUL character, links that lead round in a circle.
+    Raises UserError for what is no path: an unknown user's home, an address, a NUL character, links that lead round in
+    a circle.
     """
     try:
         return (PROJECT_DIR / expand_home(path)).resolve()
@@ -31,9 +33,14 @@ def resolve_path(path):
 
 
 def expand_home(path):
-    """The path with its ~ or ~name expanded; UserError if the system knows no such user, and for a NUL character."""
+    """The path with its ~ or ~name expanded; UserError if the system knows no such user, and for what is no path."""
     if "\0" in str(path):
         raise UserError(f"{path} holds a NUL character, which no name has; correct it")
+    if re.match(r"\w[\w+.-]+:/", str(path)):  # s3://bucket would become a folder of that name
+        raise UserError(
+            f"{path} is an address, expected a file or folder of this machine; download it, or give a model or dataset"
+            " of the Hub by its name, such as team/name"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -325,7 +332,8 @@ def storage_problem(error):
     torch.save names only its own source file, inline_container.cc.
     """
     if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno in STORAGE_ERROR_NUMBERS else None
+        where = f": {display_path(os.fsdecode(error.filename))}" if isinstance(error.filename, (str, bytes)) else ""
+        return f"{os.strerror(error.errno)}{where}" if error.errno in STORAGE_ERROR_NUMBERS else None
     for number in STORAGE_ERROR_NUMBERS:
         if os.strerror(number) in str(error):
             return os.strerror(number)

@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from file_utils import PROJECT_DIR, display_path, resolve_input, resolve_path
-from message_utils import UserError, say
+from message_utils import UserError, memory_problem, say
 from progress_utils import progress, silent_bar
 from reader_utils import FILE_TYPES, SUFFIXES
 
@@ -49,7 +49,12 @@ def hub_problem(error, name, kind):
         if kind != "model":
             return f"{switch} is set, so the Hub is not asked for {name}; unset it or {SUBSTITUTES[kind]}"
         return f"{name} is not in the cache and {switch} is set; unset it or give a local folder"
-    if any(re.search("SOCKS proxy|proxy URL", str(cause)) for cause in causes):
+    if any(isinstance(cause, UnicodeEncodeError) for cause in causes):
+        return (
+            "the token for the Hub, HF_TOKEN or what hf auth login kept, holds a character that no token has; correct"
+            f" it, or {SUBSTITUTES[kind]}"
+        )
+    if any(re.search("SOCKS proxy|proxy URL|Invalid port", str(cause)) for cause in causes):
         return (
             f"the Hub cannot be reached for {name} through the proxy that ALL_PROXY or HTTPS_PROXY names"
             f" ({' '.join(str(causes[-1]).split())[:120]}); correct or unset it, for a SOCKS proxy pip install"
@@ -91,6 +96,8 @@ def loading_problem(error, name, remedy):
     """What is wrong with a model or dataset that was found, and what to do."""
     if isinstance(error, OSError) and error.errno:
         return f"{name} cannot be loaded: {os.strerror(error.errno)}; mend that and try again"
+    if problem := memory_problem(error):
+        return f"{name} cannot be loaded: {problem}"
     if "out of memory" in str(error):
         return f"{name} does not fit into the GPU's memory; close other programs on it or give a smaller model"
     first_line = str(error).strip().split("\n")[0] or type(error).__name__

@@ -15,6 +15,8 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_script: Ctrl-C in the imports below leaves no traceback
 
+import contextlib
+import os
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -78,6 +80,9 @@ def find_instruction(text):
     """The instruction of the command line, or stdin's whole text for "-"; UserError if it is blank or no text."""
     if text == "-":
         text = read_stdin()
+    elif text is not None:
+        with contextlib.suppress(UnicodeError):  # it is UTF-8, though the locale says ASCII
+            text = os.fsencode(text).decode()
     if text is not None and not data_utils.require_text(text, "the instruction").strip():
         raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
     return text

@@ -507,6 +507,8 @@ def check_adapter_identity(folder, base_name, content):
 def check_adapter_folder(path):
     """Return the folder's resolved path, or raise UserError unless it holds an adapter's config and weights."""
     folder = resolve_path(path)
+    if folder.is_file():
+        raise UserError(f"{path} is a file, expected an adapter's folder; give the folder that holds it")
     if not folder.is_dir():
         raise UserError(f"adapter folder {path} does not exist; train one first with python train.py")
     if is_merged(folder):
@@ -712,7 +714,7 @@ def merged_folder(model, tokenizer, path, models_dir=None, score=None, into=None
     base_path, candidates = locate_model(name, models_dir), merge_candidates(model, score, into)
     size = stored_bytes(base_path, models_dir) * len(candidates)
     check_space(target, size, "the merged model", "free some, or merge into a folder on another disk")
-    with storage_errors("the merged model", "free some space and merge again"), staged_folder(target) as staged:
+    with storage_errors("the merged model", "mend that and merge again"), staged_folder(target) as staged:
         adapter_loss = score(model) if score else None
         losses = {}
         for candidate in candidates:

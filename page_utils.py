@@ -299,7 +299,8 @@ def tiles(metrics):
     for figure in FIGURES:
         if figure.key in chosen and metrics["tuned"].get(figure.key) is not None:
             base, tuned = (show_figure(metrics[name][figure.key], figure.form) for name in ("base", "tuned"))
-            yield {"label": figure.label, "base": base, "tuned": tuned}
+            direction = "higher" if figure.better > 0 else "lower"
+            yield {"label": figure.label, "base": base, "tuned": tuned, "direction": direction}
 
 
 def compare_figures(metrics):

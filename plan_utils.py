@@ -1,10 +1,12 @@
 """The plan: what a run will do, how its steps will be computed and what they need, before any weight is loaded."""
 
 import math
+import os
 import time
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import TorchDynamoException
@@ -140,6 +142,7 @@ class StepPlan(NamedTuple):
 
     kernels: Kernels = PLAIN
     checkpointing: bool = False  # the activations of a decoder layer are computed again in the backward pass
+    offloaded: bool = False  # what checkpointing keeps of each layer, its input, waits on the host
     dequantized: bool = False  # frozen 4-bit weights stay dequantized
     compiled: bool | str = False  # decoder layers are compiled; "auto": only if the fused LoRA layers serve the model
     recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
@@ -159,7 +162,8 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     are only scored. shards: the ShardEngine, or None.
     """
     base, rows_a_step = transformers_model(shapes), settings.batch_size * settings.gradient_accumulation_steps
-    kernels = plan_kernels(shapes, dtype, gpu)
+    longest = longest_row(rows, held_out)
+    kernels = plan_kernels(shapes, settings, dtype, gpu, longest)
     max_pass_tokens = plan_pass_tokens(base, settings, kernels)
     plan = StepPlan(
         kernels,
@@ -167,7 +171,7 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         compiled=settings.torch_compile is True,
         max_pass_tokens=max_pass_tokens,
         rows_a_step=rows_a_step,
-        longest_row=longest_row(rows, held_out),
+        longest_row=longest,
     )
     if shards:
         say_shards(shapes, settings, dtype, shards, gpu)
@@ -180,7 +184,7 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     passes = count_passes(rows, settings, max_pass_tokens, processes)
     compiled = plan_compilation(shapes, settings, kernels, passes)
     plan = plan_memory(plan._replace(compiled=compiled, recorded=bool(compiled)), shapes, settings, dtype, rows, gpu)
-    if not compiled:
+    if not plan.recorded:
         return plan
     return plan._replace(lengths=plan_lengths(plan, shapes, rows, count_steps(len(rows), settings, processes)))
 
@@ -210,29 +214,33 @@ def say_shards(shapes, settings, dtype, shards, gpu):
         f"Shards: {shards.processes} processes share the base model's {whole / GIB:.2f} GiB by {shards.name}; each"
         f" holds {held / GIB:.2f} GiB of it, gathers {gathered / GIB:.2f} GiB at a time, and keeps the adapter whole"
     )
-    if gpu:
+    if gpu or settings.torch_compile is True:
         fused = "" if shards.whole_layers else "fused nor "
         say(f"The layers are neither {fused}compiled nor recorded, since their weights come and go, which is slower")
 
 
-def plan_kernels(model, dtype, gpu):
-    """The Kernels that should serve a model on a GPU; the runner tries them and leaves out those that do not."""
-    if gpu is None:
-        return PLAIN
+def plan_kernels(model, settings, dtype, gpu, longest):
+    """The Kernels that should serve a model; the runner tries them and leaves out those that do not.
+
+    Without a GPU only the loss, and that where the logits of a pass would take more than a chunk of them.
+    longest: the tokens of the longest row.
+    """
     base = transformers_model(model)
     head, half = base.get_output_embeddings(), dtype != torch.float32
+    loss = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    if gpu is None:
+        tokens = max(plan_pass_tokens(base, settings, PLAIN), longest)
+        return Kernels(loss=loss and tokens * head.out_features > LinearCrossEntropy.LOGITS)
     return Kernels(
-        attention=half and gpu.flash_attention and not own_dropout(base),
-        loss=type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad,
-        lora=half and gpu.triton,
+        attention=half and gpu.flash_attention and not own_dropout(base), loss=loss, lora=half and gpu.triton
     )
 
 
 def plan_scores(model, settings, rows):
     """The StepPlan by which the rows of an evaluation are scored."""
-    base = transformers_model(model)
-    kernels = plan_kernels(model, model.dtype, look_at_gpu(base.device))._replace(lora=False)
-    return StepPlan(kernels, max_pass_tokens=plan_pass_tokens(base, settings, kernels), longest_row=longest_row(rows))
+    base, longest = transformers_model(model), longest_row(rows)
+    kernels = plan_kernels(model, settings, model.dtype, look_at_gpu(base.device), longest)._replace(lora=False)
+    return StepPlan(kernels, max_pass_tokens=plan_pass_tokens(base, settings, kernels), longest_row=longest)
 
 
 def plan_pass_tokens(base, settings, kernels):
@@ -259,17 +267,20 @@ def plan_memory(plan, shapes, settings, dtype, rows, gpu):
     """Complete a StepPlan by what depends on a GPU's memory, and say how much training should take.
 
     The fastest way is taken that leaves a tenth of the free memory over; where none does, the one that takes least.
-    GRADIENT_CHECKPOINTING = "auto" recomputes where all others do not fit.
+    GRADIENT_CHECKPOINTING = "auto" recomputes where all others do not fit. Checkpoints wait on the host where they do
+    not fit on the GPU beside the rest, as those of rows of tens of thousands of tokens.
     """
     ways = memory_ways(plan, shapes, settings, dtype, rows)
     plan, more = next((way for way in ways if way[0].expected_bytes <= 0.9 * gpu.free), ways[-1])
     tokens, peak = longest_tokens(plan, rows), plan.expected_bytes
     reason = ""
     if settings.gradient_checkpointing == "auto":
-        plain = peak if not plan.checkpointing else ways[-2][0].expected_bytes
+        plain = peak if not plan.checkpointing else [way.expected_bytes for way, _ in ways if not way.checkpointing][-1]
         reason = f", as {plain / GIB:.1f} GiB would {'not fit' if plan.checkpointing else 'fit'} without it"
     if plan.dequantized:
         reason += f"; {more / GIB:.1f} GiB are for weights that are dequantized once, which is faster"
+    if plan.offloaded:
+        reason += f"; the {more / GIB:.1f} GiB that it keeps wait in the host's memory, which is slower"
     say(
         f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {gpu.free / GIB:.1f} of"
         f" {gpu.total / GIB:.1f} GiB are free; gradient checkpointing {'on' if plan.checkpointing else 'off'}{reason}"
@@ -280,8 +291,9 @@ def plan_memory(plan, shapes, settings, dtype, rows, gpu):
 
 
 def memory_ways(plan, shapes, settings, dtype, rows):
-    """The ways in which memory can be used, the fastest first: of each a StepPlan and its dequantized weights' bytes.
+    """The ways in which memory can be used, the fastest first: of each a StepPlan, and bytes that are told of it.
 
+    They are those of weights that stay dequantized, or those on the host, which may take half of what is free there.
     Passes need no more tokens than fill the GPU, unless each of them dequantizes the frozen 4-bit weights.
     """
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
@@ -297,7 +309,8 @@ def memory_ways(plan, shapes, settings, dtype, rows):
 
     def way(checkpointing, tokens, more=0):
         tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
-        peak = expected_peak(shapes, settings, dtype, longest_tokens(tried, rows), checkpointing, plan.compiled)
+        longest = longest_tokens(tried, rows)
+        peak = expected_peak(shapes, settings, dtype, longest, checkpointing, plan.compiled, plan.kernels.loss)
         peak -= elsewhere
         return tried._replace(expected_bytes=peak + more), more
 
@@ -306,8 +319,19 @@ def memory_ways(plan, shapes, settings, dtype, rows):
         ways += [way(False, few, more)] if more or not settings.use_4bit_quantization else []
         ways += [way(False, whole), way(False, few)]
     if settings.gradient_checkpointing is not False:
-        ways.append(way(True, whole))
+        ways += [way(True, whole), way(True, few)]
+        kept = checkpoint_bytes(shapes, settings, dtype) * longest_tokens(ways[-1][0], rows)
+        peak = ways[-1][0].expected_bytes - ALLOCATOR * kept
+        if kept <= psutil.virtual_memory().available / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            ways.append((ways[-1][0]._replace(offloaded=True, recorded=False, expected_bytes=peak), kept))
     return ways
+
+
+def checkpoint_bytes(model, settings, dtype):
+    """Bytes that checkpointing keeps of a token until the backward pass: the inputs of all layers but two at work."""
+    config = transformers_model(model).config.get_text_config()
+    width = 4 if settings.use_dora else dtype.itemsize  # peft's DoRA gives float32
+    return max(config.num_hidden_layers - 2, 0) * width * config.hidden_size
 
 
 def count_rounds(steps, eval_steps, done=0):
@@ -399,9 +423,9 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     return training + len(set(filled) - {longest}) * max(0, rehearsal.earlier_seconds - rehearsal.seconds)
 
 
-def check_compiler(settings, device):
+def check_compiler(plan, device):
     """Raise UserError if layers are to be compiled on a CPU that has no C++ compiler; a tiny function tells."""
-    if device.type != "cpu" or settings.torch_compile is not True:
+    if device.type != "cpu" or not plan.compiled:
         return
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
@@ -493,14 +517,15 @@ def dora_shapes(model):
     return outputs, weights, max((shape[1] for shape in shapes), default=0)
 
 
-def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
+def expected_peak(model, settings, dtype, tokens, checkpointing, compiled, fused_loss=True):
     """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
     It counts the weights; the adapter in float32 with its gradients, AdamW's two moments (a byte each in 8 bits) and
     the copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing each
-    layer's input and one layer whole; the largest weight dequantized; and a chunk of logits. peft's DoRA computes in
-    float32, keeps more of each output, keeps each weight dequantized where there is dropout, and multiplies with unit
-    matrices. The allocator rounds up and leaves gaps.
+    layer's input and one layer whole; the largest weight dequantized; and a chunk of logits, or all of them where the
+    loss is not fused with the output layer. peft's DoRA computes in float32, keeps more of each output, keeps each
+    weight dequantized where there is dropout, and multiplies with unit matrices. The allocator rounds up and leaves
+    gaps.
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
@@ -529,5 +554,6 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled):
         working += (4 + unit) * widest**2
     saved = tokens * (layers * inputs + kept) + constant if checkpointing else layers * (tokens * kept + constant)
     largest = max((shape.numel() for shape in shapes), default=hidden * inner) * unit
-    logits = min(tokens * config.vocab_size, LinearCrossEntropy.LOGITS) * (unit if triton else 4 + 4 + unit)
+    count, in_place = tokens * config.vocab_size, fused_loss and triton
+    logits = (min(count, LinearCrossEntropy.LOGITS) if fused_loss else count) * (unit if in_place else 4 + 4 + unit)
     return (fixed + saved + max(working + largest, logits)) * ALLOCATOR

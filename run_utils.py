@@ -1,5 +1,6 @@
 """The output folder of a run of train.py: the names in it, its lock, and what earlier runs left."""
 
+import contextlib
 import errno
 import json
 import os
@@ -78,10 +79,23 @@ def set_aside(output_dir, names, kept=()):
         if path.is_mount():  # a disk of its own stays where it is mounted, and what it holds moves
             (target / path.name).mkdir()
             for inner in path.iterdir():
-                shutil.move(inner, target / path.name / inner.name)
+                move(inner, target / path.name / inner.name)
         else:
-            shutil.move(path, target / path.name)
+            move(path, target / path.name)
     return target
+
+
+def move(path, target):
+    """Rename a file or folder, or copy it where the target lies on another disk.
+
+    shutil.move alone would begin to copy also where the system does not let a folder be moved, and leave two halves.
+    """
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.move(path, target)
 
 
 # ---- The log ---------------------------------------------------------------------------------------------------------
@@ -172,7 +186,8 @@ class OutputLock:
 
     def __exit__(self, *exception):
         if is_first_process():
-            self.owner_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what has become of the folder is said by who writes to it
+                self.owner_file.unlink()
             self.lock.release()
 
     def take(self):

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import sys
 import traceback
 from collections import namedtuple
 from pathlib import Path
@@ -223,6 +224,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{message}; see python {self.prog} --help")
         flag = unknown[1].split("=")[0]
         name = flag.removeprefix("--")
+        if flag in self._option_string_actions:
+            raise UserError(f"{flag} stands behind a lone --, where no flag is read; put it in front of that")
         if name in DEFAULTS:
             *users, last = [script for script, names in USED_SETTINGS.items() if name in names]
             users = f"{', '.join(users)} and {last}" if users else last
@@ -259,6 +262,10 @@ def parse_command_line(parser, argv):
     """
     argv = [re.sub(r"^--[a-z0-9_-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), item) for item in argv]
     options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and name != "instruction":  # of which inference.py has its own words
+                require_utf8(text, f"--{name}")
     if options.config is not None:
         use_config(options.config)
     given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
@@ -417,10 +424,18 @@ def check_value(name, value, shown):
         raise UserError(f"{shown} is {shortened(value)}, expected one of {', '.join(CHOICES[name])}")
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{shown} holds a NUL character, which no name has; correct it")
-    if name == "system_prompt" and re.search("[\ud800-\udfff]", value or ""):
-        raise UserError(f"{shown} is not UTF-8 text; correct it")
+    if isinstance(value, str):
+        require_utf8(value, shown)
     if name == "run_name" and value is not None and not is_folder_name(value):
         raise UserError(f"{shown} is {shortened(value)}, expected one folder's name, no slashes or control characters")
+
+
+def require_utf8(text, shown):
+    """Raise UserError for a text that cannot be written as UTF-8, which logs and records are."""
+    if re.search("[\ud800-\udfff]", text):
+        encoding = sys.getfilesystemencoding()
+        remedy = "" if encoding == "utf-8" else ", or set the environment variable PYTHONUTF8=1"
+        raise UserError(f"{shown} is {shortened(text)}, which is no {encoding} text; rename what it names{remedy}")
 
 
 def is_folder_name(text):

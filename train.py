@@ -256,7 +256,7 @@ def make_plan(settings, base, rows, arguments):
     steps = plan_utils.plan_steps(
         base.shapes, settings, base.dtype, rows.training, gpu, arguments.world_size, rows.validation, base.shards
     )
-    plan_utils.check_compiler(settings, base.device)
+    plan_utils.check_compiler(steps, base.device)
     return Plan(arguments, steps)
 
 

@@ -113,10 +113,14 @@ def build_unsloth(settings, rows, tokenizer, folder, laid_out):
 
 
 def sft_arguments(settings, laid_out):
-    """TRL's and Unsloth's arguments: all rows of a step in one pass; packed rows fill PACKED_TOKENS of a step."""
-    rows = settings.batch_size * settings.gradient_accumulation_steps
-    batch = PACKED_TOKENS // settings.max_seq_length if laid_out == "packed" else rows
-    arguments = common_arguments(settings, batch, 1) | {"max_length": settings.max_seq_length}
+    """TRL's and Unsloth's arguments: all rows of a step in one pass, or of long rows as many as PACKED_TOKENS hold.
+
+    Packed rows fill PACKED_TOKENS of a step.
+    """
+    rows, fitting = settings.batch_size * settings.gradient_accumulation_steps, PACKED_TOKENS // settings.max_seq_length
+    batch = fitting if laid_out == "packed" else max(1, min(rows, fitting))
+    passes = 1 if laid_out == "packed" else rows // batch
+    arguments = common_arguments(settings, batch, passes) | {"max_length": settings.max_seq_length}
     if not laid_out:
         return arguments | {"dataset_kwargs": {"skip_prepare_dataset": True}}
     return arguments | ({"packing": True} if laid_out == "packed" else {"padding_free": True})

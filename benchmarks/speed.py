@@ -327,6 +327,7 @@ def plan_of(plan):
     """What a result says of the plan that was in force at its end."""
     return {
         "dequantized": plan.dequantized,
+        "offloaded": plan.offloaded,
         "lengths": plan.lengths,
         "pass_tokens": plan.max_pass_tokens,
         "expected_gib": round(plan.expected_bytes / 2**30, 2),

@@ -6,9 +6,12 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import engine_passes
 from engine_passes import (
+    PLAIN,
     Kernels,
     LinearCrossEntropy,
     chosen_attention,
@@ -17,11 +20,14 @@ from engine_passes import (
     probe_backward,
     transformers_model,
 )
+from engine_runner import StepRunner
+from plan_utils import StepPlan
 from tiny import (
     SETTINGS,
     assert_same,
     bundled_model,
     fast_lora,
+    gradients,
     make_model,
     make_rows,
     plain_gradients,
@@ -101,6 +107,36 @@ def test_the_model_computes_the_fused_loss_and_afterwards_logits_again():
     torch.testing.assert_close(pass_losses(model, rows, Kernels(loss=True))[0].detach(), expected_losses)
     assert_same(plain_gradients(model, rows, Kernels(loss=True)), expected)
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, base.config.vocab_size)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is computed meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(t.numel() for t in tree_iter(found) if torch.is_tensor(t))])
+        return found
+
+
+def test_the_logits_of_a_long_row_are_never_whole(monkeypatch):
+    chunk, tokens, words = 2**16, 1024, 300
+    monkeypatch.setattr(LinearCrossEntropy, "LOGITS", chunk)
+    rows = make_rows((tokens, 5, 40), vocabulary=words)
+    rows[0]["labels"] = rows[0]["input_ids"]
+    whole, found = tokens * words, []
+    for kernels in (PLAIN, Kernels(loss=True)):
+        model = make_model("llama")
+        plan = StepPlan(kernels, checkpointing=True, max_pass_tokens=64, longest_row=tokens)
+        with StepRunner(model, plan) as runner, LargestTensor() as largest:
+            assert runner.plan.kernels == kernels
+            loss = runner.step(rows)
+            found.append((loss.item(), gradients(model), largest.numbers))
+    (expected, wanted, most), (loss, grads, fewer) = found
+    assert fewer <= chunk < whole / 4 < most
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert_same(grads, wanted)
 
 
 def test_an_adapter_of_the_output_layer_computes_as_the_others_before_and_after_a_pass():

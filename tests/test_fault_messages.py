@@ -4,9 +4,11 @@ python -m pytest tests/test_fault_messages.py -q -rP     # prints all of them
 """
 
 import contextlib
+import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -32,8 +34,10 @@ import export_utils
 import file_utils
 import inference
 import merge
+import message_utils
 import model_utils
 import result_utils
+import run_utils
 import token_utils
 import train
 import training_utils
@@ -100,9 +104,11 @@ def place(scratch, finished, halfway, tmp_path, monkeypatch):
     """Where one fault happens: folder, out, patch (a MonkeyPatch) and the runs to start from."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    monkeypatch.setattr(message_utils.VOICE, "note", None)  # the log of the run before
     yield SimpleNamespace(
         folder=tmp_path, out=tmp_path / "out", patch=monkeypatch, finished=finished, halfway=halfway, scratch=scratch
     )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     for folder in (tmp_path / "disk", tmp_path / "out" / CHECKPOINTS):
         if folder.is_mount():
             subprocess.run(["umount", "--lazy", folder], check=True)  # its rows may still be mapped into memory
@@ -191,6 +197,11 @@ def measure_rows(argv):
 
 def join(argv):
     merge.main(flags_of_rows())
+
+
+def answer_here(argv):
+    files = ["--input_file", __file__, "--output_file", "answers.jsonl"]
+    inference.main([*files, "--adapter_path", os.environ["ADAPTER"]])
 
 
 class Bomb:
@@ -302,6 +313,68 @@ def a_disk_that_fills_up_in_a_save(place):
     return {"output_dir": folder / "out"}
 
 
+def let_files_grow(size):
+    """Let the system refuse files of more bytes, as a disk does that knows no larger ones; place takes it back."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@fault("checkpoint-1 could not be saved: File too large; last good checkpoint: none yet; mend that")
+def a_file_larger_than_the_disk_takes(place):
+    before(place, training_utils, "save_adapter", lambda: let_files_grow(2000), lambda *args: True)
+
+
+@fault("the merged model could not be saved: File too large; mend that and merge again", main=join)
+def a_merged_model_larger_than_the_disk_takes(place):
+    adapter(place)
+    before(place, model_utils, "merged_folder", lambda: let_files_grow(20_000))
+
+
+@fault("answers.jsonl.unfinished could not be saved: File too large; mend that, and the same", main=answer_rows)
+def answers_more_than_the_disk_takes(place):
+    adapter(place)
+    before(place, batch_utils, "generate_replies", lambda: let_files_grow(1000))
+
+
+@fault("answers.jsonl has come to exist meanwhile; move it away, and the same command writes all", main=answer_rows)
+def an_answer_file_of_somebody_elses(place):
+    adapter(place)
+    before(place, batch_utils, "generate_replies", (place.folder / "answers.jsonl").touch)
+
+
+@fault("TensorBoard logs end here:", "cannot be written (No such file or directory)", code=0)
+def logs_that_are_deleted_under_a_run(place):
+    logs = place.folder / "logs"
+    before(place, training_utils.LoraTrainer, "training_step", lambda: shutil.rmtree(logs), in_step(2))
+
+
+@fault("the folder in which this command was started is gone; go to another one", main=answer_here)
+def a_shell_whose_folder_is_gone(place):
+    adapter(place)
+    (place.folder / "shell").mkdir()
+    place.patch.chdir(place.folder / "shell")
+    (place.folder / "shell").rmdir()
+
+
+@fault("/out/previous/", "mend that and try again")
+def an_earlier_run_that_may_not_be_moved(place):
+    shutil.copytree(place.finished, place.out)
+    refused = PermissionError(errno.EACCES, "denied", str(place.out), None, f"{place.out}/previous/x")
+    place.patch.setattr(run_utils.os, "rename", lambda *paths: (_ for _ in ()).throw(refused))
+
+
+@fault("is a file, expected an adapter's folder; give the folder that holds it", main=talk)
+def a_file_as_an_adapter(place):
+    place.patch.setenv("ADAPTER", str(place.finished / ADAPTER / "adapter_model.safetensors"))
+
+
+@fault(
+    "--device stands behind a lone --, where no flag is read; put it in front of that",
+    main=lambda argv: merge.main(["--", "merged", "--device", "cpu"]),
+)
+def a_flag_behind_two_dashes(place):
+    pass
+
+
 @fault("cannot be written to; choose another folder with --output_dir")
 def a_read_only_disk(place):
     folder = disk(place)
@@ -336,6 +409,32 @@ for name in ("output_dir", "logs_dir", "custom_dataset_path", "validation_datase
     FAULTS[f"{name} longer than a name may be"] = Fault(
         lambda place, name=name: {name: place.folder / LONG}, train.main, 2, ("File name too long: ",)
     )
+
+
+for name in ("output_dir", "models_dir", "custom_dataset_path", "base_model_name"):
+    FAULTS[f"{name} that is an address"] = Fault(
+        lambda place, name=name: {name: "s3://bucket/x"},
+        train.main,
+        2,
+        ("s3://bucket/x is an address, expected a file or folder of this machine; download it",),
+    )
+    FAULTS[f"{name} that is no UTF-8"] = Fault(
+        lambda place, name=name: {name: f"{place.folder}/\udcff"},
+        train.main,
+        2,
+        (f"--{name} is '", "which is no utf-8 text; rename what it names"),
+    )
+
+
+@fault("rows.json is a pipe or a device, expected one .json, .jsonl, .csv or .parquet file")
+def a_pipe_as_data(place):
+    os.mkfifo(place.folder / "rows.json")
+    return {"custom_dataset_path": place.folder / "rows.json"}
+
+
+@fault("--adapter_path is '", "which is no utf-8 text", main=talk)
+def an_adapter_that_is_no_UTF_8(place):
+    place.patch.setenv("ADAPTER", "\udcff")
 
 
 @fault("~nouser/x names the home of a user that this machine does not know")
@@ -797,7 +896,9 @@ def a_launcher_that_keeps_the_shards_on_the_host(place):
         place.patch.setenv(name, value)
 
 
-@fault("accelerate launch asks for DeepSpeed, which is not installed; pip install deepspeed, or run accelerate launch")
+@fault(
+    "accelerate launch asks for DeepSpeed, which is not installed; pip install -r requirements-deepspeed.txt, or run"
+)
 def a_launcher_that_shards_by_deepspeed_which_is_not_there(place):
     place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     place.patch.setattr(engine_shards, "find_spec", lambda name: None)
@@ -807,7 +908,8 @@ def a_launcher_that_shards_by_deepspeed_which_is_not_there(place):
 def a_launcher_that_shards_the_optimizer_alone(place):
     place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     place.patch.setattr(engine_shards, "find_spec", lambda name: "there")
-    place.patch.setattr(engine_shards, "DeepSpeedPlugin", lambda: SimpleNamespace(zero_stage=2))
+    config = {"zero_optimization": {"stage": 2}}
+    place.patch.setattr(engine_shards, "DeepSpeedPlugin", lambda: SimpleNamespace(deepspeed_config=config))
 
 
 @fault("One process was started, so that there is nothing to share out: it holds the whole model", code=0)

@@ -210,7 +210,21 @@ def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkp
     for groups in ([rows], [rows[:2], rows[2:]], [[row] for row in rows], [rows]):
         assert distance(step_gradients(runner, groups), expected) < 0.08
     assert runner.plan.recorded
-    assert sorted(runner.recordings.graphs) == [256, 512]
+    assert sorted(runner.recordings.graphs) == [128, 256, 384]
+
+
+def test_checkpoints_that_wait_on_the_host_change_no_gradient_and_take_less_memory():
+    model, found = trained_model(dropout=0.3), []
+    rows = some_rows((4000,))  # a row that fills the layers' inputs, of 2 MB each
+    for offloaded in (False, True):
+        with StepRunner(model, ALL._replace(checkpointing=True, offloaded=offloaded, longest_row=4000)) as runner:
+            step_gradients(runner, [rows])  # loads the kernels
+            torch.manual_seed(1)
+            torch.cuda.reset_peak_memory_stats()
+            found.append((step_gradients(runner, [rows]), torch.cuda.max_memory_allocated()))
+    (expected, more), (gradient, less) = found
+    assert distance(gradient, expected) < 0.02
+    assert less < more - 2 * 4000 * 256 * 2  # of the bundled base's eight inputs at least two
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -236,7 +250,7 @@ def test_a_pass_of_short_rows_may_be_filled_up_by_more_tokens_than_any_row_has()
     runner = StepRunner(model, RECORDED._replace(longest_row=60))
     assert distance(step_gradients(runner, [rows, rows[:1]]), expected) > 0.05  # the check can tell
     assert distance(step_gradients(runner, [rows]), expected) < 0.08
-    assert list(runner.recordings.graphs) == [256]
+    assert list(runner.recordings.graphs) == [128]
     runner = StepRunner(model, RECORDED._replace(longest_row=60, lengths=(1024,)))
     assert distance(step_gradients(runner, [rows]), expected) < 0.08
     assert list(runner.recordings.graphs) == [1024]

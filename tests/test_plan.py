@@ -108,6 +108,30 @@ def test_the_expected_memory_is_that_of_weights_activations_and_logits():
     assert weights < expected_bytes(config, checkpointing=True) < 2 * weights
     assert expected_bytes(config) > 2 * expected_bytes(config, checkpointing=True)
     assert expected_bytes(config, tokens=4096) > expected_bytes(config) > expected_bytes(config, compiled=True)
+    long = {"tokens": 32_768, "checkpointing": True}
+    logits = expected_bytes(config, fused_loss=False, **long) - expected_bytes(config, **long)
+    assert logits > 32_768 * 32_000 * 2  # which without the fused loss are there at once
+
+
+@pytest.mark.parametrize(("rows", "fused"), [((300, 8192), True), ((300, 1000), False)])
+def test_without_a_gpu_the_loss_is_fused_where_the_logits_of_a_pass_are_many(rows, fused):
+    with torch.device("meta"):
+        config = LlamaConfig(vocab_size=30_000, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+        model = attach_lora(AutoModelForCausalLM.from_config(config), SETTINGS)
+    settings = SETTINGS._replace(batch_size=1, gradient_checkpointing=True)
+    plan = plan_steps(model, settings, torch.float32, rows_of(*rows))
+    assert plan.kernels == Kernels(loss=fused)
+
+
+def test_a_row_longer_than_passes_is_a_pass_and_expected_to_be(seven_billion, capsys):
+    settings = SETTINGS._replace(max_seq_length=32_768, batch_size=1, lora_dropout=0.0)
+    gpu = Gpu(free=78 * 2**30, total=80 * 2**30)
+    for checkpointing in (True, False):
+        changed = settings._replace(gradient_checkpointing=checkpointing)
+        plan = plan_steps(seven_billion, changed, torch.bfloat16, rows_of(32_768, 700, 600), gpu)
+        assert " passes of up to 32,768 tokens;" in capsys.readouterr().err
+        expected = expected_peak(seven_billion, changed, torch.bfloat16, 32_768, checkpointing, bool(plan.compiled))
+        assert plan.expected_bytes >= expected
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt", "falcon", "bloom", "mpt", "gpt_bigcode", "phi3", "gemma2"])
@@ -233,6 +257,22 @@ def test_memory_that_will_not_do_is_said_before_the_model_is_loaded(seven_billio
     assert (found.checkpointing, found.dequantized) == (True, False)
     assert found.expected_bytes > 5 * GIB
     assert "That may not fit: lower --batch_size or --max_seq_length" in capsys.readouterr().err
+
+
+def test_checkpoints_wait_on_the_host_where_smaller_passes_do_not_fit_either(seven_billion, monkeypatch, capsys):
+    def found(length, batch_size, free, host=64):
+        monkeypatch.setattr(plan_utils.psutil, "virtual_memory", lambda: SimpleNamespace(available=host * GIB))
+        rows = {"rows": rows_of(*[length] * 40), "max_seq_length": length, "batch_size": batch_size}
+        return plan(seven_billion, free=free, torch_compile=True, **rows)
+
+    whole, fewer, offloaded = found(512, 64, 40), found(512, 64, 14), found(32768, 1, 16)
+    assert (whole.max_pass_tokens, whole.offloaded) == (64 * 512, False)
+    assert (fewer.max_pass_tokens, fewer.offloaded, fewer.recorded) == (plan_utils.ENOUGH_TOKENS, False, True)
+    assert (offloaded.offloaded, offloaded.recorded, offloaded.compiled) == (True, False, True)
+    assert "; the 7.5 GiB that it keeps wait in the host's memory, which is slower" in capsys.readouterr().err
+    assert found(32768, 1, 40).expected_bytes - offloaded.expected_bytes == pytest.approx(7.5 * GIB, rel=0.1)
+    assert not found(32768, 1, 40).offloaded
+    assert not found(32768, 1, 16, host=14).offloaded
 
 
 def test_on_a_cpu_only_true_recomputes_and_nothing_fast_is_planned(seven_billion, capsys):

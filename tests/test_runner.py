@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import refusal
-from engine_passes import Kernels, decoder_layers, mean_loss, score_rows, transformers_model
-from engine_runner import StepRunner, fill_up
+from engine_passes import Kernels, decoder_layers, mean_loss, recorded_tokens, score_rows, transformers_model
+from engine_runner import StepRunner, fill_up, planned_length
 from plan_utils import StepPlan
 from tiny import (
     SETTINGS,
@@ -26,6 +26,17 @@ LONG = StepPlan(max_pass_tokens=1000)
 
 
 # ---- Everything is taken back ----------------------------------------------------------------------------------------
+def test_a_row_longer_than_passes_may_be_is_recorded_in_a_planned_length_and_lengths_that_did_not_fit_are_not_used():
+    plan = StepPlan(max_pass_tokens=4096, lengths=(1024, 4096, 6144, 8192))
+    assert [planned_length(plan, count) for count in (1000, 1025, 4096, 5000, 6145)] == [1024, 4096, 4096, 6144, 8192]
+    lowered = plan._replace(max_pass_tokens=2000)  # memory ran out with passes of 4,096
+    assert [planned_length(lowered, count) for count in (1000, 1025, 1900)] == [
+        1024,
+        recorded_tokens(1025),
+        recorded_tokens(1900),
+    ]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_is_as_it_was_when_the_runner_is_closed(checkpointing, compiled, monkeypatch):

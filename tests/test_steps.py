@@ -1,9 +1,12 @@
 """An optimizer step is exact: its gradient and its loss are those of single rows, however the rows are cut."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+import engine_runner
 from engine_passes import mean_loss, pass_losses, score_rows
 from engine_runner import StepRunner
 from plan_utils import StepPlan, plan_pass_tokens
@@ -128,6 +131,39 @@ def test_what_checkpointing_computes_again_meets_the_same_dropout():
         found.append(gradients(model))
     for parameter, gradient in found[0].items():
         torch.testing.assert_close(found[1][parameter], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_checkpoints_that_wait_on_the_host_change_no_bit():
+    found, rows = [], make_rows()
+    for offloaded in (False, True):
+        model = make_model(settings=SETTINGS._replace(lora_dropout=0.5))
+        plan = StepPlan(checkpointing=True, offloaded=offloaded, max_pass_tokens=40)
+        torch.manual_seed(3)
+        found.append((StepRunner(model, plan).step(rows), gradients(model)))
+    (expected_loss, expected), (loss, gradient) = found
+    assert loss == expected_loss
+    assert all(torch.equal(gradient[name], expected[name]) for name in expected)
+
+
+def test_a_layer_s_input_is_let_go_while_it_waits_on_the_host(monkeypatch):
+    waiting, live = [], []
+    offload, call = engine_runner.OffloadedInput.offload, engine_runner.OffloadedInput.call
+
+    def watched_offload(self):
+        waiting.append(weakref.ref(self.hidden))
+        offload(self)
+
+    def watched_call(self, *args, **kwargs):
+        live.append(sum(ref() is not None for ref in waiting))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine_runner.OffloadedInput, "offload", watched_offload)
+    monkeypatch.setattr(engine_runner.OffloadedInput, "call", watched_call)
+    model = make_model()
+    StepRunner(model, StepPlan(checkpointing=True, offloaded=True, max_pass_tokens=1000)).step(make_rows())
+    layers = TINY["num_hidden_layers"]
+    assert len(live) == 2 * layers
+    assert max(live) <= 1
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens():

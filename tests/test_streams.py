@@ -4,12 +4,13 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
 
 from conftest import PROJECT
-from message_utils import format_printable_warning, let_libraries_print_safely, say
+from message_utils import format_printable_warning, let_libraries_print_safely, run_script, say
 
 FOREIGN = "é 你好 \x1b[31mred\x07 \u202eturned\u2066"
 SHOWN = "é 你好 [31mred turned"
@@ -47,7 +48,7 @@ def test_no_message_steers_a_terminal(capsys):
 
 
 def test_what_libraries_log_and_warn_of_is_printable(caplog, monkeypatch):
-    for target, name in [(warnings, "formatwarning"), (sys, "excepthook")]:
+    for target, name in [(warnings, "formatwarning"), (sys, "excepthook"), (threading, "excepthook")]:
         monkeypatch.setattr(target, name, getattr(target, name))
     factory = logging.getLogRecordFactory()
     try:
@@ -84,3 +85,77 @@ def test_a_pipe_that_is_closed_early_is_quiet(pipe):
     )
     assert done.stdout.strip() in ("7", "note")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "inference.py", "merge.py"])
+def test_a_python_without_the_packages_is_told_which_in_one_line(script):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", PROJECT / script]  # -S: without the packages of this environment
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    [line] = done.stderr.splitlines()
+    assert done.returncode != 0
+    assert line.startswith("error: the package ")
+    assert "pip install -r requirements.txt" in line
+
+
+def test_a_package_that_is_missed_later_is_a_line_too():
+    code, _, error = run_main("def main(argv):\n    import no_such_package")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert error.startswith("error: the package no_such_package is not installed for ")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stderr_costs_the_lines_and_not_the_run():
+    program = "import sys\nfrom message_utils import run_script, say\n"
+    program += "sys.exit(run_script(lambda argv: [say('hello'), print('done')], []))"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, cwd=PROJECT, check=False
+        )
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_one_line():
+    program = "import sys\nfrom message_utils import run_script\nsys.exit(run_script(lambda argv: print('done'), []))"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, cwd=PROJECT, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, b"error: No space left on device: output; mend that and try again\n")
+
+
+def test_python_without_docstrings_is_refused():
+    program = "import sys\nfrom message_utils import run_script\nsys.exit(run_script(lambda argv: None, []))"
+    done = subprocess.run([sys.executable, "-OO", "-c", program], capture_output=True, cwd=PROJECT, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"leave -OO out, or give -O" in done.stderr
+
+
+class RustPanic(BaseException):
+    """As pyo3 raises it: no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("can't start new thread"), "the system starts no more threads; close other programs, or raise"),
+        (RustPanic("ThreadPoolBuildError: Resource temporarily unavailable"), "the system starts no more threads"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "this machine's memory is used up"),
+    ],
+)
+def test_a_system_that_gives_no_more_threads_or_memory_is_one_line(error, words, capsys):
+    def main(argv):
+        raise error
+
+    assert run_script(main, []) == 2
+    line = capsys.readouterr().err
+    assert words in line
+    assert line.count("\n") == 1
+
+
+def test_a_rank_that_no_launcher_set_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert run_script(lambda argv: None, []) == 2
+    assert "RANK is set to 'x', as a launcher sets it, and LOCAL_RANK is not;" in capsys.readouterr().err

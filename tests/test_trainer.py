@@ -13,6 +13,7 @@ import training_utils
 from conftest import refusal
 from engine_passes import score_rows
 from engine_runner import Rehearsal
+from engine_shards import ShardEngine
 from plan_utils import StepPlan, count_steps
 from tiny import CPU, SETTINGS, make_model, make_rows
 from training_utils import LoraTrainer, SpeedMeter, build_training_arguments
@@ -141,8 +142,12 @@ def test_the_expected_time_counts_the_lengths_of_pass_that_will_be_recorded():
     assert seconds == pytest.approx(8 * 5 + 90)  # eight passes of 256 tokens, and what the first of them takes more
 
 
-@pytest.mark.parametrize("value", ["auto", False])
-def test_only_compiling_asks_for_a_compiler(value, monkeypatch, capsys):
+@pytest.mark.parametrize(("wish", "shards"), [("auto", None), (False, None), (True, ShardEngine("FSDP2", 2, None))])
+def test_only_a_plan_that_compiles_asks_for_a_compiler(wish, shards, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", None)
-    plan_utils.check_compiler(SETTINGS._replace(torch_compile=value), CPU)
-    assert capsys.readouterr().err == ""
+    model, settings = make_model("llama"), SETTINGS._replace(torch_compile=wish)
+    plan = plan_utils.plan_steps(model, settings, torch.float32, make_rows(), shards=shards)
+    plan_utils.check_compiler(plan, CPU)
+    said = capsys.readouterr().err
+    assert "will be compiled" not in said
+    assert ("The layers are neither compiled nor recorded" in said) == (shards is not None)
