@@ -1316,6 +1316,21 @@ def test_text_parts_of_each_kind_are_joined(write, content, text):
     assert turns_of(write, {"role": "user", "content": content})[1]["content"] == text
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "I count."},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "I count."}]},
+        {"type": "reasoning", "text": "I count."},
+    ],
+)
+def test_a_part_of_an_answer_may_be_its_thought(write, part):
+    said = {"role": "assistant", "content": [part, {"type": "text", "text": "a"}]}
+    assert turns_of(write, said)[1] == {"role": "assistant", "content": "a", "reasoning_content": "I count."}
+    with pytest.raises(UserError, match=r"a part of type (thinking|reasoning), expected texts only"):
+        turns_of(write, {"role": "user", "content": [part]})
+
+
 @pytest.mark.parametrize("content", [{"left": 3}, [{"left": 3}], 3, [1, "é"]])
 def test_what_a_tool_returns_may_be_any_json_and_a_users_text_may_not(write, content):
     assert json.loads(turns_of(write, {"role": "tool", "content": content})[1]["content"]) == content
