@@ -635,7 +635,10 @@ def parse_calls(value, where):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
-        arguments = parse_text(next((function[key] for key in ARGUMENTS if function.get(key)), {}))
+        given = [key for key in ARGUMENTS if function.get(key)]
+        if len(given) > 1:
+            raise UserError(f"{where}: {' and '.join(given)} of {function['name']}, expected arguments alone")
+        arguments = parse_text(function[given[0]] if given else {})
         if not isinstance(arguments, dict):
             raise UserError(f"{where}: the arguments of {function['name']} are no JSON object; mend or remove the row")
         number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
