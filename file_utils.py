@@ -9,9 +9,10 @@ import shutil
 import time
 import uuid
 import zlib
+from functools import partial
 from pathlib import Path
 
-from message_utils import STOPPING, STORAGE_ERROR_NUMBERS, SignalHandlers, UserError
+from message_utils import BEGUN, STOPPING, STORAGE_ERROR_NUMBERS, SignalHandlers, UserError
 
 READ_BYTES = 2**18  # of a file that is hashed, at once
 
@@ -163,8 +164,10 @@ def staged_folder(target, staged=None):
     """
     staged = staged or target.with_name(f"{target.name}.incomplete")
     remove(staged)
-    staged.mkdir(parents=True)
+    undo = partial(remove, staged)
+    BEGUN.append(undo)
     try:
+        staged.mkdir(parents=True)
         yield staged
         make_readable(staged)
         for path in files_in(staged):
@@ -176,6 +179,8 @@ def staged_folder(target, staged=None):
         with SignalHandlers(STOPPING, lambda number, frame: None):
             remove(staged)
         raise
+    finally:
+        BEGUN.remove(undo)
 
 
 CACHED_FOLDERS = 8  # of each kind are kept, those that were used last

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import importlib
+import json
 import logging
 import math
 import os
@@ -55,6 +56,7 @@ class Stopped(BaseException):
         self.exit_code = 128 + signal_number  # the code that a shell reports for a signal
 
 
+BEGUN = []  # functions that remove what was begun and is not whole yet, for an end that runs no `except` or `finally`
 STOPPING = ("SIGTERM", "SIGHUP", "SIGINT")  # the signals that ask a process to end
 CTRL_C = "\nStopped by Ctrl-C."
 ECHO = 2  # seconds after a signal in which one more is taken for the same: `timeout` and launchers send it twice
@@ -200,7 +202,7 @@ def detach_from_closed_terminal(number):
 @contextlib.contextmanager
 def signals_leave_at_once():
     """End the process at a signal while libraries are imported, or a user's file is executed: in C code an exception
-    would be lost, or come out as another error. Nothing needs cleaning up there. A training's handlers stay.
+    would be lost, or come out as another error. What has BEGUN is removed. A training's handlers stay.
     """
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING if hasattr(signal, name)}
     ours = [
@@ -217,6 +219,8 @@ def leave_at_once(number, frame):
         line = CTRL_C if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}."
         with contextlib.suppress(OSError):  # the terminal was closed
             os.write(2, f"{line}\n".encode())
+    for undo in BEGUN:
+        undo()
     os._exit(128 + number)
 
 
@@ -323,6 +327,20 @@ def say_error(mistake):
     if not is_first_on_machine():
         time.sleep(FIRST_SPEAKS)
     say(f"error: {mistake}", each_process=True)
+    tell_launcher(f"error: {mistake}")
+
+
+def tell_launcher(line):
+    """Give a launcher the line as the cause of its report, which follows with a traceback of its own.
+
+    In the form of torch.distributed.elastic's ErrorHandler, without importing torch.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(report, file)
 
 
 def check_start():

@@ -215,8 +215,8 @@ def lines_about_tokenizing(folder):
 ENDS = {
     "Ctrl-C": (signal.SIGINT, os.killpg, 130, ["Stopped by Ctrl-C."]),
     "Ctrl-C of a launcher": (signal.SIGINT, os.kill, 130, ["Stopped by Ctrl-C."]),
-    "SIGTERM": (signal.SIGTERM, os.kill, -signal.SIGTERM, []),
-    "SIGTERM to all": (signal.SIGTERM, os.killpg, -signal.SIGTERM, []),
+    "SIGTERM": (signal.SIGTERM, os.kill, 143, ["Stopped by SIGTERM."]),
+    "SIGTERM to all": (signal.SIGTERM, os.killpg, 143, ["Stopped by SIGTERM."]),
     "kill -9": (signal.SIGKILL, os.kill, -signal.SIGKILL, []),
 }
 
