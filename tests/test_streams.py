@@ -204,10 +204,9 @@ def test_a_rank_that_no_launcher_set_is_refused(capsys, monkeypatch):
 def test_a_signal_while_a_library_is_imported_leaves_nothing_half_made(tmp_path):
     program = "import os, pathlib, signal, sys\nfrom file_utils import staged_folder\n"
     program += "from message_utils import run_script, signals_leave_at_once\n"
-    program += (
-        "def main(argv):\n with staged_folder(pathlib.Path(argv[0]) / 'model') as folder, signals_leave_at_once():\n"
-    )
-    program += "  (folder / 'weights').touch()\n  os.kill(os.getpid(), signal.SIGTERM)\n"
+    program += "def main(argv):\n with staged_folder(pathlib.Path(argv[0]) / 'model') as made:\n"
+    program += "  with signals_leave_at_once():\n"
+    program += "   (made / 'weights').touch()\n   os.kill(os.getpid(), signal.SIGTERM)\n"
     command = [sys.executable, "-c", f"{program}sys.exit(run_script(main, sys.argv[1:]))", tmp_path]
     done = subprocess.run(command, capture_output=True, cwd=PROJECT, check=False)
     assert (done.returncode, done.stderr) == (143, b"Stopped by SIGTERM.\n")
