@@ -125,9 +125,10 @@ class Journal:
     def __init__(self, path, identity):
         """Raises UserError if the file at `path` holds answers to another input, or given with other settings."""
         self.path, self.replies = path, {}
-        if path.is_symlink():
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            kind = "a link" if path.is_symlink() else "no file"
             raise UserError(
-                f"{display_path(path)} is a link, expected a file of answers so far; move it away, or give another"
+                f"{display_path(path)} is {kind}, expected a file of answers so far; move it away, or give another"
                 " --output_file"
             )
         self.lock = FileLock(f"{path}.lock", blocking=False)

@@ -96,6 +96,7 @@ TWINS = (
 )  # OpenAI's keys and ShareGPT's; the first are read where both are there
 TURN_TEXTS = {"content", "value", "tool_calls"}
 TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHT_PARTS = ("thinking", "reasoning")  # of an answer
 PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
 TURN_KEYS = {
     *("role", "from", "content", "value", "tools", "tool_calls", CALLS, "tool_call_id"),
@@ -481,7 +482,7 @@ def read_message(turn, where):
         raise UserError(f"{where}: speaker {speaker!r}, expected one of {', '.join(ROLES)}")
     check_media(turn, where)
     calls = read_calls(turn, where)
-    content = turn.get("content", turn.get("value"))
+    content, thought = split_thought(turn.get("content", turn.get("value")), where, role)
     if speaker in CALLERS and not calls and isinstance(content, str):
         calls = parse_calls(content, where)
         content = None if calls else content
@@ -491,6 +492,8 @@ def read_message(turn, where):
         raise UserError(f"{where}: a call of a tool by the {role}, expected calls in messages of the assistant alone")
     if calls:
         message["tool_calls"] = calls
+    if thought:
+        message["reasoning_content"] = thought
     for key in ("tool_call_id", *REASONING):
         if turn.get(key) not in (None, ""):
             message.setdefault(
@@ -542,6 +545,16 @@ def read_label(value):
         return word in GOOD
     number = read_number(value)
     return number == 1 if number in (-1, 0, 1) else None
+
+
+def split_thought(content, where, role):
+    """(content, thought) of a message, whose parts may be thoughts where it is an answer."""
+    if role != "assistant" or not isinstance(content, list):
+        return content, ""
+    thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in THOUGHT_PARTS]
+    texts = [next((part[key] for key in (*THOUGHT_PARTS, "text") if part.get(key)), None) for part in thoughts]
+    rest = [part for part in content if part not in thoughts] if thoughts else content
+    return rest, "\n".join(join_parts(text, where, role) for text in texts)
 
 
 def find_role(turn):
@@ -622,7 +635,10 @@ def parse_calls(value, where):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
-        arguments = parse_text(next((function[key] for key in ARGUMENTS if function.get(key)), {}))
+        given = [key for key in ARGUMENTS if function.get(key)]
+        if len(given) > 1:
+            raise UserError(f"{where}: {' and '.join(given)} of {function['name']}, expected arguments alone")
+        arguments = parse_text(function[given[0]] if given else {})
         if not isinstance(arguments, dict):
             raise UserError(f"{where}: the arguments of {function['name']} are no JSON object; mend or remove the row")
         number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}

@@ -60,7 +60,7 @@ def main(argv):
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
     adapter_path, output_dir = find_adapter(options, given)
-    instruction = find_instruction(options.instruction)
+    instruction = find_instruction(options.instruction, options.demo)
     target = find_output_file(options)
     loaded = load(adapter_path, given, options.base_only)
     start_garbage_collection()
@@ -76,8 +76,10 @@ def main(argv):
         chat(loaded, adapter_path, output_dir)
 
 
-def find_instruction(text):
+def find_instruction(text, demo=False):
     """The instruction of the command line, or stdin's whole text for "-"; UserError if it is blank or no text."""
+    if text is not None and demo:
+        raise UserError("--demo answers its own examples; leave it out, or the instruction")
     if text == "-":
         text = read_stdin()
     elif text is not None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import importlib
+import json
 import logging
 import math
 import os
@@ -252,7 +253,8 @@ def run_script(main, argv):
     signal. Any other exception is a bug of ours and is raised with its traceback.
     """
     try:
-        with StopAtOnce():
+        # a launcher's processes may wait for each other in C code, where no handler is called: there they just end
+        with contextlib.nullcontext() if "LOCAL_RANK" in os.environ else StopAtOnce():
             return run_main(main, argv)
     except (KeyboardInterrupt, Stopped) as stop:  # one more, while the first was dealt with
         return end_by(stop)
@@ -316,6 +318,20 @@ def say_error(mistake):
     if not is_first_on_machine():
         time.sleep(FIRST_SPEAKS)
     say(f"error: {mistake}", each_process=True)
+    tell_launcher(f"error: {mistake}")
+
+
+def tell_launcher(line):
+    """Give a launcher the line as the cause of its report, which follows with a traceback of its own.
+
+    In the form of torch.distributed.elastic's ErrorHandler, without importing torch.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(report, file)
 
 
 def check_start():

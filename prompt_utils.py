@@ -25,7 +25,12 @@ ALPACA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
 
-THINKING = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
+DEFAULT = "{{% if {0} is not defined %}}{{% set {0} = {1} %}}{{% endif %}}"
+# The default of an option by which a template is asked for thoughts, and other options that do the same
+THINKING = {enabled: DEFAULT.format("enable_thinking", str(enabled).lower()) for enabled in (True, False)}
+THINKING_BY_OTHER_NAMES = {
+    option: DEFAULT.format(option, value) for option, value in (("thinking", "true"), ("reasoning_effort", "'high'"))
+}
 # A conversation that shows how a template writes, and tools for the templates that cannot do without
 PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The quick brown fox"})
 PROBE_TOOLS = [
@@ -240,23 +245,31 @@ def written_date(tokenizer):
 def set_thinking(tokenizer, enabled):
     """Make `enabled` the template's default of enable_thinking, if it has such an option and no default of ours yet.
 
-    The default is a part of the template, so that every server that loads the saved tokenizer writes the same prompt.
+    Where it is true and thoughts still have no place, that goes for an option by another name that makes one. The
+    default is a part of the template, so that every server that loads the saved tokenizer writes the same prompt.
     """
 
     def choose(template):
-        for value in ("true", "false"):
-            template = template.removeprefix(THINKING.format(value))
-        return THINKING.format(str(enabled).lower()) + template if "enable_thinking" in template else template
+        for default in THINKING.values():
+            template = template.removeprefix(default)
+        return THINKING[enabled] + template if "enable_thinking" in template else template
 
     template = tokenizer.chat_template
     is_dict = isinstance(template, dict)
     tokenizer.chat_template = {name: choose(text) for name, text in template.items()} if is_dict else choose(template)
+    if not enabled or is_dict:
+        return
+    template = tokenizer.chat_template
+    for option, default in THINKING_BY_OTHER_NAMES.items():
+        if re.search(rf"\b{option} is (not )?defined", template) and not uses_reasoning(tokenizer):
+            tokenizer.chat_template = default + template
+            if uses_reasoning(tokenizer):
+                return
+            tokenizer.chat_template = template
 
 
 def has_thinking_default(tokenizer):
-    return THINKING.format("true") in str(tokenizer.chat_template) or THINKING.format("false") in str(
-        tokenizer.chat_template
-    )
+    return any(default in str(tokenizer.chat_template) for default in THINKING.values())
 
 
 def find_end_token(tokenizer):

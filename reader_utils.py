@@ -230,10 +230,11 @@ def read_csv_rows(path, name, notes, columns):
         head, skipped = head[1:], skipped + 1
     delimiter, quote = detect_dialect(head, named[1] if named else DELIMITERS, columns)
     separated = "" if delimiter == "," else f" separated by {delimiter!r}"
-    quoted = "" if quote == '"' else f" in {quote} quotes"
-    notes.append(f"CSV{separated}{quoted}")
+    blanks = has_blanks_before_quotes(head, delimiter, quote)
+    quoted = "" if quote == '"' and not blanks else f" in {quote} quotes"
+    notes.append(f"CSV{separated}{quoted}{' behind blanks' if blanks else ''}")
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(chain(head, lines), delimiter=delimiter, quotechar=quote, strict=True)
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, quotechar=quote, skipinitialspace=blanks, strict=True)
     yield from enumerate(csv_rows(reader, name, skipped, delimiter), start=1)
 
 
@@ -266,8 +267,18 @@ def detect_dialect(head, delimiters, columns):
 
 def count_quoted(lines, delimiter, quote):
     """How many cells of these lines stand in quotes of this kind."""
-    end = re.escape(delimiter)
-    cell = re.compile(rf"(?:^|(?<={end})){quote}(?:[^{quote}]|{quote}{quote})*{quote}(?=\s*$|{end})")
+    return count_cells(lines, rf"(?:^|(?<={re.escape(delimiter)}))", delimiter, quote)
+
+
+def has_blanks_before_quotes(lines, delimiter, quote):
+    """Whether more quotes stand behind a delimiter and a blank than behind a delimiter: "a", "b"."""
+    behind, end = (rf"(?<={re.escape(delimiter)}){blanks}" for blanks in (" +", ""))
+    return count_cells(lines, behind, delimiter, quote) > count_cells(lines, end, delimiter, quote)
+
+
+def count_cells(lines, before, delimiter, quote):
+    """How many cells of these lines stand in quotes of this kind behind a pattern."""
+    cell = re.compile(rf"{before}{quote}(?:[^{quote}]|{quote}{quote})*{quote}(?=\s*$|{re.escape(delimiter)})")
     return sum(len(cell.findall(line)) for line in lines)
 
 

@@ -37,6 +37,7 @@ from file_utils import (
 )
 from message_utils import (
     LateImport,
+    StopAtOnce,
     UserError,
     counted,
     note,
@@ -136,7 +137,7 @@ def train(settings, dry_run=False, fresh=False):
         rehearse(settings, base, data, rows, plan, started)
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
-    with lock:
+    with lock, StopAtOnce():
         check_same_folder(lock)
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)

@@ -1,10 +1,11 @@
-"""The results of benchmarks/speed.py as a bar chart in SVG."""
+"""The results of benchmarks/speed.py or of benchmarks/replies.py as a bar chart in SVG."""
 
 import json
 from html import escape
 from pathlib import Path
 
-COLORS = {"ours": "#2563eb", "reference": "#cbd5e1", "tutorial": "#94a3b8", "trl": "#d97706", "unsloth": "#16a34a"}
+COLORS = {"ours": "#2563eb", "reference": "#cbd5e1", "trl": "#d97706", "unsloth": "#16a34a"}
+COLORS |= dict.fromkeys(("tutorial", "generate"), "#94a3b8")
 WIDTH, LABELS, BAR, ROW, HEADING = 900, 110, 420, 24, 40  # pixels; BAR is the longest bar
 
 
@@ -13,7 +14,7 @@ def draw(results, chart):
     lines = [json.loads(line) for line in Path(results).read_text(encoding="utf-8").splitlines() if line.strip()]
     groups = {}
     for line in lines:
-        groups.setdefault(line["configuration"], {})[line["program"]] = line
+        groups.setdefault(line.get("configuration") or (line["model"], line["rows"]), {})[line["program"]] = line
     speeds = [line["tokens_per_second"] for line in lines if "failed" not in line]
     if not speeds:
         raise SystemExit(f"{results} holds no measurement to draw")
@@ -38,7 +39,10 @@ def draw(results, chart):
 def title(name, group):
     measured = next((line for line in group.values() if "failed" not in line), None)
     if measured is None:
-        return name
+        return str(name)
+    if "model" in measured:
+        model = {"4bit": "4-bit model with its adapter", "16bit": "16-bit model, as merged"}[measured["model"]]
+        return f"replies of the {model}, {measured['rows']} at once"
     rows = "rows of natural length" if measured["rows"] == "natural" else f"rows of {measured['longest']:,} tokens"
     checkpointing = "with" if measured["checkpointing"] else "no"
     step = f"{measured['rows_a_step']} a step" if measured["rows_a_step"] < 48 else "8,192 tokens a step"
@@ -51,7 +55,8 @@ def bar(line, top, scale):
     if "failed" in line:
         return [label, text(LABELS + 10, top + 16, line["failed"][:90], "fill='#64748b' font-style='italic'")]
     width = line["tokens_per_second"] * scale
-    figures = f"{line['tokens_per_second']:,.0f} tokens/s, {line['peak_reserved_gib']:.1f} GiB"
+    memory = line.get("peak_reserved_gib", line.get("peak_gib"))
+    figures = f"{line['tokens_per_second']:,.0f} tokens/s, {memory:.1f} GiB"
     color = COLORS[line["program"].partition("-")[0]]
     return [
         label,

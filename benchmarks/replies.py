@@ -3,6 +3,7 @@
     python benchmarks/speed.py prepare --rows FILE       # once: a model of Mistral-7B's shape and its 4-bit copy
     python benchmarks/replies.py --out replies.jsonl     # every program on every model, a process each
     python benchmarks/replies.py --only ours --models 4bit --rows 1,16 --new_tokens 64
+    python benchmarks/speed.py plot replies.jsonl chart.svg
     python benchmarks/speed.py prepare --device cpu && python benchmarks/replies.py --device cpu --only ours,generate
 
 Every program writes the same number of tokens after the same prompts of 64 random tokens, greedily, with the same
@@ -66,6 +67,8 @@ def measure(options):
         import unsloth  # noqa: F401  before transformers, which it changes
     import torch
 
+    import speed
+
     prepared = json.loads((options.work_dir / "prepared.json").read_text())
     model = load(program, prepared, options.models.split(",")[-1], options.device)
     words = model.get_input_embeddings().num_embeddings
@@ -98,8 +101,7 @@ def measure(options):
             report["first_token"] = round(write.first_token(prompts(1, LONG_PROMPT)[0]), 3)
         if gpu:
             report["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-            report["device"] = torch.cuda.get_device_name()
-        print(json.dumps(report), flush=True)
+        print(json.dumps(report | speed.machine(options.device)), flush=True)
     return 0
 
 

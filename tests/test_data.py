@@ -1266,6 +1266,15 @@ def test_the_arguments_of_a_call_are_read_under_each_of_their_names(write, key):
     for calls in ([call], call, [{"type": "function", "function": call}], json.dumps([call | {key: '{"a": 1}'}])):
         found = turns_of(write, {"role": "assistant", "content": None, "tool_calls": calls})[1]["tool_calls"]
         assert found == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    with pytest.raises(UserError, match="of f, expected arguments alone"):
+        turns_of(write, {"role": "assistant", "tool_calls": [call | {"parameters": {"b": 2}, "arguments": {"c": 3}}]})
+
+
+def test_blanks_before_the_quotes_of_a_csv_file_are_no_part_of_its_texts(write):
+    path = write("rows.csv", 'instruction, output\n"q", "a, b"\n"r", "c ""d"" "\n')
+    assert pairs(path) == [("q", "a, b"), ("r", 'c "d" ')]
+    assert load_conversations(path)[1].format == 'CSV in " quotes behind blanks'
+    assert pairs(write("plain.csv", 'instruction,output\nq, a\n"r","b"\n')) == [("q", " a"), ("r", "b")]
 
 
 @pytest.mark.parametrize(
@@ -1314,6 +1323,21 @@ def test_a_thought_is_read_under_each_of_its_names(write, key):
 )
 def test_text_parts_of_each_kind_are_joined(write, content, text):
     assert turns_of(write, {"role": "user", "content": content})[1]["content"] == text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "I count."},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "I count."}]},
+        {"type": "reasoning", "text": "I count."},
+    ],
+)
+def test_a_part_of_an_answer_may_be_its_thought(write, part):
+    said = {"role": "assistant", "content": [part, {"type": "text", "text": "a"}]}
+    assert turns_of(write, said)[1] == {"role": "assistant", "content": "a", "reasoning_content": "I count."}
+    with pytest.raises(UserError, match=r"a part of type (thinking|reasoning), expected texts only"):
+        turns_of(write, {"role": "user", "content": [part]})
 
 
 @pytest.mark.parametrize("content", [{"left": 3}, [{"left": 3}], 3, [1, "é"]])

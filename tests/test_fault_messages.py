@@ -577,6 +577,17 @@ def a_link_where_unfinished_answers_belong(place):
     (place.folder / "answers.jsonl.unfinished").symlink_to(place.folder / "mine.txt")
 
 
+@fault("is no file, expected a file of answers so far; move it away", main=answer_rows)
+def a_pipe_where_unfinished_answers_belong(place):
+    adapter(place)
+    os.mkfifo(place.folder / "answers.jsonl.unfinished")
+
+
+@fault("--demo answers its own examples; leave it out, or", main=lambda argv: inference.main(["Hi", "--demo"]))
+def an_instruction_beside_the_examples(place):
+    pass
+
+
 @fault("holds a NUL character, which no name has; correct it", main=lambda argv: answer_rows(argv, "a\0b"))
 def a_file_of_prompts_with_a_NUL_in_its_name(place):
     adapter(place)

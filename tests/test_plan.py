@@ -275,11 +275,13 @@ def test_checkpoints_wait_on_the_host_where_smaller_passes_do_not_fit_either(sev
     assert not found(32768, 1, 16, host=14).offloaded
 
 
-def test_on_a_cpu_only_true_recomputes_and_nothing_fast_is_planned(seven_billion, capsys):
+def test_on_a_cpu_only_true_recomputes_and_only_the_loss_is_fused(seven_billion, capsys):
     for setting, expected in ((True, True), (False, False), ("auto", False)):
         settings = SETTINGS._replace(gradient_checkpointing=setting)
         found = plan_steps(seven_billion, settings, torch.float32, rows_of(5, 9))
-        assert found == plan_utils.StepPlan(checkpointing=expected, max_pass_tokens=2048, rows_a_step=16, longest_row=9)
+        assert found == plan_utils.StepPlan(
+            Kernels(loss=True), checkpointing=expected, max_pass_tokens=2048, rows_a_step=16, longest_row=9
+        )
     assert capsys.readouterr().err == ""
 
 

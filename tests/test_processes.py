@@ -5,8 +5,10 @@ import shutil
 import signal
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conftest import PROJECT, adapter_bytes
+from message_utils import UserError, run_script
 
 TORCHRUN = ("--nproc_per_node", "2")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
@@ -141,3 +143,15 @@ def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run_t
     assert "Traceback" not in first.stderr + second.stderr
     assert "Connection" not in second.stderr
     assert not list((places[1] / "checkpoints").iterdir())
+
+
+def test_the_report_of_a_launcher_names_the_mistake(monkeypatch, tmp_path):
+    def mistaken(argv):
+        raise UserError("3 rows were found, expected 4; add one")
+
+    path = str(tmp_path / "error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path)
+    assert run_script(mistaken, []) == 2
+    report = str(ChildFailedError("train.py", {0: ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=path)}))
+    assert "error: 3 rows were found, expected 4; add one" in report
+    assert "To enable traceback" not in report

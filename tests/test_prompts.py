@@ -844,6 +844,25 @@ def test_a_thought_is_opened_once_and_closed_once_in_the_form_of_its_template(to
     assert inline == thoughtful + "</s>" if thoughtful else "I count." in inline
 
 
+@pytest.mark.parametrize(
+    ("option", "off", "on"),
+    [("thinking", "false", "thinking"), ("reasoning_effort", "'none'", "reasoning_effort in ['low', 'high']")],
+)
+def test_thoughts_are_asked_for_by_the_option_that_the_template_has_for_them(tokenizer, option, off, on):
+    tokenizer.chat_template = f"{{% if not {option} is defined %}}{{% set {option} = {off} %}}{{% endif %}}" + chat(
+        "<think></think>" + SPOKEN, f"{{% if {on} %}}<think>{{% else %}}<think></think>{{% endif %}}"
+    )
+    thoughtful = [user("q"), assistant("4") | {"reasoning_content": "I count."}]
+    set_thinking(tokenizer, False)
+    assert check_rule(tokenizer, thoughtful)[0][1] == "4</s>"
+    for _ in range(2):
+        set_thinking(tokenizer, True)
+        ((prompt, answer),) = check_rule(tokenizer, thoughtful)
+        assert prompt.endswith("[A]<think>")
+        assert answer == "I count.</think>4</s>"
+    assert check_rule(tokenizer, [user("q"), assistant("4")])[0][1] == "</think>4</s>"
+
+
 def test_an_answer_may_go_on_with_the_thought_that_the_prompt_has_opened(tokenizer):
     tokenizer.chat_template = OPEN_THOUGHT
     answer = assistant("I count.\n</think>\n\n4")
