@@ -821,15 +821,11 @@ def round_stochastically(weight, dtype, generator):
     What an adapter adds to a weight is often less than half the distance to the next 16-bit number. Rounding to the
     nearest would take it back in most places, and with it much of what a short training has learned.
     """
-    nearest = weight.to(dtype)
     if dtype.itemsize != 2:
-        return nearest
-    error = weight - nearest.float()
-    further = torch.where(error * nearest.float() > 0, 1, -1).to(torch.int16)  # from zero, or nearer to it
-    other = (nearest.view(torch.int16) + further).view(dtype)
-    gap = (other.float() - nearest.float()).abs()
-    chance = torch.rand(weight.shape, generator=generator, device=weight.device)
-    return torch.where(chance * gap < error.abs(), other, nearest)
+        return weight.to(dtype)
+    step = round(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)  # of the format, in float32's last places
+    chance = torch.randint(step, weight.shape, dtype=torch.int32, generator=generator, device=weight.device)
+    return ((weight.view(torch.int32) + chance) & -step).view(torch.float32).to(dtype)
 
 
 def dequantized_weight(layer, target):
