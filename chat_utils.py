@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from data_utils import read_unanswered, require_text, unanswered, with_tools
+from data_utils import read_unanswered, unanswered
 from encoding_utils import encode_prompt
 from file_utils import display_path, expand_home, whole_file
 from generation_utils import Decoders, build_generation_config, prompt_limit, stream_reply
 from message_utils import UserError, counted, say, system_problem
 from prompt_utils import begin_with
+from row_utils import require_text, with_tools
 from settings_utils import DEFAULTS, check_value, parse_value
 from terminal_utils import (
     FILES,

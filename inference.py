@@ -23,13 +23,13 @@ from pathlib import Path
 
 from file_utils import check_writable, display_path, expand_home, read_json_if_any
 from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from row_utils import require_text
 from run_utils import CACHE, find_adapter
 from settings_utils import build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.
 batch_utils = LateImport("batch_utils")
 chat_utils = LateImport("chat_utils")
-data_utils = LateImport("data_utils")
 fit_utils = LateImport("fit_utils")
 hub_utils = LateImport("hub_utils")
 model_utils = LateImport("model_utils")
@@ -85,7 +85,7 @@ def find_instruction(text, demo=False):
     elif text is not None:
         with contextlib.suppress(UnicodeError):  # it is UTF-8, though the locale says ASCII
             text = os.fsencode(text).decode()
-    if text is not None and not data_utils.require_text(text, "the instruction").strip():
+    if text is not None and not require_text(text, "the instruction").strip():
         raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
     return text
 

@@ -9,11 +9,12 @@ from itertools import count
 import numpy as np
 import pandas
 
-from data_utils import is_trained, words_of
+from data_utils import words_of
 from engine_passes import perplexity
 from file_utils import display_path, staged_folder, storage_errors, write_json
 from message_utils import UserError, counted, printable
 from page_utils import write_report
+from row_utils import is_trained
 from score_utils import (
     FEWEST_ROWS,
     TOO_FEW,
