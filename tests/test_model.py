@@ -235,6 +235,7 @@ def gpus(monkeypatch):
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         # as on a T4: without bf16 hardware torch still says that it can emulate it, slowly
         monkeypatch.setattr(
