@@ -160,7 +160,8 @@ class SampleAnswers(TrainerCallback):
         """Seconds that the answers of an evaluation will take: as long as those in the data, a few tokens are timed."""
         prompts = self.prompts[:TIMED_PROMPTS]
         seconds = []
-        for tokens in (1, 1 + TIMED_TOKENS):  # the first reads the prompts
+        loading = (1,) if model.device.type == "cuda" else ()  # a GPU loads and compiles what it needs first
+        for tokens in (*loading, 1, 1 + TIMED_TOKENS):  # one token takes the reading of the prompts
             config = copy.deepcopy(self.generation_config)
             config.max_new_tokens, config.eos_token_id = tokens, None
             started = time.perf_counter()
@@ -168,5 +169,6 @@ class SampleAnswers(TrainerCallback):
             seconds.append(time.perf_counter() - started)
         lengths = [len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1 for answer in self.expected]
         longest = min(max(lengths), self.generation_config.max_new_tokens)
-        a_token = max(0, seconds[1] - seconds[0]) / TIMED_TOKENS
-        return (seconds[0] + a_token * (longest - 1)) * len(self.prompts) / len(prompts)
+        one, more = seconds[-2:]
+        a_token = max(0, more - one) / TIMED_TOKENS
+        return (one + a_token * (longest - 1)) * len(self.prompts) / len(prompts)

@@ -78,10 +78,8 @@ WEIGHTS = (*WHOLE_ROW, "loss", "loss_scale", "loss_mask", "train_on_turn")  # 0 
 MASKS = ("mask", "masked", "ignore", "skip")  # such keys say so too, or the opposite: 1 is trained in a mask of losses
 HISTORY = ("history",)  # the questions and answers before an instruction, as LLaMA-Factory has them: [["q", "a"], ...]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers has it
-TWINS = (
-    ("role", "from"),
-    ("content", "value"),
-)  # OpenAI's keys and ShareGPT's; the first are read where both are there
+# OpenAI's keys and ShareGPT's; the first are read where both are there
+TWINS = (("role", "from"), ("content", "value"))
 TURN_TEXTS = {"content", "value", "tool_calls"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")  # of an answer
