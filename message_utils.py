@@ -307,17 +307,6 @@ def run_main(main, argv):
         return 2
 
 
-def say_uncaught(kind, error, trace):
-    """The scripts' sys.excepthook: a package that is missing where they import it is the line of any other mistake."""
-    if isinstance(error, ModuleNotFoundError):
-        say_error(system_problem(error))
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = say_uncaught
-
-
 def say_error(mistake):
     """Print a UserError once on each machine: its other processes let the first one do it.
 
@@ -401,16 +390,21 @@ def format_printable_warning(*args, **options):
     return printable(FORMAT_WARNING(*args, **options))
 
 
-def print_uncaught(*error):
-    """Print the traceback of a bug of ours, or of a library."""
-    say("".join(traceback.format_exception(*error)).rstrip(), each_process=True)
+def print_uncaught(kind, error, trace):
+    """Print the traceback of a bug of ours, or of a library; of a package that is missing the line of any mistake."""
+    if isinstance(error, ModuleNotFoundError):
+        say_error(system_problem(error))
+    else:
+        say("".join(traceback.format_exception(kind, error, trace)).rstrip(), each_process=True)
+
+
+sys.excepthook = print_uncaught  # from here on: the scripts import more than this room before they run
 
 
 def let_libraries_print_safely():
     """Make printable what libraries log, warn of and raise."""
     logging.setLogRecordFactory(PrintableRecord)
     warnings.formatwarning = format_printable_warning
-    sys.excepthook = print_uncaught
     threading.excepthook = print_uncaught_in_thread
 
 
