@@ -257,7 +257,11 @@ def set_thinking(tokenizer, enabled):
     template = tokenizer.chat_template
     is_dict = isinstance(template, dict)
     tokenizer.chat_template = {name: choose(text) for name, text in template.items()} if is_dict else choose(template)
-    if not enabled or is_dict:
+    if not enabled:
+        if tokenizer.chat_template != template and refuses_probe(tokenizer):  # some models always think
+            tokenizer.chat_template = template
+        return
+    if is_dict:
         return
     template = tokenizer.chat_template
     for option, default in THINKING_BY_OTHER_NAMES.items():
@@ -266,6 +270,15 @@ def set_thinking(tokenizer, enabled):
             if uses_reasoning(tokenizer):
                 return
             tokenizer.chat_template = template
+
+
+def refuses_probe(tokenizer):
+    """Whether the chat template writes not even a plain question and its answer."""
+    try:
+        with time_limit():
+            return not render_probe(tokenizer, list(PROBE), False)
+    except UserError:
+        return True
 
 
 def has_thinking_default(tokenizer):
@@ -572,8 +585,9 @@ def write_answer(tokenizer, prompt, begun, messages, content, end_token):
     plain["content"] = text.strip() if inline else text
 
     def write(form, parts):
-        is_text = parts[:1] != names[:1]
-        return find_turn(base, render(tokenizer, [*earlier, form], False), parts, earlier, is_text)
+        rendered = render(tokenizer, [*earlier, form], False)
+        turn = find_turn(base, rendered, parts, earlier, is_text=parts[:1] != names[:1])
+        return turn if turn is None or rendered.startswith(base) else drop_header(tokenizer, base, turn)
 
     def try_form(form):
         with suppress_refusals():
@@ -656,10 +670,24 @@ def find_turn(base, rendered, parts, earlier, is_text=True):
     shared = rendered[start - shared_end(rendered[:start], base) : start]
     if re.search(r"\w", shared) and not any(words in rendered[start:place] for words in said):
         return rendered[start:]
-    start = count_shared(rendered, base)
+    start = whole_marks(rendered, count_shared(rendered, base))
     if start <= place and not any(words in base[start:] + rendered[start:place] for words in said):
         return rendered[start:]
     return rendered[place:] if is_text else None
+
+
+def drop_header(tokenizer, base, turn):
+    """A turn without the mark of its speaker, where the prompt ends with it already, with other blanks about it."""
+    marks = list(control_tokens(tokenizer).pattern.finditer(base))
+    header = base[marks[-1].start() :].strip() if marks else ""
+    return turn.lstrip().removeprefix(header) if header and turn.lstrip().startswith(header) else turn
+
+
+def whole_marks(text, place):
+    """A place in a text, or the start of the mark or word that it lies within: <judge> and <think> share no <."""
+    mark = re.search(r"[<\[][^<>\[\]\s]*\Z", text[:place])
+    begun = mark or (re.match(r"\w", text[place:]) and re.search(r"\w+\Z", text[:place]))
+    return begun.start() if begun else place
 
 
 def count_shared(one, other):

@@ -884,6 +884,32 @@ def test_a_user_may_write_what_the_prompt_ends_with(tokenizer, said):
     assert answer == "\n\n</think>\n\n4</s>"
 
 
+@pytest.mark.parametrize(
+    ("header", "prompted", "answer"),
+    [
+        ("<|reserved_0|>model\n", "<|reserved_0|>model\n<judge>\n", "<think>4"),  # has the < of <judge> in common
+        ("  <|reserved_0|>model: ", "<|reserved_0|>model:", "4"),
+        ("first\n", "final: ", "4"),
+    ],
+)
+def test_neither_half_a_mark_nor_the_heading_that_the_prompt_has_is_trained(tokenizer, header, prompted, answer):
+    tokenizer.chat_template = chat(header + SPOKEN, prompted).replace("[A]", "")
+    ((prompt, trained_text),) = check_rule(tokenizer, [user("q"), assistant(answer)])
+    assert prompt.endswith(prompted)
+    assert trained_text.strip().removeprefix("first\n") == answer + "</s>"
+
+
+def test_a_template_that_always_thinks_is_taken_as_it_is(tokenizer):
+    thinking = chat("<think>\n\n</think>" + SPOKEN, "<think>\n")
+    tokenizer.chat_template = (
+        "{% if enable_thinking is defined and not enable_thinking %}{{ 1 / 0 }}{% endif %}" + thinking
+    )
+    always = tokenizer.chat_template
+    set_thinking(tokenizer, False)
+    assert tokenizer.chat_template == always
+    assert check_rule(tokenizer, [user("q"), assistant("4")])[0][1] == "\n</think>4</s>"
+
+
 def test_a_call_that_stands_without_the_heading_of_its_prompt_is_trained_whole(tokenizer):
     # as Falcon 3 has it: a heading where there is a text, and the calls as indented JSON
     tokenizer.chat_template = (
