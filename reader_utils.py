@@ -199,17 +199,29 @@ def parse_json(text, where):
 
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
 def read_parquet_rows(path, name, notes, columns):
-    """Rows of a Parquet file, PARQUET_ROWS in memory at a time."""
+    """Rows of a Parquet file, PARQUET_ROWS in memory at a time.
+
+    Inside its objects a key that is null counts as not there: Arrow gives all objects of a column the same keys, and
+    fills up with null those that an object had not.
+    """
     notes.append("Parquet")
     if path.stat().st_size == 0:
         raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
     try:
         with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=PARQUET_ROWS) for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
-    except (ArrowException, OSError, ValueError) as error:  # ValueError: text in it that is no UTF-8
+            batches = file.iter_batches(batch_size=PARQUET_ROWS)
+            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
+            yield from enumerate(({name: without_nulls(row[name]) for name in row} for row in rows), start=1)
+    except (ArrowException, OSError, ValueError, KeyError) as error:  # text that is no UTF-8, a map with a key twice
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"dataset {name}: damaged or no Parquet file ({reason}); write it again") from None
+
+
+def without_nulls(value):
+    """A value whose objects, at any depth, have no keys that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------

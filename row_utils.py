@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from message_utils import UserError
+from reader_utils import without_nulls
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
@@ -68,6 +69,7 @@ ROLES = {
 CALLS = "function_call"  # the key of a call in OpenAI's first format
 ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call, by the names of several providers
 CALLERS = (CALLS, "tool_call")  # the speakers of a call in ShareGPT
+NULLABLE = ("default", "const")  # the keys of a JSON schema under which null says something
 TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 LABELS = ("label", "kto_tag")  # whether the answer is a good one, as KTO has it
@@ -366,10 +368,11 @@ def read_turns(turns, column, where, report):
         spoken = f"{where}, message {index}"
         if not isinstance(turn, dict):
             raise UserError(f'{spoken}: {shown(turn)}, expected an object: {{"role": "assistant", "content": "..."}}')
+        turn = {key: value for key, value in turn.items() if value is not None}
         message = read_message(turn, spoken)
         tools = tools or parse_tools(turn.get("tools"), spoken)
-        other = {new if old in turn and turn.get(new) is not None else None for old, new in TWINS}
-        unused = [key for key, value in turn.items() if value is not None and (key not in TURN_KEYS or key in other)]
+        other = {new for old, new in TWINS if old in turn}
+        unused = [key for key in turn if key not in TURN_KEYS or key in other]
         if message["role"] == "tool" and "name" in unused:
             message["name"] = require_text(turn["name"], spoken)
             unused.remove("name")
@@ -473,7 +476,7 @@ def split_thought(content, where, role):
 
 def find_role(turn):
     """The role of a turn's speaker, or None where that is not known."""
-    speaker = turn.get("role", turn.get("from"))
+    speaker = turn.get("role") or turn.get("from")
     return ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
 
 
@@ -504,8 +507,36 @@ def check_media(found, where):
 
 # ---- Tools -----------------------------------------------------------------------------------------------------------
 def with_tools(conversation, tools):
-    """The conversation with the definitions of its tools in its first message."""
-    return [conversation[0] | {"tools": tools}, *conversation[1:]] if conversation and tools else conversation
+    """The conversation with the definitions of its tools in its first message.
+
+    Where a call has arguments that its tool does not know, and they are null, all null ones are left out: the rows come
+    from Arrow, which gives all objects of a column the same keys.
+    """
+    if not conversation or not tools:
+        return conversation
+    functions = [tool["function"] for tool in tools]
+    known = {function["name"]: function.get("parameters") for function in functions}
+    calls = [call["function"] for message in conversation for call in message.get("tool_calls", ())]
+    if any(is_filled_up(call["arguments"], known.get(call["name"])) for call in calls):
+        for call in calls:
+            call["arguments"] = without_nulls(call["arguments"])
+    return [conversation[0] | {"tools": tools}, *conversation[1:]]
+
+
+def is_filled_up(arguments, parameters):
+    """Whether some arguments of a call are null that a tool's parameters, a JSON schema, do not name."""
+    parameters = parameters if isinstance(parameters, dict) else {"type": None}
+    properties = parameters.get("properties", None if "type" in parameters else parameters)  # perhaps unwrapped
+    return isinstance(properties, dict) and any(
+        value is None and name not in properties for name, value in arguments.items()
+    )
+
+
+def holds_null(schema):
+    """Whether a JSON schema has null where it says nothing, so that something else has filled it up."""
+    if isinstance(schema, dict):
+        return any((item is None and key not in NULLABLE) or holds_null(item) for key, item in schema.items())
+    return isinstance(schema, list) and any(map(holds_null, schema))
 
 
 def read_tools(row, columns, where, report):
@@ -527,6 +558,7 @@ def parse_tools(value, where):
     tools = parse_text(value)
     if tools in (None, "", [], {}):
         return None
+    tools = without_nulls(tools) if holds_null(tools) else tools
     functions = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in as_list(tools)]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise UserError(f'{where}: tools without a name, expected a list of objects such as {{"name": "search"}}')
@@ -546,7 +578,7 @@ def parse_calls(value, where):
     """Calls as templates take them: a list of {"type": "function", "function": {"name", "arguments": {...}}}."""
     calls = []
     for call in as_list(parse_text(value)):
-        function = call.get("function", call) if isinstance(call, dict) else None
+        function = (call.get("function") or call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
         given = [key for key in ARGUMENTS if function.get(key)]

@@ -771,6 +771,71 @@ def test_calls_and_tools_of_openai_its_first_format_and_sharegpt_are_one_convers
     assert report.dropped == {"duplicate": {"count": 2, "rows": [2, 3]}}
 
 
+def define(name, **properties):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+def filled_up(value):
+    """Rows as Arrow gives them back: each object has the keys of all objects in its place."""
+    return pyarrow.Table.from_pylist(value).to_pylist()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_what_arrow_fills_up_with_null_is_not_there(suffix, tmp_path):
+    text, number = {"type": "string"}, {"type": "integer", "enum": [1, 2]}
+    shapes = [("f", {"item": "lamp"}, {"item": text}), ("g", {"count": 2}, {"count": number})]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"q{index}"},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+                },
+                {"role": "tool", "content": '{"left": null}'},
+                {"role": "assistant", "content": "a"},
+            ],
+            "tools": [define(name, **properties)],
+        }
+        for index, (name, arguments, properties) in enumerate(shapes)
+    ]
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet(path, rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in filled_up(rows)))
+    conversations, report = load_conversations(path)
+    for (name, arguments, properties), (_, messages) in zip(shapes, conversations, strict=True):
+        assert messages[0]["tools"] == [define(name, **properties)]
+        assert messages[1]["tool_calls"][0]["function"] == {"name": name, "arguments": arguments}
+        assert messages[2]["content"] == '{"left": null}'
+    assert not report.unused_keys
+
+
+def test_null_that_says_something_in_a_call_or_a_tool_stays(write):
+    tool = define("f", item={"type": ["string", "null"], "default": None}, kind={"enum": ["a", None]})
+    call = {"name": "f", "arguments": {"item": None, "kind": "a"}}
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}]
+    ((_, messages),) = load_conversations(write("rows.json", json.dumps([{"conversations": turns, "tools": [tool]}])))[
+        0
+    ]
+    assert messages[0]["tools"] == [tool]
+    assert messages[1]["tool_calls"][0]["function"] == call
+
+
+def test_a_map_of_parquet_is_an_object(tmp_path):
+    kind = pyarrow.struct([("name", pyarrow.string()), ("arguments", pyarrow.map_(pyarrow.string(), pyarrow.string()))])
+    turns = [{"role": "user", "content": "q", "tool_calls": []}]
+    turns += [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": [("item", "lamp")]}]}]
+    turn = pyarrow.struct(
+        [("role", pyarrow.string()), ("content", pyarrow.string()), ("tool_calls", pyarrow.list_(kind))]
+    )
+    table = pyarrow.table({"messages": pyarrow.array([turns], pyarrow.list_(turn))})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((_, messages),) = load_conversations(tmp_path / "rows.parquet")[0]
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"item": "lamp"}}
+
+
 def test_the_same_conversation_with_other_tools_is_no_duplicate(write):
     rows = [{"messages": [QUESTION, REPLY], "tools": [STOCK | {"name": name}]} for name in ("stock", "price")]
     assert len(load_rows(write, *rows)[0]) == 2
