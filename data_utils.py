@@ -54,6 +54,8 @@ class DataReport:
     thoughts: int = 0  # answers with a thought before them
     several_turns: int = 0  # rows of more than one question
     reasoning: int = 0  # those of them that have it as reasoning_content
+    calls: int = 0  # of tools
+    ids_taken: dict = field(default_factory=dict)  # a name of call_utils.ID_FORMS -> calls with an id in this form
     rows: int = 0
     kept: int = 0
     left_out: int = 0  # rows that are dropped because they say so themselves
@@ -72,6 +74,12 @@ class DataReport:
     def note_odd(self, column, value):
         """Count a value of a column that is read where it says something, and here says nothing that is known."""
         add_rows(self.odd.setdefault(column, {"count": 0, "rows": [], "value": shown(value)}), [self.number])
+
+    def note_call(self, forms):
+        """Count a call of a tool whose id has these forms."""
+        self.calls += 1
+        for form in forms:
+            self.ids_taken[form] = self.ids_taken.get(form, 0) + 1
 
     def count_dropped(self):
         return sum(found["count"] for found in self.dropped.values())
@@ -338,7 +346,9 @@ def load_conversations(
     name, paths = find_files(str(dataset), Path(cache_dir) / "hub")
     for path in paths:
         check_beginning(path, name)
-    code = [Path(__file__).with_name(name) for name in ("data_utils.py", "row_utils.py", "reader_utils.py")]
+    code = [
+        Path(__file__).with_name(name) for name in ("data_utils.py", "row_utils.py", "reader_utils.py", "call_utils.py")
+    ]
     parts = json.dumps(
         [mapping, number_column, chosen_only, system_prompt, or_usual_names, [path.suffix for path in paths]]
     )

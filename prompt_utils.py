@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 
 import thought_utils
+from call_utils import ID_FORMS, with_ids
 from message_utils import UserError, printable, say
 
 # Alpaca's headings, for base models whose tokenizer has no chat template. `bos_token` is undefined where there is none.
@@ -39,6 +40,7 @@ PROBE_TOOLS = [
         "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
     }
 ]
+PROBE_CALL = {"name": "look_up", "arguments": {"item": "fox"}}
 RENDER_SECONDS = 30  # a template that takes longer for one conversation is taken for one that never ends
 
 
@@ -88,6 +90,8 @@ def render(tokenizer, messages, add_generation_prompt):
     """Render messages as text by the tokenizer's chat template, as servers do; what it refuses is a UserError."""
     tools = messages[0].get("tools") if messages else None
     shown = list(map(public, messages))
+    if any("tool_calls" in message for message in shown) and (form := id_form(tokenizer)):
+        shown = with_ids(shown, form)
     try:
         return render_calls(tokenizer, shown, tools, add_generation_prompt)
     except Exception as error:  # noqa: BLE001 - a template is a program and can fail in any way
@@ -151,6 +155,35 @@ def render_calls(tokenizer, messages, tools, add_generation_prompt):
         if not arguments:
             raise
     return tokenizer.apply_chat_template([with_json_arguments(message) for message in messages], **options)
+
+
+def id_form(tokenizer):
+    """The name of the ID_FORMS in which the chat template takes the ids of calls; None where it takes what it gets."""
+    return find_id_form(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def find_id_form(tokenizer, template):
+    if "tool_call" not in template:
+        return None
+
+    def writes(messages):
+        try:
+            return PROBE_CALL["name"] in render_calls(tokenizer, messages, PROBE_TOOLS, False)
+        except TimeoutError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever fails here is met again with the messages themselves
+            return False
+
+    def ask(**given):
+        call, result = {"type": "function", "function": PROBE_CALL}, {"role": "tool", "content": "1"}
+        calls = {"role": "assistant", "content": "", "tool_calls": [call | given]}
+        return [PROBE[0], calls, result | {f"tool_call_{key}": value for key, value in given.items()}]
+
+    conversations = [ask(), ask(id="call_0123456789abcdef")]
+    if all(map(writes, conversations)):
+        return None
+    return next((form for form in ID_FORMS if all(writes(with_ids(asked, form)) for asked in conversations)), None)
 
 
 @lru_cache(maxsize=8)

@@ -4,8 +4,10 @@ import sys
 
 import numpy as np
 
+from call_utils import ID_FORMS
 from data_utils import last_answer, list_rows
 from message_utils import UserError, counted, say
+from prompt_utils import id_form, uses_reasoning
 from token_utils import ANSWER_CUT, DROPPED, KEPT, SHORTENED
 
 QUANTILES = {"min": 0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1}
@@ -15,12 +17,14 @@ COMMON_ANSWER, COMMON_PART = 0.2, 0.5  # shares of the rows from which a repeate
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
-def build_report(read, train, validation, train_rows, validation_rows, max_seq_length, uses_reasoning=True):
+def build_report(read, train, validation, train_rows, validation_rows, max_seq_length, tokenizer):
     """The report as one JSON object.
 
-    `read` is a list of DataReport, `train` and `validation` are Conversations, the rows TokenizedRows of them;
-    `uses_reasoning` tells whether the template has a place for reasoning_content.
+    `read` is a list of DataReport, `train` and `validation` are Conversations, the rows TokenizedRows of them by the
+    `tokenizer`.
     """
+    reasoning, calls = (sum(getattr(report, name) for report in read) for name in ("reasoning", "calls"))
+    form = id_form(tokenizer) if calls else None
     prompts = validation.index["prompt"]
     leaked = np.isin(prompts, train.index["prompt"]) & (prompts != 0)  # whole texts have none
     return {
@@ -30,7 +34,11 @@ def build_report(read, train, validation, train_rows, validation_rows, max_seq_l
         "validation": describe_tokens(validation_rows) if len(validation) else None,
         "validation_prompts_also_trained": tally(validation.index["number"][leaked]),
         "answers": describe_answers(train),
-        "reasoning_not_used": 0 if uses_reasoning else sum(report.reasoning for report in read),
+        "reasoning_not_used": reasoning if reasoning and not uses_reasoning(tokenizer) else 0,
+        "ids_made": {
+            "form": form,
+            "count": calls - sum(report.ids_taken.get(form, 0) for report in read) if form else 0,
+        },
     }
 
 
@@ -126,7 +134,7 @@ def draw_bars(counts):
 
 def notices(report):
     """Lines on what a user should look at. It may well be meant that way."""
-    leaked, answers = report["validation_prompts_also_trained"], report["answers"]
+    leaked, answers, made = (report[name] for name in ("validation_prompts_also_trained", "answers", "ids_made"))
     if leaked["count"]:
         yield (
             f"{counted(leaked['count'], 'validation prompt')} with a twin in the training rows ({list_rows(**leaked)});"
@@ -153,6 +161,11 @@ def notices(report):
         yield (
             f"{counted(report['reasoning_not_used'], 'answer')} with reasoning_content, which is not used: the model's"
             " template, at its defaults, has no place for it"
+        )
+    if made["count"]:
+        yield (
+            f"the model's template wants {ID_FORMS[made['form']].description}, which are made for"
+            f" {counted(made['count'], 'call')} without one, and for their results"
         )
     if answers["answer"]["share"] >= COMMON_ANSWER:
         yield f"{answers['answer']['share']:.0%} of the training rows have one answer: {answers['answer']['text']!r}"

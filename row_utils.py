@@ -16,6 +16,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+from call_utils import forms_taken
 from message_utils import UserError
 from reader_utils import without_nulls
 
@@ -363,7 +364,7 @@ def read_turns(turns, column, where, report):
         raise UserError(f"{where}, column {column!r}: {found}, expected a list of messages")
     if [turn.get("role") for turn in turns if isinstance(turn, dict)] == ["text"]:  # as the held-out rows are kept
         return [{"role": "text", "content": require_text(turns[0].get("content"), where)}]
-    messages, tools = [], None
+    messages, tools, calls = [], None, 0
     for index, turn in enumerate(map(parse_text, turns), start=1):
         spoken = f"{where}, message {index}"
         if not isinstance(turn, dict):
@@ -378,6 +379,9 @@ def read_turns(turns, column, where, report):
             unused.remove("name")
         report.unused_keys += [key for key in unused if key not in report.unused_keys]
         report.context_only += "weight" in message
+        for call in message.get("tool_calls", ()):
+            calls += 1
+            report.note_call(forms_taken(call, calls - 1))
         if message["role"] != "assistant":
             report.marked_others += any(read_flag(turn[key]) for key in turn if key in WEIGHTS)
         report.reasoning += "reasoning_content" in message

@@ -105,7 +105,7 @@ def tokenize_conversations(
     rows in messages. The number of processes is chosen by the number of rows unless it is given. Raises UserError with
     the number of the first row that the template refuses.
     """
-    rooms = ("token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py")
+    rooms = ("token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py", "call_utils.py")
     code = [Path(__file__).with_name(name) for name in rooms]
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     shaping = json.dumps(

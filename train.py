@@ -198,7 +198,7 @@ def prepare_rows(settings, base, data):
         training,
         validation,
         settings.max_seq_length,
-        prompt_utils.uses_reasoning(base.tokenizer),
+        base.tokenizer,
     )
     report_utils.print_report(report)
     say(f"Template: {prompt_utils.describe_template(base.tokenizer)}")

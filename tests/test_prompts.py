@@ -1,6 +1,7 @@
 """Token ids and labels, exactly: each test here fails on a known trap (TRAPS.md)."""
 
 import json
+import re
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -481,6 +482,64 @@ def test_a_call_may_stand_before_its_text_and_nothing_of_a_message_is_lost_in_si
     assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), saying])
     thinking = assistant("<think>Look.</think>") | {"tool_calls": CALL}
     assert "does not write all of message 2" in refusal(tokenize, tokenizer, [user("q"), thinking])
+
+
+IDS = TOOLS.replace("{{ '<call>' + call.function.name", "{{ '<call>' + NAME + '#' + ID")
+IDS = IDS.replace("+ m.content }}", "+ (m.tool_call_id + ' ' if m.role == 'tool' else '') + m.content }}", 1)
+ID_TEMPLATES = {
+    "any": IDS.replace("NAME", "call.function.name").replace("ID", "call.id"),
+    "nine": IDS.replace("NAME", "call.function.name").replace("ID", "(call.id if call.id | length == 9 else 1 / 0)"),
+    "named": IDS.replace("NAME", "''").replace("ID", "call.id"),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "given", "expected"),
+    [
+        ("any", "call_1", "call_1"),
+        ("any", None, "[a-z0-9]{9}"),
+        ("nine", "abcdefghi", "abcdefghi"),
+        ("nine", "call_abcdefghijkl", "defghijkl"),
+        ("nine", "call_1", "[a-z0-9]{9}"),
+        ("nine", None, "[a-z0-9]{9}"),
+        ("named", "functions.stock:7", "functions.stock:7"),
+        ("named", "call_1", "functions.stock:0"),
+        ("named", None, "functions.stock:0"),
+    ],
+)
+def test_a_call_and_its_result_share_an_id_in_the_form_that_the_template_demands(tokenizer, form, given, expected):
+    tokenizer.chat_template = ID_TEMPLATES[form]
+    assert prompt_utils.id_form(tokenizer) == form
+    call = {"type": "function", "function": {"name": "stock", "arguments": {"item": "</s>"}}}
+    result = {"role": "tool", "content": "1"}
+    if given:
+        call, result = call | {"id": given}, result | {"tool_call_id": given}
+    messages = [user("q") | {"tools": STOCK}, assistant("") | {"tool_calls": [call]}, result, assistant("a")]
+    ((text, _, _),) = mark_answers(tokenizer, messages, find_end_token(tokenizer))
+    ((made, read),) = re.findall(r"#(\S+) {.*?tool\n(\S+) 1", text, re.DOTALL)
+    assert re.fullmatch(expected, made)
+    assert read == made
+    # it depends on nothing that is said later
+    later = [*messages, user("\U000f0000"), assistant("b")]
+    (row,) = encode_texts(tokenizer, mark_answers(tokenizer, later, find_end_token(tokenizer)))
+    prompt = encode_prompt(tokenizer, messages[:-1])
+    assert row.ids[: len(prompt)].tolist() == prompt
+
+
+def test_of_several_calls_each_result_has_the_id_of_its_own(tokenizer):
+    tokenizer.chat_template = ID_TEMPLATES["named"]
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in ("f", "g", "g")]
+    results = [{"role": "tool", "content": content, "name": "g"} for content in "12"]
+    turns = [assistant("") | {"tool_calls": calls}, *results, {"role": "tool", "content": "3"}, assistant("a")]
+    ((text, *_),) = mark_answers(tokenizer, [user("q"), *turns], find_end_token(tokenizer))
+    assert re.findall(r"functions\.(.:\d) \d", text) == ["g:1", "g:2", "f:0"]
+
+
+def test_ids_stay_as_they_are_where_the_template_asks_for_none(tokenizer):
+    optional = TOOLS.replace("call.function.name", "call.function.name + (call.id or '')")
+    for template in (TOOLS, optional, CHATML):
+        tokenizer.chat_template = template
+        assert prompt_utils.id_form(tokenizer) is None
 
 
 def test_a_thought_before_a_call_is_trained_in_the_form_of_the_template(tokenizer):

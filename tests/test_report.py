@@ -15,7 +15,7 @@ import train
 from conftest import PROJECT, TINY_BASE, refusal
 from data_utils import load_conversations, store_conversations
 from settings_utils import DEFAULTS, Settings
-from test_prompts import assistant, encoded, tokenize, user
+from test_prompts import ID_TEMPLATES, assistant, encoded, tokenize, user
 from token_utils import ANSWER_CUT, DROPPED, KEPT, SHORTENED, tokenize_conversations
 
 LIMIT = 40
@@ -36,7 +36,7 @@ def report_on(tokenizer, folder, conversations, validation=(), max_seq_length=51
     for name, first, messages in (("train", 1, conversations), ("validation", 101, validation)):
         sets.append(store_conversations(folder / f"{name}.jsonl", enumerate(map(list, messages), start=first)))
     rows = [tokenize_conversations(tokenizer, stored, max_seq_length, "data", folder) for stored in sets]
-    return report_utils.build_report([], *sets, *rows, max_seq_length)
+    return report_utils.build_report([], *sets, *rows, max_seq_length, None)
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_the_report_on_a_small_dataset_is_exact_from_the_file_to_the_lines(token
     tokenized = tokenize_conversations(tokenizer, conversations, LIMIT, "data", tmp_path / "cache")
     none = conversations.select([])
     no_rows = tokenize_conversations(tokenizer, none, LIMIT, "data", tmp_path / "cache")
-    report = report_utils.build_report([read], conversations, none, tokenized, no_rows, LIMIT)
+    report = report_utils.build_report([read], conversations, none, tokenized, no_rows, LIMIT, None)
 
     (file,) = report["files"]
     assert (file["rows"], file["kept"]) == (6, 4)
@@ -419,3 +419,20 @@ def test_on_a_terminal_the_trained_tokens_of_the_example_are_green(tmp_path, enc
     else:
         assert set(bars) <= set(report_utils.BARS)
         assert re.search(r"### Response:\n\x1b\[1;32mHere is \d+ for you\.</s>\x1b\[0m\n", text)
+
+
+def test_ids_that_are_made_for_calls_are_counted(tokenizer, tmp_path):
+    tokenizer.chat_template = ID_TEMPLATES["nine"]
+    call = {"name": "stock", "arguments": {}}
+    rows = [
+        {"messages": [user("q"), {"role": "assistant", "tool_calls": [call | given]}, user(str(given)), assistant("a")]}
+        for given in ({}, {"id": "call_123456789"}, {"id": "abcdefghi"})
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    conversations, read = load_conversations(tmp_path / "rows.jsonl")
+    none = conversations.select([])
+    sets = [tokenize_conversations(tokenizer, found, 200, "data", tmp_path / "c") for found in (conversations, none)]
+    report = report_utils.build_report([read], conversations, none, *sets, 200, tokenizer)
+    assert report["ids_made"] == {"form": "nine", "count": 2}
+    (line,) = (line for line in report_utils.notices(report) if "letters or digits" in line)
+    assert "made for 2 calls without one" in line

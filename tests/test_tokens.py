@@ -425,12 +425,15 @@ def test_other_data_or_another_length_are_another_folder(changes, tokenizer, tmp
     assert [row["row"] for row in rows] == [position + 1 for position in changes.get("order", range(len(rows)))]
 
 
-@pytest.mark.parametrize("changed", ["token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py"])
+ROOMS = ("token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py", "call_utils.py")
+
+
+@pytest.mark.parametrize("changed", ROOMS)
 def test_changed_code_is_another_folder_and_the_same_code_elsewhere_is_not(changed, tokenizer, tmp_path):
     stored = store(tmp_path, *CONVERSATIONS)
     tokenize_in(tmp_path, tokenizer)
     built = builds(tmp_path)
-    for name in ("token_utils.py", "encoding_utils.py", "prompt_utils.py", "thought_utils.py"):
+    for name in ROOMS:
         shutil.copy(PROJECT / name, tmp_path)
     specification = importlib.util.spec_from_file_location("token_utils_elsewhere", tmp_path / "token_utils.py")
     elsewhere = importlib.util.module_from_spec(specification)
