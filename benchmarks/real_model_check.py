@@ -38,11 +38,13 @@ def main():
         "--serve", action="store_true", help="ask `transformers serve` too, streaming, by OpenAI's client"
     )
     parser.add_argument("--gguf", action="store_true", help="convert the merged model to GGUF and ask llama.cpp too")
+    parser.add_argument("--device", default="cpu", help="where the models compute, in float32; cuda for a GPU")
     options = parser.parse_args()
+    torch.set_default_device(options.device)
     adapter, merged = options.output_dir / "lora-adapter", options.output_dir / "merged-model"
     check_losses(options.output_dir, adapter)
     answers = {
-        "inference.py": [ask_inference(prompt, options.output_dir) for prompt in PROMPTS],
+        "inference.py": [ask_inference(prompt, options.output_dir, options.device) for prompt in PROMPTS],
         "peft": ask_model(AutoPeftModelForCausalLM, adapter),
         "merged, transformers": ask_model(AutoModelForCausalLM, merged),
     }
@@ -57,7 +59,7 @@ def check_losses(output_dir, adapter):
     """Print the losses that evaluate.py measured beside those of a plain loop over the held-out rows."""
     found = max(output_dir.glob("evaluation/**/metrics.json"), key=lambda file: file.stat().st_mtime, default=None)
     metrics = json.loads(found.read_text()) if found else {}
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).to(torch.get_default_device()).eval()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     for name in ("base", "tuned"):
         measured = metrics.get(name, {}).get("loss", metrics.get(f"{name}_loss", math.nan))
@@ -84,24 +86,24 @@ def plain_loss(model, tokenizer, rows):
     return total / count
 
 
-def ask_inference(prompt, output_dir):
+def ask_inference(prompt, output_dir, device):
     """The answer of inference.py, which prints nothing else to stdout."""
-    command = [sys.executable, "inference.py", prompt, "--output_dir", str(output_dir), "--device", "cpu"]
-    command += ["--do_sample", "false", "--max_new_tokens", str(NEW_TOKENS)]
+    command = [sys.executable, "inference.py", prompt, "--output_dir", str(output_dir), "--device", device]
+    command += ["--use_fp16", "false", "--do_sample", "false", "--max_new_tokens", str(NEW_TOKENS)]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @torch.no_grad()
 def ask_model(kind, folder):
     """The answers of what a class of transformers or peft loads from a folder."""
-    model, tokenizer = kind.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
-    answers = []
+    model = kind.from_pretrained(folder, dtype=torch.float32).to(torch.get_default_device()).eval()
+    tokenizer, answers = AutoTokenizer.from_pretrained(folder), []
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-        reply = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        reply = model.generate(**inputs.to(model.device), max_new_tokens=NEW_TOKENS, do_sample=False)
         answers.append(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return answers
 
