@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, Static
 from transformers.masking_utils import AttentionMaskInterface
 
 from engine_lora import FastLora, few_rows_linear, frozen_tensors
-from engine_passes import VARLEN, Patches, decoder_layers, probe_rows, same_losses, transformers_model
+from engine_passes import VARLEN, Patches, decoder_layers, probe_rows, transformers_model
 
 try:
     import triton
@@ -32,6 +32,9 @@ SLOTS = "slots"  # the name of the attention below, for transformers
 MAX_SLOTS = 64
 CHUNK = 8  # steps that are launched before the host reads the tokens of the steps before them
 PREFILL_TOKENS = 8192  # of prompts that are computed in one pass
+# How far half precision may move logits, as a share of their spread: 0.02 were seen, and at least 0.1 where one of 24
+# tokens was lost, positions were off by one, or attention was scaled by 1.2.
+ROUNDING = 0.1
 
 if triton:
 
@@ -572,9 +575,10 @@ class Decoder:
         self.tokens[: len(probes), 0] = torch.tensor([ids[-back] for ids, _ in probes]).to(self.tokens)
         self.clock.zero_()
         self.replay()
-        wanted = torch.stack([logits[len(ids) - back] for ids, logits in probes])
-        found = self.logits[: len(probes)].float().log_softmax(-1)
-        return same_losses(self.model, found, wanted.float().log_softmax(-1))
+        wanted = torch.stack([logits[len(ids) - back] for ids, logits in probes]).float()
+        apart = (self.logits[: len(probes)].float() - wanted).norm(dim=-1)
+        spread = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
+        return bool((apart <= (1e-3 if self.base.dtype == torch.float32 else ROUNDING) * spread).all())
 
     def _record(self):
         """Record a step as a CUDA graph; without a GPU each step is computed anew."""
