@@ -54,6 +54,7 @@ class DataReport:
     thoughts: int = 0  # answers with a thought before them
     several_turns: int = 0  # rows of more than one question
     reasoning: int = 0  # those of them that have it as reasoning_content
+    spoken_texts: int = 0  # whole texts that are conversations
     calls: int = 0  # of tools
     ids_taken: dict = field(default_factory=dict)  # a name of call_utils.ID_FORMS -> calls with an id in this form
     rows: int = 0
@@ -95,6 +96,11 @@ class DataReport:
         parts += [f"{found['count']:,} dropped: {why} ({list_rows(**found)})" for why, found in self.dropped.items()]
         if "text" in self.columns:
             parts.append("whole texts: every token is trained, and no chat template is used")
+        if self.spoken_texts:
+            parts.append(
+                f"{counted(self.spoken_texts, 'text')} of what a user and a model say, whose questions are trained too;"
+                " give messages to train the answers alone"
+            )
         if self.context_only:
             parts.append(f"{counted(self.context_only, 'answer')} of weight 0 read but not trained")
         if self.marked_others:

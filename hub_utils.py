@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEn
 from file_utils import PROJECT_DIR, display_path, resolve_input, resolve_path
 from message_utils import UserError, memory_problem, say
 from progress_utils import progress, silent_bar
-from reader_utils import FILE_TYPES, SUFFIXES
+from reader_utils import FILE_TYPES, SUFFIXES, find_kind
 
 SHIPPED_MODELS_DIR = "models"  # MODELS_DIR as config.py ships it
 
@@ -167,7 +167,10 @@ def find_files(dataset, cache_dir):
     local = resolve_input(dataset)
     if local.is_file():
         if local.suffix.lower() not in SUFFIXES:
-            raise UserError(f"dataset {display_path(local)}: unknown file type {local.suffix!r}, expected {FILE_TYPES}")
+            with open(local, "rb") as file:
+                kind = find_kind(file.read(32))
+            found = f"unknown file type {local.suffix!r}{f', {kind}' if kind else ''}"
+            raise UserError(f"dataset {display_path(local)}: {found}, expected {FILE_TYPES}")
         return display_path(local), [local]
     if local.is_dir():
         raise UserError(f"dataset {display_path(local)} is a folder, expected one {FILE_TYPES} file")

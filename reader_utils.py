@@ -15,7 +15,8 @@ from pyarrow.parquet import ParquetFile
 from file_utils import READ_BYTES
 from message_utils import UserError, counted
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+LINES = (".jsonl", ".ndjson")
 FILE_TYPES = ".json, .jsonl, .csv or .parquet"
 # How files that are no text begin, and what a user would have to do
 OTHER_FILES = {
@@ -25,6 +26,7 @@ OTHER_FILES = {
     b"BZh": "a file packed by bzip2 (unpack it)",
     b"\xfd7zXZ": "a file packed by xz (unpack it)",
     b"\x28\xb5\x2f\xfd": "a file packed by zstd (unpack it)",
+    b"ARROW1": "an Arrow file (write it as Parquet)",
     b"PAR1": "a Parquet file (name it .parquet)",
     b"%PDF": "a PDF",
     b"SQLite format 3": "an SQLite database",
@@ -76,11 +78,16 @@ def check_beginning(path, name):
     if path.suffix.lower() != ".parquet":
         with open(path, "rb") as file:
             block = file.read(READ_BYTES)
-        if kind := next((OTHER_FILES[start] for start in OTHER_FILES if block.startswith(start)), None):
+        if kind := find_kind(block):
             raise UserError(f"dataset {name}: found {kind}, expected a file of rows: {FILE_TYPES}")
         if b"\0" in block and not block.startswith(UTF_16):
             line = block[: block.index(b"\0")].count(b"\n") + 1
             raise UserError(f"dataset {name}, line {line}: {NO_TEXT}")
+
+
+def find_kind(block):
+    """What a file is, in words, if it begins with these bytes and is no text; else None."""
+    return next((OTHER_FILES[start] for start in OTHER_FILES if block.startswith(start)), None)
 
 
 def expected_rows(paths):
@@ -160,7 +167,7 @@ def read_json_rows(path, name, notes, columns):
 
 def begins_json_lines(path, name, first):
     """Whether a file is JSON Lines: always by its name unless it opens an array, else by two objects in its lines."""
-    if path.suffix.lower() == ".jsonl":
+    if path.suffix.lower() in LINES:
         return not first.lstrip().startswith("[")
     lines = islice((text for _, text in read_lines(path, name) if text.strip()), 2)
     return sum(text.startswith("{") and text.rstrip().endswith("}") for text in lines) == 2
@@ -331,4 +338,4 @@ def read_header(cells, name):
     return header
 
 
-READERS = {".json": read_json_rows, ".jsonl": read_json_rows, ".csv": read_csv_rows, ".parquet": read_parquet_rows}
+READERS = dict(zip(SUFFIXES, [*3 * [read_json_rows], *2 * [read_csv_rows], read_parquet_rows], strict=True))

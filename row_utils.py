@@ -11,6 +11,7 @@ A whole text, of which every token is trained, is a conversation of one message,
 """
 
 import json
+import re
 import shlex
 import sys
 from functools import lru_cache
@@ -54,6 +55,7 @@ ROLES = {
     "chatbot": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "system": "system",
@@ -61,6 +63,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "environment": "tool",
     "function_response": "tool",
     "tool_response": "tool",
     "ipython": "tool",
@@ -71,6 +74,7 @@ CALLS = "function_call"  # the key of a call in OpenAI's first format
 ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call, by the names of several providers
 CALLERS = (CALLS, "tool_call")  # the speakers of a call in ShareGPT
 NULLABLE = ("default", "const")  # the keys of a JSON schema under which null says something
+SCHEMAS = {"parameters", "input_schema"}  # of a tool, perhaps as JSON
 TOOL_COLUMNS = ("tools", "functions")  # the definitions of the tools that a conversation may call
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 LABELS = ("label", "kto_tag")  # whether the answer is a good one, as KTO has it
@@ -78,6 +82,7 @@ GOOD, BAD = ("true", "desirable", "chosen", "good"), ("false", "undesirable", "r
 YES, NO = ("true", "yes", "on"), ("false", "no", "off")
 WHOLE_ROW = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable")  # 0: the row is not learned
 WEIGHTS = (*WHOLE_ROW, "loss", "loss_scale", "loss_mask", "train_on_turn")  # 0 or false: an answer that is not learned
+PARTLY = ("train_detail", "training_detail")  # which characters of an answer are learned, as axolotl has it
 MASKS = ("mask", "masked", "ignore", "skip")  # such keys say so too, or the opposite: 1 is trained in a mask of losses
 HISTORY = ("history",)  # the questions and answers before an instruction, as LLaMA-Factory has them: [["q", "a"], ...]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers has it
@@ -85,11 +90,22 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # as transformers ha
 TWINS = (("role", "from"), ("content", "value"))
 TURN_TEXTS = {"content", "value", "tool_calls"}
 TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHT_CHANNELS = ("analysis",)  # of gpt-oss
 THOUGHT_PARTS = ("thinking", "reasoning")  # of an answer
 PREFERENCE = ("chosen", "rejected")  # two answers to one prompt, as DPO has it
+# columns that hold the worse of two answers
+WORSE = ("rejected", *(f"rejected_{what}" for what in ("response", "answer", "output", "completion", "messages")))
+WORSE += ("non_preferred_output",)
+# a text that says who speaks: two questions and answers of a conversation, or one, in the marks of a template
+SPOKEN = re.compile(
+    r"(?:(?:^|\s|#)(?:Human|User|Instruction): ?|<\|im_start\|>user|\[INST\]|<\|user\|>|<start_of_turn>user).*"
+    r"(?:(?:^|\s|#)(?:Assistant|Response|AI|Bot):|<\|im_start\|>assistant|\[/INST\]|<\|assistant\|>|<start_of_turn>model)",
+    re.DOTALL | re.IGNORECASE,
+)
+MARKS_OF_PAIRS = (("input", "output"), ("human", "assistant"), ("user", "assistant"), ("question", "answer"))
 TURN_KEYS = {
     *("role", "from", "content", "value", "tools", "tool_calls", CALLS, "tool_call_id"),
-    *(*WEIGHTS, *MASKS, *LABELS, *REASONING, *MEDIA),
+    *(*WEIGHTS, *MASKS, *PARTLY, *LABELS, *REASONING, *MEDIA, "channel"),
 }
 
 
@@ -115,6 +131,11 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
                 " train on the chosen answers, or give a file of instructions and responses"
             )
         return {"chosen": chosen} | {part: column for part, column in columns.items() if part == "system"}
+    if (worse := first_named(tuple(found), WORSE)) and not chosen_only:
+        raise UserError(
+            f"dataset {name}: a column {worse}, so these are preferences; add --chosen_only true to train on the better"
+            " answers, or remove it"
+        )
     if "messages" in columns:
         return {part: column for part, column in columns.items() if part in ("messages", "system")}
     text = columns.pop("text", None)
@@ -125,6 +146,13 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
         return columns
     if text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
         return {"text": text}
+    if first_named(tuple(found), ("role", "from")) and (
+        said := first_named(tuple(found), ("content", "value", "text"))
+    ):
+        raise UserError(
+            f"dataset {name}: a message a row, in the column {said}, expected a conversation a row; join the messages"
+            ' of each: {"messages": [{"role": "user", "content": "..."}, ...]}'
+        )
     whole = f"; --dataset_columns '{json.dumps({'text': text})}' trains on whole texts" if text is not None else ""
     raise UserError(
         f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or prompt,"
@@ -235,7 +263,9 @@ def find_cell(row, column, where):
 def to_conversation(row, columns, where, report):
     """The messages of a row: its system text if it is not blank, then its turns or its instruction and response."""
     if "text" in columns:
-        return [{"role": "text", "content": message_text(row, columns, "text", where)}]
+        text = message_text(row, columns, "text", where)
+        report.spoken_texts += bool(SPOKEN.search(text[:5000]))
+        return [{"role": "text", "content": text}]
     system = message_text(row, columns, "system", where)
     conversation = [{"role": "system", "content": system}] if system.strip() else []
     if "chosen" in columns:
@@ -306,10 +336,10 @@ def read_reasoning(row, columns, report):
     """The thought before the answer out of a column of its own, or None."""
     for column in find_named(tuple(row), REASONING, tuple(columns.values())):
         value = row[column]
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str) and value.strip() and read_flag(value) is None:  # "on" is no thought
             report.note_read(column)
             return value
-        if value not in (None, "") and not isinstance(value, str):
+        if value not in (None, ""):
             report.note_odd(column, value)
     return None
 
@@ -349,7 +379,7 @@ def read_chosen(row, columns, where, report):
         if "instruction" not in prompt:
             raise UserError(
                 f"{where}: an answer in column {columns['chosen']!r}, but no prompt; expected a column prompt or"
-                " messages"
+                " messages, or that answer as a list of messages"
             )
         return read_prompt(row, prompt, where, report) + answer
     return answer
@@ -359,13 +389,16 @@ def read_chosen(row, columns, where, report):
 def read_turns(turns, column, where, report):
     """OpenAI {"role", "content"} or ShareGPT {"from", "value"} turns to messages; blank system turns are left out."""
     turns = parse_text(turns)  # a CSV file holds them as JSON
+    if isinstance(turns, dict):
+        turns = as_turns(turns)
     if not isinstance(turns, list):
         found = "a text that is no JSON" if isinstance(turns, str) else f"{shown(turns)}"
-        raise UserError(f"{where}, column {column!r}: {found}, expected a list of messages")
+        remedy = "; if it is Python's form of one, write it by json.dumps" if str(turns).startswith("[{") else ""
+        raise UserError(f"{where}, column {column!r}: {found}, expected a list of messages{remedy}")
     if [turn.get("role") for turn in turns if isinstance(turn, dict)] == ["text"]:  # as the held-out rows are kept
         return [{"role": "text", "content": require_text(turns[0].get("content"), where)}]
     messages, tools, calls = [], None, 0
-    for index, turn in enumerate(map(parse_text, turns), start=1):
+    for index, turn in enumerate(split_pairs(map(parse_text, turns)), start=1):
         spoken = f"{where}, message {index}"
         if not isinstance(turn, dict):
             raise UserError(f'{spoken}: {shown(turn)}, expected an object: {{"role": "assistant", "content": "..."}}')
@@ -389,6 +422,26 @@ def read_turns(turns, column, where, report):
         if message["role"] != "system" or message["content"].strip():
             messages.append(message)
     return with_tools(messages, tools)
+
+
+def as_turns(columns):
+    """The turns of {"from": ["human", "gpt"], "value": ["...", "..."]}, as older versions of datasets keep them."""
+    lists = list(columns.values())
+    if not lists or not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+        return columns
+    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+
+
+def split_pairs(turns):
+    """The turns, those that hold a question and its answer (Capybara's "input" and "output") as two."""
+    for turn in turns:
+        keys = {key for key in turn if turn[key] is not None} if isinstance(turn, dict) else set()
+        if pair := next((pair for pair in MARKS_OF_PAIRS if keys == set(pair)), None):
+            yield from (
+                {"role": role, "content": turn[key]} for role, key in zip(("user", "assistant"), pair, strict=True)
+            )
+        else:
+            yield turn
 
 
 def read_message(turn, where):
@@ -428,6 +481,16 @@ def read_message(turn, where):
 def is_learned(turn, role, where):
     """Whether a turn is not an answer that says of itself that it is context only; UserError where that is unclear."""
     flags = []
+    if partly := next((key for key in PARTLY if turn.get(key)), None):
+        raise UserError(
+            f"{where}: {partly}, so parts of this answer are not to be learned, which is not known here; give them as"
+            " messages of their own, of weight 0 or 1"
+        )
+    if turn.get("channel") in THOUGHT_CHANNELS:
+        raise UserError(
+            f"{where}: a message of channel {turn['channel']}, which is a thought; give it as reasoning_content of the"
+            " answer that follows"
+        )
     for key in turn:
         if key in WEIGHTS and turn[key] is not None:
             flags.append(read_flag(turn[key]))
@@ -563,10 +626,21 @@ def parse_tools(value, where):
     if tools in (None, "", [], {}):
         return None
     tools = without_nulls(tools) if holds_null(tools) else tools
-    functions = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in as_list(tools)]
+    functions = [
+        (tool.get("function") or tool) if isinstance(tool, dict) else {} for tool in map(parse_text, as_list(tools))
+    ]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise UserError(f'{where}: tools without a name, expected a list of objects such as {{"name": "search"}}')
+    functions = [
+        function | {key: parse_text(function[key]) for key in SCHEMAS & function.keys()} for function in functions
+    ]
+    check_texts(functions, where)
     return [{"type": "function", "function": function} for function in functions]
+
+
+def check_texts(value, where):
+    """Raise UserError where a text inside a value is none."""
+    require_text(json.dumps(value, ensure_ascii=False), where)
 
 
 def read_calls(turn, where):
@@ -581,7 +655,7 @@ def read_calls(turn, where):
 def parse_calls(value, where):
     """Calls as templates take them: a list of {"type": "function", "function": {"name", "arguments": {...}}}."""
     calls = []
-    for call in as_list(parse_text(value)):
+    for call in map(parse_text, as_list(parse_text(value))):
         function = (call.get("function") or call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return []
@@ -591,6 +665,7 @@ def parse_calls(value, where):
         arguments = parse_text(function[given[0]] if given else {})
         if not isinstance(arguments, dict):
             raise UserError(f"{where}: the arguments of {function['name']} are no JSON object; mend or remove the row")
+        check_texts(function, where)
         number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append(number | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls

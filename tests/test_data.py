@@ -1462,3 +1462,105 @@ def test_an_answer_that_is_labelled_bad_is_never_trained(write, label):
 def test_input_and_output_alone_are_a_question_and_its_answer(write):
     assert pairs(write("a.json", '[{"input": "q", "output": "a"}]')) == [("q", "a")]
     assert pairs(write("b.json", '[{"instruction": "", "input": "q", "output": "a"}]')) == [("q", "a")]
+
+
+# ---- Shapes of published data sets -----------------------------------------------------------------------------------
+def only(path, **options):
+    """The one conversation of a file, each message as (role, content), and its report."""
+    conversations, report = load_conversations(path, **options)
+    ((_, messages),) = conversations
+    return [(message["role"], message["content"]) for message in messages], report
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}],
+        [{"human": "q", "assistant": "a"}, {"role": "user", "content": "r"}, {"role": "ai", "content": "b"}],
+        {"from": ["human", "gpt", "human", "gpt"], "value": ["q", "a", "r", "b"]},
+    ],
+)
+def test_turns_in_pairs_and_in_columns_are_turns(write, turns):
+    found, _ = only(write("rows.json", json.dumps([{"conversation": turns}])))
+    assert found == [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+
+
+def test_a_worse_answer_beside_the_others_is_never_ignored(write):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write("rows.json", json.dumps([{"messages": turns, "Rejected_response": "BAD"}]))
+    assert "a column Rejected_response, so these are preferences; add --chosen_only true" in refusal(path)
+    found, report = only(path, chosen_only=True)
+    assert found == [("user", "q"), ("assistant", "a")]
+    assert report.unused == ["Rejected_response"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "text": "a"}],
+            "a message a row, in the column content",
+        ),
+        ([{"message_id": 1, "text": "q", "role": "prompter"}], "a message a row, in the column text"),
+        ([{"messages": "[{'role': 'user', 'content': 'q'}]"}], "if it is Python's form of one, write it by json.dumps"),
+    ],
+)
+def test_rows_that_are_no_conversations_are_refused_with_the_remedy(write, rows, reason):
+    assert reason in refusal(write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"training_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "parts of this answer"),
+        ({"channel": "analysis"}, "of channel analysis, which is a thought; give it as reasoning_content"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}, "half of a surrogate pair"),
+        ({"tools": [{"name": "f", "description": "\ud800"}]}, "half of a surrogate pair"),
+    ],
+)
+def test_what_a_message_says_of_itself_is_refused_where_it_cannot_be_obeyed(write, keys, reason):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"} | keys]
+    assert reason in refusal(write("rows.json", json.dumps([{"messages": turns}])))
+
+
+def test_a_column_that_says_whether_there_are_thoughts_is_no_thought(write):
+    rows = [{"instruction": "q", "response": "a", "reasoning": "on"}]
+    conversations, report = load_conversations(write("rows.json", json.dumps(rows)))
+    assert "reasoning_content" not in conversations[0][1][-1]
+    assert report.unused == ["reasoning"]
+
+
+def test_tools_calls_and_their_schemas_may_be_json_each(write):
+    parameters = {"type": "object", "properties": {"item": {"type": "string"}}}
+    call = {"function": {"name": "f", "arguments": '{"item": "lamp"}'}}
+    answer = {"role": "assistant", "tool_calls": [json.dumps(call)]}
+    tools = [json.dumps({"name": "f", "parameters": json.dumps(parameters)})]
+    path = write("rows.json", json.dumps([{"messages": [{"role": "user", "content": "q"}, answer], "tools": tools}]))
+    ((_, messages),) = load_conversations(path)[0]
+    assert messages[0]["tools"][0]["function"] == {"name": "f", "parameters": parameters}
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"item": "lamp"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("### Human: q### Assistant: a", True),
+        ("SYSTEM: s USER: q ASSISTANT: a <|endoftext|>", True),
+        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>", True),
+        ("<s>[INST] q [/INST] a </s>", True),
+        ("The assistant: a user of tools.", False),
+        ("An assistant helps the user.", False),
+    ],
+)
+def test_whole_texts_that_are_conversations_are_counted(write, text, spoken):
+    found, report = only(write("rows.json", json.dumps([{"text": text}])))
+    assert found == [("text", text)]
+    assert ("whose questions are trained too" in report.line()) == spoken
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("rows.ndjson", '{"instruction": "q", "response": "a"}\n'), ("rows.tsv", "instruction\tresponse\nq\ta\n")],
+)
+def test_other_names_of_the_same_formats_are_read(write, name, text):
+    assert only(write(name, text))[0] == [("user", "q"), ("assistant", "a")]
