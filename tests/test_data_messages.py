@@ -76,7 +76,7 @@ FAULTS = {
     "a spreadsheet": (
         "rows.xlsx",
         b"PK\x03\x04",
-        "unknown file type '.xlsx', a zip archive or a spreadsheet (unpack it, or save the sheet as CSV), expected .json,",
+        "unknown file type '.xlsx', a zip archive or a spreadsheet (unpack it, or save the sheet as CSV), expected",
     ),
 }
 
