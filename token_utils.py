@@ -246,10 +246,10 @@ def check_answers(text, end_token, where):
 
     So none of them holds a character of another turn.
     """
-    before = -1
+    before = 0
     for start, end in text.answers:
         answer = text.text[start:end]
-        assert before < start < end <= len(text.text), f"{where}: an answer at {start} to {end}, after {before}"
+        assert before <= start < end <= len(text.text), f"{where}: an answer at {start} to {end}, after {before}"
         assert answer.find(end_token) in (-1, len(answer) - len(end_token)), f"{where}: an answer beyond its end token"
         before = end
 

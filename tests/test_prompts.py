@@ -935,6 +935,14 @@ def test_what_a_user_writes_at_the_end_of_a_prompt_opens_no_thought(tokenizer):
     )
 
 
+def test_two_answers_in_a_row_may_stand_side_by_side(tokenizer):
+    tokenizer.chat_template = SYSTEM_LAST
+    messages = [user("q"), assistant("a"), assistant("b")]
+    assert check_rule(tokenizer, messages) == [("<s>[INST] q[/INST]", " a</s>"), ("<s>[INST] q[/INST] a</s>", " b</s>")]
+    (example,) = tokenize(tokenizer, messages)
+    assert tokenizer.decode(trained(example["labels"])).split() == ["a</s>", "b</s>"]
+
+
 @pytest.mark.parametrize("said", ["<think>", "<think>\n", "assistant", "[A]<think>"])
 def test_a_user_may_write_what_the_prompt_ends_with(tokenizer, said):
     tokenizer.chat_template = chat("<think>" + SPOKEN, "<think>")
