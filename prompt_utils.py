@@ -751,10 +751,12 @@ def find_back(rendered, parts):
 
 def find_answer_end(turn, parts, end_token=None):
     """Where an answer's parts end in a turn; None where one is missing or an end token stands before."""
+    if turn is None:
+        return None
     for order in orders(parts):
         end = 0
         for part in order:
-            start = turn.find(part, end) if turn else -1
+            start = turn.find(part, end)
             if start < 0:
                 break
             end = start + len(part)

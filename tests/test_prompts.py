@@ -935,6 +935,12 @@ def test_what_a_user_writes_at_the_end_of_a_prompt_opens_no_thought(tokenizer):
     )
 
 
+def test_a_thought_without_an_answer_that_is_written_nowhere_is_one_line(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}" + OPEN_THOUGHT
+    _, message = tokenize_or_message(tokenizer, user("q"), assistant("The end.</think>"))
+    assert "changes message 2 or leaves it out" in message
+
+
 def test_two_answers_in_a_row_may_stand_side_by_side(tokenizer):
     tokenizer.chat_template = SYSTEM_LAST
     messages = [user("q"), assistant("a"), assistant("b")]
