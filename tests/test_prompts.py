@@ -936,9 +936,9 @@ def test_what_a_user_writes_at_the_end_of_a_prompt_opens_no_thought(tokenizer):
 
 
 def test_a_thought_without_an_answer_that_is_written_nowhere_is_one_line(tokenizer):
-    tokenizer.chat_template = "{{ messages | length }}" + OPEN_THOUGHT
-    _, message = tokenize_or_message(tokenizer, user("q"), assistant("The end.</think>"))
-    assert "changes message 2 or leaves it out" in message
+    tokenizer.chat_template = HYBRID
+    _, message = tokenize_or_message(tokenizer, user("<think>"), assistant("1"), assistant("<think>t</think>"))
+    assert "changes message 3 or leaves it out" in message
 
 
 def test_two_answers_in_a_row_may_stand_side_by_side(tokenizer):
