@@ -217,7 +217,8 @@ def read_parquet_rows(path, name, notes, columns):
     try:
         with ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=PARQUET_ROWS)
-            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
+            maps = {"maps_as_pydicts": "strict"} if "map<" in str(file.schema_arrow) else {}  # which takes longer
+            rows = (row for batch in batches for row in batch.to_pylist(**maps))
             yield from enumerate(({name: without_nulls(row[name]) for name in row} for row in rows), start=1)
     except (ArrowException, OSError, ValueError, KeyError) as error:  # text that is no UTF-8, a map with a key twice
         reason = " ".join(str(error).split())[:150]
@@ -226,9 +227,11 @@ def read_parquet_rows(path, name, notes, columns):
 
 def without_nulls(value):
     """A value whose objects, at any depth, have no keys that are null."""
+    if isinstance(value, str):  # most are
+        return value
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return list(map(without_nulls, value)) if isinstance(value, list) else value
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
