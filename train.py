@@ -35,18 +35,7 @@ from file_utils import (
     storage_errors,
     write_json,
 )
-from message_utils import (
-    LateImport,
-    StopAtOnce,
-    UserError,
-    counted,
-    note,
-    printable,
-    quiet_libraries,
-    run_script,
-    say,
-    start_garbage_collection,
-)
+from message_utils import UserError, counted, note, printable, quiet_libraries, say
 from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
@@ -60,6 +49,7 @@ from run_utils import (
     RunLog,
     set_aside,
 )
+from script_utils import LateImport, StopAtOnce, run_script, start_garbage_collection
 from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help, a mistyped flag and a faulty row come first.
