@@ -32,8 +32,8 @@ SLOTS = "slots"  # the name of the attention below, for transformers
 MAX_SLOTS = 64
 CHUNK = 8  # steps that are launched before the host reads the tokens of the steps before them
 PREFILL_TOKENS = 8192  # of prompts that are computed in one pass
-# How far a number format may move logits, as a share of their spread; in bfloat16 0.02 were seen, and at least 0.1 where
-# one of 24 tokens was lost, positions were off by one, or attention was scaled by 1.2
+# How far a number format may move logits, as a share of their spread; in bfloat16 0.02 were seen, and at least 0.1
+# where one of 24 tokens was lost, positions were off by one, or attention was scaled by 1.2
 ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.1}
 
 if triton:
