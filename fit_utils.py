@@ -135,6 +135,19 @@ def say_left_out(shapes):
             f"LoRA leaves out {', '.join(dict.fromkeys(names))} ({count / total:.1%} of the parameters): they are not"
             " linear layers of the language model that take an adapter"
         )
+    excluded, head = set(shapes.peft_config["default"].exclude_modules or []), base.get_output_embeddings()
+    plain = {
+        name: layer.weight.numel()
+        for name, layer in base.named_modules()
+        if isinstance(layer, LINEAR) and layer in own and layer is not head and name not in excluded
+        if "base_layer" not in name and "lora_" not in name
+    }
+    if plain:
+        names = ", ".join(dict.fromkeys(map(short_name, plain)))
+        say(
+            f"LoRA leaves out {names} ({sum(plain.values()) / total:.1%} of the parameters): peft, which adapts this"
+            " model's experts, puts no adapter on them"
+        )
 
 
 def stacked_weights(base, own):

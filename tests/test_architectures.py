@@ -33,6 +33,8 @@ LEFT_OUT = {
     "llama4_text": ["feed_forward.router", "feed_forward.experts.gate_up_proj"],
     "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "granitemoe": ["block_sparse_moe.experts.gate_up_proj"],
+    "deepseek_v3": ["mlp.gate_proj", "mlp.shared_experts.down_proj"],
+    "qwen3_moe": [],
     "mamba": ["mixer.out_proj", "mixer.dt_proj"],
     "falcon_h1": ["mamba.out_proj"],
     "llama": [],
