@@ -33,7 +33,7 @@ Figure = namedtuple("Figure", "key label better form meaning")
 FIGURES = (
     Figure("loss", "Loss", -1, "{:.3f}", "how unlikely the expected answers are to the model, in nats a token"),
     Figure("perplexity", "Perplexity", -1, "{:,.2f}", "its exponential: how many tokens the model hesitates between"),
-    Figure("accuracy", "Right answers", 1, "%", "the answer's number, choice or JSON object is the expected one"),
+    Figure("accuracy", "Right answers", 1, "%", "the answer's number, choice or JSON is the expected one"),
     Figure("exact_match", "Exact match", 1, "%", "word for word the expected answer"),
     Figure("chrf", "chrF", 1, "{:.1f}", "characters in common with the expected answer, 0 to 100"),
     Figure("rouge_l", "ROUGE-L", 1, "{:.3f}", "words in common with it, in their order, 0 to 1"),

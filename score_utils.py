@@ -208,65 +208,100 @@ def summary_name(name):
 # ---- Right or wrong --------------------------------------------------------------------------------------------------
 # A check says what of an answer is compared. Each has a reader, which returns that or None: find_ where an expected
 # answer is written in a way that leaves no doubt, and read_ for a model's, in which it is looked for.
-NUMBER = r"(?:(?<!\w)[-\u2212])?(?:\d[\d,]*)?\.?\d+"
-MARKED_NUMBER = re.compile(rf"####\s*[$\u20ac\u00a3]?\s*({NUMBER})")  # as GSM8K ends its answers
-LAST_NUMBER = re.compile(rf"(?:^|[\s=:($\u20ac\u00a3*])({NUMBER})[\s%.)*]*$")
-CHOICE = re.compile(r"\(?([A-J])[.):]*")
-NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)\b(?: is)?:? *\(?([A-J])\b", re.IGNORECASE)
-LISTED_CHOICE = re.compile(r"\(?([A-J])[.):]+ +\S")
+CURRENCY = "$\u20ac\u00a3"
+# A whole number: no part of a time, a date, a fraction or a version, and with commas between thousands only
+NUMBER = (
+    rf"(?<!\d)(?<!\d[.,:/])(?:(?<![\w)])[-\u2212])?[{CURRENCY}]?(?:(?<=[{CURRENCY}])[-\u2212])?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?![.,:/]?\d)"
+)
+MARKED_NUMBER = re.compile(rf"####\s*({NUMBER})|\\boxed\{{\s*({NUMBER})[\s\\%]*\}}")  # as GSM8K and MATH mark them
+LAST_NUMBER = re.compile(rf"(?:^|[\s=:(*$])(?<!\d\s)(?<!\d,\s)({NUMBER})[\s%.)*\\{CURRENCY}]*$")
+LETTER = r"[A-J]"
+CHOICE = re.compile(rf"\W*(?:(?:answer|option|choice)\W+)?({LETTER}|yes|no|true|false)\W*", re.IGNORECASE)
+# "the answer is B", and "is b)", but neither "the answer is a dog" nor "I think"
+NAMED_CHOICE = re.compile(
+    rf"\b(?i:answer|option|choice)\b(?: is)?:?[\s(*\[\"]*({LETTER}\b(?<!I(?= \w))|[a-j](?=[).:*\]\"]|\s*$))",
+    re.MULTILINE,
+)
+LISTED_CHOICE = re.compile(rf"[(*]*({LETTER}(?=[).:*])|[a-j](?=\)))[).:*]+ +\S")
+BEGUN_CHOICE = re.compile(r"(yes|no|true|false)\b(?=\W*$|[,.:;!])", re.IGNORECASE | re.MULTILINE)
+FENCED = re.compile(r"```(?:json)?\n(.*)\n```", re.DOTALL)
 CERTAIN_SHARE = 0.9  # of the expected answers must be of a kind for it to be taken without being asked for
 
 
 def find_number(text):
-    """The number that an expected answer ends in, as a Decimal, or None."""
+    """The number that an expected answer is marked with or ends in, as a Decimal, or None."""
     found = MARKED_NUMBER.search(text) or LAST_NUMBER.search(text)
-    return as_number(found[1]) if found else None
+    return found and as_number(found[found.lastindex])
 
 
 def read_number(text):
-    """The number after the first ####, or else the last number of an answer."""
+    """The first number after #### or in \\boxed{}, or else the last number of an answer."""
     found = MARKED_NUMBER.search(text)
-    numbers = [found[1]] if found else re.findall(NUMBER, text)
+    numbers = [found[found.lastindex]] if found else re.findall(NUMBER, text)
     return as_number(numbers[-1]) if numbers else None
 
 
 def as_number(text):
-    return Decimal(text.replace(",", "").replace("\u2212", "-"))
+    return Decimal(re.sub(f"[,{CURRENCY}]", "", text).replace("\u2212", "-"))
 
 
 def find_choice(text):
-    """The letter of a choice: alone, before the text that it stands for ("B) Paris"), or as in "the answer is B"."""
-    lines = text.strip().splitlines() or [""]
-    for found in (CHOICE.fullmatch(lines[0]), LISTED_CHOICE.match(lines[0]), NAMED_CHOICE.search(text)):
+    """The letter of a choice: alone, before the text that it stands for ("B) Paris"), or as in "the answer is B".
+
+    Or yes, no, true or false: alone, or as the beginning of the answer ("Yes, since ...").
+    """
+    first, *_, last = text.strip().splitlines() * 2 or ["", ""]
+    for found in (
+        CHOICE.fullmatch(first),
+        NAMED_CHOICE.search(text),
+        LISTED_CHOICE.match(first),
+        CHOICE.fullmatch(last),
+        BEGUN_CHOICE.match(first),
+    ):
         if found:
             return found[1].upper()
-    found = CHOICE.fullmatch(lines[-1])
-    return found and found[1]
-
-
-def find_json(text):
-    """The JSON object that a text is, or None."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def read_json(text):
-    """The first JSON object in an answer, be it in a block of code or between other words."""
-    for found in re.finditer("{", text):
-        try:
-            return json.JSONDecoder().raw_decode(text, found.start())[0]
-        except (ValueError, RecursionError):
-            continue
     return None
 
 
+def find_json(text):
+    """The JSON object or list that a text is, also in a block of code, or None."""
+    fenced = FENCED.fullmatch(text.strip())
+    try:
+        value = JSON.decode(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, (dict, list)) else None
+
+
+def read_json(text):
+    """The first JSON object or list in an answer, be it in a block of code or between other words."""
+    for found in re.finditer(r"[{\[]", text):
+        try:
+            return JSON.raw_decode(text, found.start())[0]
+        except ValueError:
+            continue
+        except RecursionError:  # what is nested this deep is no answer, and trying each of its levels takes long
+            break
+    return None
+
+
+def as_json_number(text):
+    """A number that equals 1.0 where it is 1, and is not true, which equals 1 in Python."""
+    return ("number", as_number(text))
+
+
+JSON = json.JSONDecoder(parse_int=as_json_number, parse_float=as_json_number, parse_constant=str)
+
+
 CHECKS = {
-    "number": (find_number, read_number, "end in a number; compared is the number after ####, or else the last one"),
-    "choice": (find_choice, find_choice, "are the letter of a choice; compared is the letter"),
-    "json": (find_json, read_json, "are JSON objects; compared are their values"),
+    "number": (
+        find_number,
+        read_number,
+        "end in a number; compared is the one after #### or in \\boxed{}, or else the last",
+    ),
+    "choice": (find_choice, find_choice, "are a choice, by its letter or yes or no; compared is that"),
+    "json": (find_json, read_json, "are JSON; compared are its values"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -157,14 +158,30 @@ def test_repetition_is_the_share_of_sequences_of_four_words_that_came_before():
         ("number", "nothing", "#### 12", 0),
         ("number", "$12", "The price is $12.00.", 1),
         ("number", "from 10-12", "12", 1),
+        ("number", "A debt: -$3", "3", 0),
+        ("number", "-$3", "$-3", 1),
+        ("number", r"So \(x = \boxed{1,234}\), as 5 of them say", r"$\boxed{1234}$", 1),
+        ("number", "2/4", r"\boxed{\frac{1}{4}}", 0),
+        ("number", "1.5e3", "1500", 1),
+        ("number", "3,5", "35", 0),
         ("choice", "(B)", "B", 1),
         ("choice", "The answer is B.", "B", 1),
         ("choice", "B) Paris, since", "B", 1),
         ("choice", "A dog ran home", "A", 0),
+        ("choice", "The answer is a dog", "A", 0),
+        ("choice", "The answer is b)", "B", 1),
+        ("choice", "**c**", "C", 1),
+        ("choice", "A) Paris\nB) Rome\nThe answer is (B), since", "B", 1),
+        ("choice", "Yes, since it is.", "yes", 1),
+        ("choice", "No", "Yes.", 0),
+        ("choice", "I think B", "I", 0),
         ("choice", "C", "B", 0),
         ("json", 'Here:\n```json\n{"a": 1, "b": [2.0]}\n```', '{"b": [2], "a": 1}', 1),
         ("json", '{"a": 1', '{"a": 1}', 0),
         ("json", '{"a": 2}', '{"a": 1}', 0),
+        ("json", '{"a": true}', '{"a": 1}', 0),
+        ("json", '{"a": "1"}', '{"a": 1}', 0),
+        ("json", 'They are ["x", 1.0].', '```json\n["x", 1]\n```', 1),
     ],
 )
 def test_right_is_what_says_the_same(check, text, expected, right):
@@ -179,6 +196,12 @@ def test_right_is_what_says_the_same(check, text, expected, right):
         (['{"a": 1}', '{"b": {}}'], "json"),
         (["Hello there.", "We open at nine."], None),
         (["A dog ran home.", "I think so."], None),
+        (["$12", "-$3", "12 %", "5 \u20ac", r"So $x = 7$.", r"\boxed{-3}"], "number"),
+        (["10:30", "2024-01-05", "+49 30 1234", "1 234", "1, 2, 3", "1.234,56", "3,5", "1/2", "1.2.3"], None),
+        (["a", "(b)", "**C**", "d."], "choice"),
+        (["Yes.", "no", "True", "No, it is not."], "choice"),
+        (["The answer is a good one.", "The best choice is a dog.", "No one knows."], None),
+        (["[1, 2]", '```json\n{"a": 1}\n```'], "json"),
         (["42"] * 9 + ["Nobody knows"], "number"),
         (["42"] * 8 + ["Nobody knows"], None),
         ([], None),
@@ -188,6 +211,15 @@ def test_the_kind_of_answer_is_seen_from_nine_rows_in_ten(expected, check):
     assert score_utils.choose_check("auto", expected) == check
     assert score_utils.choose_check("off", expected) is None
     assert score_utils.choose_check("json", expected) == "json"
+
+
+def test_hostile_answers_are_scored_in_no_time():
+    for text in ("1" * 50_000 + ":5", "-$" * 20_000, "[" * 50_000, " " * 50_000, "(" * 50_000, "```\n" * 20_000):
+        for check in score_utils.CHECKS:
+            started = time.process_time()
+            assert not score_utils.is_right(text, {"number": "5", "choice": "B", "json": "{}"}[check], check)
+            assert time.process_time() - started < 1, (text[:9], check)
+    assert not score_utils.is_right("9e" + "9" * 50, "9", "number")
 
 
 def test_answers_are_summarized_and_compared_in_pairs():
