@@ -203,6 +203,11 @@ def warnings(metrics):
         return
     if left_out:
         yield f"{counted(left_out, 'row')} of the file had been trained on and left out of every figure here."
+    if metrics["partly_trained_rows"] and metrics["held_out"]:
+        yield (
+            f"Some answers of {counted(metrics['partly_trained_rows'], 'conversation')} had been trained on. Here they"
+            " are context, and in no figure."
+        )
     if seen > left_out:
         yield f"{counted(seen - left_out, 'row')} of these had been trained on, which flatters the tuned model."
 
@@ -214,6 +219,8 @@ def describe_measured(metrics):
     yield "file", short_path(data["path"])
     yield "rows of it trained on", "unknown" if seen is None else f"{seen:,}"
     yield "left out of the figures", f"{metrics['trained_rows_left_out']:,}"
+    if metrics["partly_trained_rows"]:
+        yield "trained on in part", f"{metrics['partly_trained_rows']:,}"
     if metrics.get("trained_prompts_seen"):
         yield "prompts trained with another answer", f"{metrics['trained_prompts_seen']:,}"
     if metrics.get("validation_rows_of_the_run"):

@@ -156,6 +156,34 @@ def test_rows_are_known_again_whatever_their_blanks_case_and_system_text(tmp_pat
     assert evidence_utils.find_overlap(seen, polite).trained.tolist() == [True]
 
 
+def talks(folder, *dialogues):
+    roles = ("user", "assistant") * 3
+    rows = [[{"role": r, "content": c} for r, c in zip(roles, said.split(), strict=False)] for said in dialogues]
+    (folder / "talks.json").write_text(json.dumps([{"messages": row} for row in rows]))
+    return load_conversations(str(folder / "talks.json"))[0]
+
+
+def test_answers_that_were_trained_are_known_in_longer_and_in_shorter_conversations(tmp_path):
+    nothing = conversations(tmp_path, ("Who?", "Me."))
+    seen = evidence_utils.note_rows(talks(tmp_path, "a 1 b 2", "caf\u00e9 4"), nothing)
+    others = talks(tmp_path, "a 1", "a 1 c 3", "a 9 b 2", "b 2", "cafe\u0301 4", "a 1 b 2")
+    overlap = evidence_utils.find_overlap(seen, others)
+    assert overlap.trained.tolist() == [True, False, False, False, True, True]
+    assert overlap.partly.tolist() == [False, True, False, False, False, False]
+    assert overlap.prompt_trained.tolist() == [False, False, True, False, False, False]
+    left = evidence_utils.without_seen_answers(others, seen)
+    weights = [[message.get("weight", 1) for message in messages[1::2]] for _, messages in left]
+    assert weights == [[1], [0, 1], [1, 1], [1], [1], [1, 1]]
+    assert [number for number, _ in left] == [number for number, _ in others]
+
+
+def test_whole_texts_have_no_prompt_that_could_have_been_trained(tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
+    texts = load_conversations(str(tmp_path / "texts.json"))[0]
+    overlap = evidence_utils.find_overlap(evidence_utils.note_rows(texts.select([0]), texts.select([])), texts)
+    assert (overlap.trained.tolist(), overlap.prompt_trained.tolist()) == ([True, False], [False, False])
+
+
 def test_digests_are_written_and_read_and_damage_is_told(tmp_path):
     seen = evidence_utils.note_rows(conversations(tmp_path, ("a", "b")), conversations(tmp_path, ("c", "d")))
     evidence_utils.write_seen_rows(tmp_path, seen)
