@@ -17,6 +17,7 @@ BANDS = ((10, "excellent"), (20, "good"), (30, "acceptable"), (math.inf, "needs 
 FEWEST_ROWS = 10  # below it there is no verdict: the interval still holds, but a few odd rows would decide
 TOO_FEW = "too few rows"
 
+MOST = {"repetition": 1, "chrf": 100, "rouge_l": 1}  # what these figures of an answer can be, and so differ by
 YES_OR_NO = ("ended", "exact_match", "accuracy")  # figures of an answer that are 0 or 1
 
 
@@ -188,10 +189,12 @@ def compare_answers(base, tuned):
     differences = {}
     for name in paired_names(base):
         before, after = ([answer[name] for answer in answers] for answers in (base, tuned))
-        interval = (
-            share_interval if name in YES_OR_NO else lambda before, after: mean_interval(np.subtract(after, before))
-        )
-        differences[summary_name(name)] = as_figures(interval(before, after))
+        if name in YES_OR_NO:
+            interval = share_interval(before, after)
+        else:
+            most = MOST.get(name, math.inf)
+            interval = np.clip(mean_interval(np.subtract(after, before)), -most, most)
+        differences[summary_name(name)] = as_figures(interval)
     return differences
 
 

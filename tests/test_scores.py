@@ -88,6 +88,13 @@ def test_figures_of_answers_speak_against_a_verdict_only_with_their_whole_interv
     assert score_utils.speaks_against("too few rows", difference) == []
 
 
+def test_no_difference_is_said_to_be_larger_than_it_can_be():
+    base, tuned = ([{"repetition": r, "chrf": 100 * r} for r in shares] for shares in ((1, 0.9, 1), (0.9, 0, 0)))
+    differences = score_utils.compare_answers(base, tuned)
+    assert differences["repetition"]["low"] == -1 < differences["repetition"]["mean"] < 0
+    assert differences["chrf"]["low"] == -100
+
+
 def test_one_row_has_a_difference_and_no_interval():
     figures = score_utils.as_figures(score_utils.ratio_interval([-3.0], [2]), "loss")
     assert figures == {"loss": -1.5, "low": None, "high": None}
