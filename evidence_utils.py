@@ -14,7 +14,7 @@ from safetensors.numpy import load, save_file
 
 from data_utils import digest_answers, load_announced, load_conversations, store_conversations
 from file_utils import display_path
-from message_utils import UserError
+from message_utils import UserError, counted
 from progress_utils import progress
 from row_utils import is_trained
 from run_utils import VALIDATION_ROWS
@@ -127,6 +127,16 @@ def read_seen_rows(folder):
             f"{display_path(path)} is damaged ({type(error).__name__}: {error}); restore it, or remove it: then it is"
             " unknown which rows the adapter has seen"
         ) from None
+
+
+def describe_rows(metrics):
+    """'20 held-out rows', and nothing better of rows that the adapter has seen or may have seen."""
+    rows = counted(metrics["rows"], "row")
+    if metrics["held_out"]:
+        return counted(metrics["rows"], "held-out row")
+    if metrics["trained_rows_seen"] is None:
+        return f"{rows}, which may have been trained on"
+    return f"{rows}, {metrics['trained_rows_seen']:,} of them trained on"
 
 
 # ---- The rows that an adapter is measured by -------------------------------------------------------------------------
