@@ -108,13 +108,14 @@ def test_sampled_tokens_have_the_distribution_of_generate():
 def test_what_is_drawn_for_a_row_depends_on_its_number_and_not_on_the_rows_beside_it():
     model, prompts = tiny("llama"), make_prompts((9, 21, 3, 9, 14))
     prompts[3] = prompts[0]
-    generation = GenerationConfig(max_new_tokens=12, do_sample=True, top_k=0, pad_token_id=0)
-    generation.eos_token_id = []
+    generation = GenerationConfig(
+        max_new_tokens=12, do_sample=True, temperature=1.0, top_p=0.9, top_k=0, eos_token_id=[], pad_token_id=0
+    )
 
     def draw(numbers):
         torch.manual_seed(0)
         chosen = [prompts[number] for number in numbers]
-        replies = joined(write_replies(model, chosen, generation, numbers))
+        replies = joined(generation_utils.write_replies(model, chosen, generation, numbers))
         return {number: replies[index] for index, number in enumerate(numbers)}
 
     replies = draw([0, 1, 2, 3, 4])
