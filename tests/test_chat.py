@@ -23,7 +23,7 @@ from generation_utils import Reply, stream_reply
 from message_utils import run_script
 from model_utils import load_tokenizer
 from settings_utils import DEFAULTS, Settings
-from terminal_utils import WordWrap
+from terminal_utils import WordWrap, note
 
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
 
@@ -359,6 +359,21 @@ def test_words_are_not_broken_at_the_edge_and_nothing_else_is_changed(capsys, mo
     assert "".join(shown.split()) == "".join(text.split())
     assert shown.startswith("The quick \nbrown fox\njumps over  the dog. ")
     assert shown.endswith("\n\n    return 1\n你好 end")
+
+
+def test_what_is_said_beside_a_conversation_breaks_between_words_by_their_width(capsys, monkeypatch):
+    monkeypatch.setattr("terminal_utils.get_terminal_size", lambda: os.terminal_size((21, 24)))
+    monkeypatch.setenv("TERM", "xterm")
+    text = "error: it is found\nin no file: \x1b[31m你好你好你好你好 你好"
+    note(text)
+    assert capsys.readouterr().err.count("\n") == 2  # no terminal: as it is
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    note(text, dim=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["error: it is found", "in no file:", "[31m你好你好你好你好", "你好"]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    note("Forgotten: all of it")
+    assert capsys.readouterr().err == "\x1b[2mForgotten: all of it\x1b[0m\n"
 
 
 @pytest.fixture(scope="module")
