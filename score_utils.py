@@ -12,6 +12,8 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
+from thought_utils import without_thought
+
 # The customary names of a perplexity; it is below these limits
 BANDS = ((10, "excellent"), (20, "good"), (30, "acceptable"), (math.inf, "needs improvement"))
 FEWEST_ROWS = 10  # below it there is no verdict: the interval still holds, but a few odd rows would decide
@@ -154,7 +156,9 @@ def score_answer(text, expected, check=None):
     exact_match: 0 or 1; white space does not count. chrf: 0 to 100, characters in common (Popovic 2015, sacrebleu).
     rouge_l: 0 to 1, words in common in their order (F1, rouge-score). repetition: 0 to 1, the share of the answer's
     sequences of four words that stood in it before. accuracy: 0 or 1, where a check is given (a key of CHECKS).
+    A thought before the answer counts for none of them.
     """
+    text, expected = without_thought(text), without_thought(expected)
     figures = {
         "exact_match": int(text.split() == expected.split()),
         "chrf": CHRF_SCORE.sentence_score(text, [expected]).score,
@@ -180,8 +184,11 @@ def summarize_answers(answers, expected):
     figures = {"answers": len(answers)}
     for name in paired_names(answers):
         figures[summary_name(name)] = float(np.mean([answer[name] for answer in answers]))
-    length = sum(len(answer["text"]) for answer in answers)
-    return figures | {"length_ratio": length / max(sum(map(len, expected)), 1)} if answers else figures
+    length, wanted = (
+        sum(len(without_thought(text)) for text in texts)
+        for texts in ((answer["text"] for answer in answers), expected)
+    )
+    return figures | {"length_ratio": length / max(wanted, 1)} if answers else figures
 
 
 def compare_answers(base, tuned):
@@ -315,6 +322,7 @@ def choose_check(setting, expected):
     """
     if setting != "auto":
         return setting if setting in CHECKS else None
+    expected = [without_thought(text) for text in expected]
     for name, (find, _, _) in CHECKS.items():
         if expected and sum(find(text) is not None for text in expected) >= CERTAIN_SHARE * len(expected):
             return name

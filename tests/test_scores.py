@@ -196,6 +196,23 @@ def test_right_is_what_says_the_same(check, text, expected, right):
 
 
 @pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("<think>A) is 3, B) is 4.</think>\n\nB", 1),
+        ("The answer is A? No.\n</think>\n\nB", 1),  # the prompt had opened the thought
+        ("[THINK]B[/THINK]A", 0),
+        ("<think>\nThe answer is B", 0),  # a thought that did not end is no answer
+    ],
+)
+def test_a_thought_before_an_answer_does_not_count(text, right):
+    figures = score_utils.score_answer(text, "B", "choice")
+    assert (figures["accuracy"], figures["exact_match"]) == (right, right)
+    assert score_utils.choose_check("auto", ["<think>12?</think>\nA", "B"]) == "choice"
+    answer = figures | {"text": text, "ended": True, "tokens": 9}
+    assert score_utils.summarize_answers([answer], ["<think>Hm.</think>B"])["length_ratio"] <= 1
+
+
+@pytest.mark.parametrize(
     ("expected", "check"),
     [
         (["... = 5\n#### 5", "#### 1,000"], "number"),
