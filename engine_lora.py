@@ -467,18 +467,19 @@ class FastLora:
     numbers, so that a checkpointed layer that is computed again meets the same masks.
 
     compute_once: a function that lets the model compute once, by which the layers that read the same tensor are found.
-    patches: what the layers are changed through. replying: to compute replies instead, without dropout.
+    patches: what the layers are changed through. replying: to compute replies instead, without dropout. shared: the
+    layers that read the same tensor, lists of them, where they were found before.
     """
 
-    def __init__(self, model, compute_once, patches, replying=False):
+    def __init__(self, model, compute_once, patches, replying=False, shared=None):
         lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         layers = [layer for layer in lora_layers if is_plain(layer)]
         self.covers_all = len(layers) == len(lora_layers)
-        shared = share_inputs(model, layers, compute_once)
-        self.seeds = torch.zeros(len(shared), dtype=torch.int64, device=model.device)
+        self.shared = share_inputs(model, layers, compute_once) if shared is None else shared
+        self.seeds = torch.zeros(len(self.shared), dtype=torch.int64, device=model.device)
         self.groups = [
             LoraGroup(group, self.seeds[number : number + 1], model.dtype, replying)
-            for number, group in enumerate(shared)
+            for number, group in enumerate(self.shared)
         ]
         for group in self.groups:
             for number, layer in enumerate(group.layers):

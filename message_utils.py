@@ -408,14 +408,25 @@ def let_libraries_print_safely():
     threading.excepthook = print_uncaught_in_thread
 
 
+def import_problem(error):
+    """The UserError for a package that is missing or broken; transformers raises an error of its own about either."""
+    while not getattr(error, "name", None) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        problem = f"the package {error.name} is not installed for {sys.executable}"
+        remedy = "start the script by the Python of your virtual environment, or run: pip install -r requirements.txt"
+    elif not isinstance(error, ModuleNotFoundError) and (found := system_problem(error)):
+        return found
+    else:
+        problem = f"a package cannot be imported ({type(error).__name__}: {error})"
+        remedy = "try again; if it stays, run: pip install --force-reinstall -r requirements.txt"
+    return UserError(f"{problem}; {remedy}", each_process=True)
+
+
 def system_problem(error):
     """The UserError for what this machine lacks, or refuses: a package, a file, a folder, memory; else None."""
     if isinstance(error, ModuleNotFoundError):
-        return UserError(
-            f"the package {error.name} is not installed for {sys.executable}; start the script by the Python of your"
-            " virtual environment, or run: pip install -r requirements.txt",
-            each_process=True,
-        )
+        return import_problem(error)
     if isinstance(error, (ImportError, OSError)) and "shared object" in str(error):  # of the linker, without a number
         return UserError(
             f"a library cannot be loaded ({error}): give the process more memory (ulimit -v) if it lacks some, else"

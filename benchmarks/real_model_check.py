@@ -38,13 +38,14 @@ def main():
         "--serve", action="store_true", help="ask `transformers serve` too, streaming, by OpenAI's client"
     )
     parser.add_argument("--gguf", action="store_true", help="convert the merged model to GGUF and ask llama.cpp too")
+    parser.add_argument("--device", default="cpu", help="where the models compute, in float32; cuda for a GPU")
     options = parser.parse_args()
     adapter, merged = options.output_dir / "lora-adapter", options.output_dir / "merged-model"
-    check_losses(options.output_dir, adapter)
+    check_losses(options.output_dir, adapter, options.device)
     answers = {
-        "inference.py": [ask_inference(prompt, options.output_dir) for prompt in PROMPTS],
-        "peft": ask_model(AutoPeftModelForCausalLM, adapter),
-        "merged, transformers": ask_model(AutoModelForCausalLM, merged),
+        "inference.py": [ask_inference(prompt, options.output_dir, options.device) for prompt in PROMPTS],
+        "peft": ask_model(AutoPeftModelForCausalLM, adapter, options.device),
+        "merged, transformers": ask_model(AutoModelForCausalLM, merged, options.device),
     }
     if options.serve:
         answers["merged, transformers serve"] = ask_server(merged)
@@ -53,11 +54,11 @@ def main():
     return report(answers)
 
 
-def check_losses(output_dir, adapter):
+def check_losses(output_dir, adapter, device):
     """Print the losses that evaluate.py measured beside those of a plain loop over the held-out rows."""
     found = max(output_dir.glob("evaluation/**/metrics.json"), key=lambda file: file.stat().st_mtime, default=None)
     metrics = json.loads(found.read_text()) if found else {}
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     for name in ("base", "tuned"):
         measured = metrics.get(name, {}).get("loss", metrics.get(f"{name}_loss", math.nan))
@@ -78,30 +79,30 @@ def plain_loss(model, tokenizer, rows):
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
         answer = f"{messages[-1]['content']}{tokenizer.eos_token}"
         ids, start = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt + answer, prompt))
-        logits = model(input_ids=torch.tensor([ids])).logits[0, len(start) - 1 : -1]
+        logits = model(input_ids=torch.tensor([ids]).to(model.device)).logits[0, len(start) - 1 : -1].cpu()
         total += F.cross_entropy(logits, torch.tensor(ids[len(start) :]), reduction="sum").item()
         count += len(ids) - len(start)
     return total / count
 
 
-def ask_inference(prompt, output_dir):
+def ask_inference(prompt, output_dir, device):
     """The answer of inference.py, which prints nothing else to stdout."""
-    command = [sys.executable, "inference.py", prompt, "--output_dir", str(output_dir), "--device", "cpu"]
-    command += ["--do_sample", "false", "--max_new_tokens", str(NEW_TOKENS)]
+    command = [sys.executable, "inference.py", prompt, "--output_dir", str(output_dir), "--device", device]
+    command += ["--use_fp16", "false", "--do_sample", "false", "--max_new_tokens", str(NEW_TOKENS)]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @torch.no_grad()
-def ask_model(kind, folder):
+def ask_model(kind, folder, device):
     """The answers of what a class of transformers or peft loads from a folder."""
-    model, tokenizer = kind.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
-    answers = []
+    model = kind.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    tokenizer, answers = AutoTokenizer.from_pretrained(folder), []
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-        reply = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        reply = model.generate(**inputs.to(device), max_new_tokens=NEW_TOKENS, do_sample=False)
         answers.append(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return answers
 

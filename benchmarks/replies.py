@@ -35,7 +35,7 @@ def main():
         return measure(options)
     for model in options.models.split(","):
         for program in options.only.split(","):
-            command = [sys.executable, __file__, "--measure", program, "--models", model, *sys.argv[1:]]
+            command = [sys.executable, __file__, *sys.argv[1:], "--measure", program, "--models", model]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=options.timeout, check=False)
             found = [line for line in done.stdout.splitlines() if line.startswith("{")]
             for line in found or [json.dumps({"program": program, "model": model, "failed": done.returncode})]:
@@ -70,7 +70,7 @@ def measure(options):
     import speed
 
     prepared = json.loads((options.work_dir / "prepared.json").read_text())
-    model = load(program, prepared, options.models.split(",")[-1], options.device)
+    model = load(program, prepared, options.models, options.device)
     words = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)
 
@@ -91,7 +91,7 @@ def measure(options):
             assert tokens == rows * options.new_tokens, (tokens, rows)
         report = {
             "program": program,
-            "model": options.models.split(",")[-1],
+            "model": options.models,
             "rows": rows,
             "tokens_per_second": round(rows * options.new_tokens / statistics.median(seconds[1:]), 1),
             "first_run_seconds": round(seconds[0], 2),

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
@@ -16,8 +17,10 @@ from transformers import (
     MixtralConfig,
 )
 
+import engine_replies
 import generation_utils
-from engine_replies import Decoder, has_slots
+from conftest import TINY_BASE
+from engine_replies import SLOTS, Decoder, has_slots, slot_attention, store
 from tiny import CONFIGS, TINY, make_model, state_of
 
 FAMILIES = CONFIGS | {
@@ -199,20 +202,61 @@ def test_replies_of_model_and_base_can_be_written_by_turns():
 
 
 def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch, capsys):
-    model, prompts, tried = tiny("llama"), make_prompts((3, 5, 4, 2, 6)), []
+    model, prompts, begun = tiny("llama"), make_prompts((3, 5, 4, 2, 6)), []
     begin = Decoder.begin
 
     def fail_beyond_one(decoder, wanted):
-        if decoder.slots > 1 and len(tried) > 1:
+        if decoder.slots > 1 and begun:
             raise torch.OutOfMemoryError
-        tried.append(decoder.slots)
+        begun.append(decoder.slots)
         return begin(decoder, wanted)
 
+    monkeypatch.setattr(generation_utils, "MAX_SLOTS", 2)
     expected = joined(generation_utils.write_replies(model, prompts, GREEDY))
     monkeypatch.setattr(Decoder, "begin", fail_beyond_one)
-    for _ in range(2):  # at first while rows are written, then from the beginning
-        assert joined(generation_utils.write_replies(model, prompts, GREEDY)) == expected
-    assert "Out of memory in replies; going on with 1 at once" in capsys.readouterr().err
+    for used in (model, model, tiny("llama")):  # while rows are written, before the first, while the model is tried
+        assert joined(generation_utils.write_replies(used, prompts, GREEDY)) == expected
+        assert "Out of memory in replies; going on with 1 at once" in capsys.readouterr().err
+    assert begun.count(2) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_that_is_slightly_wrong_is_found(dtype, monkeypatch):
+    def decode():
+        Decoder(AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=dtype), GREEDY, 2, 64).close()
+
+    def lose_one(key, value, keys, values, cache):
+        store(key, value, keys, values, cache)
+        values[:, :, 3] = 0
+
+    def scale(module, query, *others, **options):
+        return slot_attention(module, query, *others, **options | {"scaling": 1.2 * query.shape[-1] ** -0.5})
+
+    decode()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_replies, "store", lose_one)
+        with pytest.raises(NotImplementedError, match="own logits"):
+            decode()
+    AttentionInterface.register(SLOTS, scale)
+    try:
+        with pytest.raises(NotImplementedError, match="own logits"):
+            decode()
+    finally:
+        AttentionInterface.register(SLOTS, slot_attention)
+
+
+def test_a_model_is_tried_once_for_each_state_of_its_adapter(monkeypatch):
+    model, prompts, tried = tuned_model(), make_prompts((3, 5)), []
+    same = Decoder._same
+    monkeypatch.setattr(Decoder, "_same", lambda *arguments: tried.append(1) or same(*arguments))
+    tuned = written(model, prompts, GREEDY)
+    with model.disable_adapter():
+        base = written(model, prompts, GREEDY)
+    count = len(tried)
+    assert written(model, prompts, GREEDY, slots=1) == tuned != base
+    with model.disable_adapter():
+        assert written(model, prompts, GREEDY) == base
+    assert len(tried) == count > 0
 
 
 @pytest.mark.parametrize("config", [MambaConfig, Llama4TextConfig])

@@ -11,7 +11,14 @@ import warnings
 import pytest
 
 from conftest import PROJECT
-from message_utils import UserError, format_printable_warning, let_libraries_print_safely, run_script, say
+from message_utils import (
+    UserError,
+    format_printable_warning,
+    let_libraries_print_safely,
+    run_script,
+    say,
+    system_problem,
+)
 
 FOREIGN = "é 你好 \x1b[31mred\x07 \u202eturned\u2066"
 SHOWN = "é 你好 [31mred turned"
@@ -110,6 +117,21 @@ def test_a_package_that_is_missed_later_is_a_line_too():
     code, _, error = run_main("def main(argv):\n    import no_such_package")
     assert (code, len(error.splitlines())) == (2, 1)
     assert error.startswith("error: the package no_such_package is not installed for ")
+
+
+@pytest.mark.parametrize(
+    ("cause", "line"),
+    [
+        (ModuleNotFoundError("No module named 'regex'", name="regex"), "the package regex is not installed for "),
+        (RuntimeError("no C compiler"), "a package cannot be imported (RuntimeError: no C compiler); try again"),
+        (MemoryError(), "memory is used up"),
+        (None, "a package cannot be imported (ModuleNotFoundError: Could not import module 'Trainer'"),
+    ],
+)
+def test_a_package_that_fails_inside_transformers_is_told_by_its_cause(cause, line):
+    error = ModuleNotFoundError("Could not import module 'Trainer'. Are its requirements defined correctly?")
+    error.__cause__ = cause
+    assert line in str(system_problem(error))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
