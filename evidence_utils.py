@@ -1,7 +1,7 @@
 """Evidence: digests of the rows that an adapter was trained on and validated with, and the rows that it is measured by.
 
-An adapter's folder carries them in seen_rows.safetensors: 16 bytes a row, from which no text can be read. Who has a row
-can tell by them whether the adapter has seen it; without the file nothing is claimed of any row.
+An adapter's folder carries them in seen_rows.safetensors: 16 bytes an answer, from which no text can be read. Who has
+a row can tell by them whether the adapter has seen it; without the file nothing is claimed of any row.
 """
 
 import tempfile
