@@ -39,10 +39,17 @@ def digest_rows(conversations):
     return conversations.index["question"] + conversations.index["answer"] * MIX
 
 
-def note_rows(training, validation):
-    """The SeenRows of a run that is trained on these Conversations and validated with those."""
+def note_rows(training, validation, base=None):
+    """The SeenRows of a run that is trained on these Conversations and validated with those.
+
+    base: the SeenRows of the base model, where an adapter was merged into it before, or None.
+    """
     answers = list_answers(training)
-    return SeenRows(np.unique(answers.digests), np.unique(answers.prompts), np.unique(digest_rows(validation)))
+    trained, prompts = [answers.digests], [answers.prompts]
+    if base is not None:
+        trained.append(base.trained)
+        prompts.append(base.trained_prompts)
+    return SeenRows(*map(np.unique, (np.concatenate(trained), np.concatenate(prompts), digest_rows(validation))))
 
 
 def list_answers(conversations):

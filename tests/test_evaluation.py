@@ -177,6 +177,14 @@ def test_answers_that_were_trained_are_known_in_longer_and_in_shorter_conversati
     assert [number for number, _ in left] == [number for number, _ in others]
 
 
+def test_what_was_trained_into_the_base_model_before_was_trained(tmp_path):
+    first, second, other = (conversations(tmp_path, (name, name)).select([0]) for name in "abc")
+    base = evidence_utils.note_rows(first, other)
+    seen = evidence_utils.note_rows(second, first, base)
+    assert [bool(evidence_utils.find_overlap(seen, rows).trained) for rows in (first, second, other)] == [1, 1, 0]
+    assert evidence_utils.is_own_validation(seen, first)
+
+
 def test_whole_texts_have_no_prompt_that_could_have_been_trained(tmp_path):
     (tmp_path / "texts.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
     texts = load_conversations(str(tmp_path / "texts.json"))[0]
