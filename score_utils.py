@@ -322,11 +322,19 @@ def choose_check(setting, expected):
     """
     if setting != "auto":
         return setting if setting in CHECKS else None
-    expected = [without_thought(text) for text in expected]
-    for name, (find, _, _) in CHECKS.items():
-        if expected and sum(find(text) is not None for text in expected) >= CERTAIN_SHARE * len(expected):
-            return name
-    return None
+    name, share = commonest_kind(expected)
+    return name if share >= CERTAIN_SHARE else None
+
+
+def commonest_kind(expected):
+    """(the key of CHECKS that most of these answers are of, their share)."""
+    texts = [without_thought(text) for text in expected]
+    shares = {
+        name: sum(find(text) is not None for text in texts) / max(len(texts), 1)
+        for name, (find, _, _) in CHECKS.items()
+    }
+    name = max(shares, key=shares.get)
+    return name, shares[name]
 
 
 def is_right(text, expected, check):

@@ -129,6 +129,22 @@ def test_cells_that_a_spreadsheet_would_run_are_defused_and_others_are_as_they_w
     assert re.search(r'"a\rb"', raw)  # quoted: alone it would end a row
 
 
+@pytest.mark.parametrize(
+    ("answers", "check", "said"),
+    [
+        (["4"] * 10, "number", "Accuracy: the expected answers end in a number; compared"),
+        (["4"] * 8 + ["I do not know."] * 2, None, "80% of the expected answers end in a number, and it takes 90%;"),
+        (["Hello."] * 6 + ["4"] * 4, None, ""),
+    ],
+)
+def test_accuracy_is_announced_and_why_it_is_not_measured(tmp_path, capsys, answers, check, said):
+    rows = conversations(tmp_path, *((f"What is {number}?", answer) for number, answer in enumerate(answers)))
+    assert evaluate.choose_samples(rows, Settings(**DEFAULTS))[1] == check
+    assert said in capsys.readouterr().err
+    assert evaluate.choose_samples(rows, Settings(**DEFAULTS)._replace(answer_check="off"))[1] is None
+    assert capsys.readouterr().err == ""
+
+
 # ---- Evidence --------------------------------------------------------------------------------------------------------
 def conversations(folder, *rows):
     path = folder / "rows.json"
