@@ -26,18 +26,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from file_utils import check_writable, display_path, resolve_path
-from message_utils import (
-    LateImport,
-    UserError,
-    counted,
-    quiet_libraries,
-    run_script,
-    say,
-    say_once,
-    start_garbage_collection,
-)
+from message_utils import UserError, counted, quiet_libraries, say, say_once
 from progress_utils import progress
 from run_utils import CACHE, EVALUATION, find_adapter, find_run_folder, read_run_name
+from script_utils import LateImport, run_script, start_garbage_collection
 from settings_utils import USED_SETTINGS, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.

@@ -12,7 +12,8 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-from message_utils import BEGUN, STOPPING, STORAGE_ERROR_NUMBERS, SignalHandlers, UserError
+from message_utils import STORAGE_ERROR_NUMBERS, UserError
+from script_utils import BEGUN, STOPPING, SignalHandlers
 
 READ_BYTES = 2**18  # of a file that is hashed, at once
 

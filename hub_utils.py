@@ -4,7 +4,9 @@ import contextlib
 import os
 import re
 from pathlib import Path
+from threading import Thread
 
+import psutil
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -153,6 +155,30 @@ def download_weights(name, models_dir):
     files = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
     with hub_errors(name), progress(f"Downloading {name}", unit="bytes") as bar:
         snapshot_download(name, cache_dir=models_dir, allow_patterns=files, tqdm_class=silent_bar(bar))
+
+
+def read_ahead(name, models_dir):
+    """Let the system have a model's weights at hand sooner: a thread reads those that lie here from the disk.
+
+    It runs while libraries are imported and rows are tokenized. Where the weights do not fit twice into free memory, it
+    does nothing: what is read ahead would be dropped again.
+    """
+    with contextlib.suppress(OSError, TypeError, ValueError):  # a name that cannot be found is told later
+        local = resolve_path(name)
+        folder = local if local.is_dir() else model_folder(name, models_cache(models_dir, name))
+        paths = sorted(folder.glob("model*.safetensors"))
+        if paths and 2 * sum(path.stat().st_size for path in paths) <= psutil.virtual_memory().available:
+            Thread(target=read_files, args=(paths,), name="read ahead", daemon=True).start()
+
+
+def read_files(paths):
+    """Read files and throw away what they hold."""
+    buffer = bytearray(2**23)
+    with contextlib.suppress(OSError):
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 # ---- Datasets --------------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from collections import namedtuple
 from pathlib import Path
 
 from file_utils import check_writable, display_path, expand_home, read_json_if_any
-from message_utils import LateImport, UserError, quiet_libraries, run_script, say, start_garbage_collection
+from message_utils import UserError, quiet_libraries, say
 from row_utils import require_text
 from run_utils import CACHE, find_adapter
+from script_utils import LateImport, run_script, start_garbage_collection
 from settings_utils import build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.

@@ -17,17 +17,9 @@ import shutil
 import sys
 
 from file_utils import check_writable, display_path, read_json, resolve_path, write_json
-from message_utils import (
-    LateImport,
-    UserError,
-    counted,
-    printable,
-    quiet_libraries,
-    run_script,
-    say,
-    start_garbage_collection,
-)
+from message_utils import UserError, counted, printable, quiet_libraries, say
 from run_utils import CACHE, EVALUATION, RUN_RECORD, TRAINER_STATE, find_adapter, find_run_folder
+from script_utils import LateImport, run_script, start_garbage_collection
 from settings_utils import PLACES, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help and a mistyped flag are answered before.

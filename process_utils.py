@@ -8,7 +8,8 @@ import time
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from message_utils import ECHO, STOPPING, SignalHandlers, UserError, detach_from_closed_terminal, say
+from message_utils import UserError, say
+from script_utils import ECHO, STOPPING, SignalHandlers, detach_from_closed_terminal
 
 
 # ---- The processes of a launcher -------------------------------------------------------------------------------------

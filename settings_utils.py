@@ -12,7 +12,8 @@ from collections import namedtuple
 from pathlib import Path
 
 from file_utils import PROJECT_DIR, display_path, resolve_input
-from message_utils import LateImport, UserError, printable, say_once, signals_leave_at_once
+from message_utils import UserError, printable, say_once
+from script_utils import LateImport, signals_leave_at_once
 
 torch = LateImport("torch")  # which takes seconds, and most mistakes are found without it
 

@@ -35,18 +35,7 @@ from file_utils import (
     storage_errors,
     write_json,
 )
-from message_utils import (
-    LateImport,
-    StopAtOnce,
-    UserError,
-    counted,
-    note,
-    printable,
-    quiet_libraries,
-    run_script,
-    say,
-    start_garbage_collection,
-)
+from message_utils import UserError, counted, is_first_on_machine, note, printable, quiet_libraries, say
 from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
@@ -60,6 +49,7 @@ from run_utils import (
     RunLog,
     set_aside,
 )
+from script_utils import LateImport, StopAtOnce, run_script, start_garbage_collection
 from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help, a mistyped flag and a faulty row come first.
@@ -121,6 +111,8 @@ def train(settings, dry_run=False, fresh=False):
     lock = OutputLock(resolve_path(settings.output_dir))
     if not dry_run:
         lock.check()
+    if is_first_on_machine():
+        hub_utils.read_ahead(settings.base_model_name, settings.models_dir)
     base = model_utils.find_base(settings)
     folder = resolve_path(settings.output_dir) / CHECKPOINTS
     base = base._replace(shards=engine_shards.find_engine(base.dtype))  # before the Trainer looks for it

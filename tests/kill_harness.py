@@ -32,7 +32,8 @@ import evaluate
 import inference
 import model_utils
 import train
-from message_utils import quiet_libraries, run_script
+from message_utils import quiet_libraries
+from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
 
 TINY_BASE = Path(__file__).resolve().parent.parent / "models" / "tiny-base"

@@ -11,7 +11,8 @@ import inference
 import train
 from data_utils import load_conversations
 from hub_utils import locate_model
-from message_utils import UserError, run_script
+from message_utils import UserError
+from script_utils import run_script
 from settings_utils import DEFAULTS, USED_SETTINGS, Settings
 
 GOOD_ROWS = [{"instruction": f"Say {n}", "response": f"Here is {n}."} for n in range(4)]

@@ -20,8 +20,8 @@ from conftest import PROJECT, TINY_BASE
 from data_utils import load_conversations
 from encoding_utils import encode_prompt
 from generation_utils import Reply, stream_reply
-from message_utils import run_script
 from model_utils import load_tokenizer
+from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
 from terminal_utils import WordWrap, note
 

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from conftest import PROJECT
-from message_utils import run_script
+from script_utils import run_script
 
 GOOD = {"instruction": "q", "response": "a"}
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -154,8 +154,8 @@ def test_a_row_of_a_million_characters_is_cut_and_reported(last_line, tmp_path):
 def test_faulty_data_is_named_before_the_libraries_are_loaded(run, tmp_path):
     (tmp_path / "rows.json").write_text('[{"instruction": "q", "response": 7}]')
     probe = (
-        "import sys, train, message_utils;"
-        "code = message_utils.run_script(train.main, sys.argv[1:]);"
+        "import sys, train, script_utils;"
+        "code = script_utils.run_script(train.main, sys.argv[1:]);"
         "print(code, 'transformers' in sys.modules)"
     )
     (tmp_path / "probe.py").write_text(probe)

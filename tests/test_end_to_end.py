@@ -190,12 +190,12 @@ def test_scripts_work_from_any_folder(run, trained, tmp_path):
 def test_garbage_is_collected_from_the_end_of_the_imports_on(script, run, trained, tmp_path):
     """Asked where each script calls start_garbage_collection: after its imports, or after the model that needs them."""
     code = (
-        "import gc, sys, message_utils\n"
+        "import gc, sys, script_utils\n"
         f"import {script} as script\n"
         "start = script.start_garbage_collection\n"
         "script.start_garbage_collection = lambda: (print('before', gc.isenabled()), start(),"
         " print('after', gc.isenabled(), gc.get_freeze_count() > 100_000), sys.exit(7))\n"
-        "sys.exit(message_utils.run_script(script.main, sys.argv[1:]))\n"
+        "sys.exit(script_utils.run_script(script.main, sys.argv[1:]))\n"
     )
     (tmp_path / "probe.py").write_text(code)
     flags = {

@@ -45,8 +45,8 @@ from checkpoint_utils import find_newest, seal
 from conftest import PROJECT, TINY_BASE, outside, small_base
 from fake_hub import NO_SERVER, TOKEN, serve
 from file_utils import write_json
-from message_utils import run_script
 from run_utils import ADAPTER, CHECKPOINTS, OutputLock
+from script_utils import run_script
 from warm import WarmProcess
 
 # cause: a function of `place` that brings it about and returns more flags; main: the script's; code: its exit code;

@@ -253,7 +253,7 @@ def test_a_link_in_the_place_of_a_record_is_replaced_and_not_followed(tmp_path):
 START_AT_ONCE = """
 import sys, time
 from pathlib import Path
-from message_utils import run_script
+from script_utils import run_script
 from run_utils import OutputLock
 def main(argv):
     print("ready", flush=True)

@@ -20,7 +20,8 @@ import inference
 import settings_utils
 import train
 from conftest import PROJECT, TINY_BASE, adapter_bytes, small_base
-from message_utils import UserError, run_script
+from message_utils import UserError
+from script_utils import run_script
 from settings_utils import DEFAULTS
 
 ROWS = [{"instruction": f"Say {word} {n} times", "response": word} for word in ("red", "blue") for n in range(12)]

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+import hub_utils
 from conftest import TINY_BASE
 from fake_hub import COMMIT, NO_SERVER, TOKEN, environment, serve
 
@@ -85,3 +87,24 @@ def test_the_token_reaches_the_hub_and_no_file(trained, hub, workplace):
     assert any(path.name.startswith("events.out") for path in written)
     assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
     assert TOKEN not in trained.stdout + trained.stderr
+
+
+def test_weights_are_read_ahead_where_they_lie_here_and_fit_into_memory(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(hub_utils, "read_files", read.append)
+    monkeypatch.setattr(hub_utils, "Thread", lambda target, args, **_: Mock(start=lambda: target(*args)))
+    for name in ("model-1.safetensors", "model-2.safetensors", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"123")
+    for name in ("no/such/model", "not a name", "../nowhere", "models/tiny-base/config.json", ""):
+        hub_utils.read_ahead(name, "models")
+    assert read == []
+    hub_utils.read_ahead(str(tmp_path), "models")
+    assert read == [[tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"]]
+    monkeypatch.setattr(hub_utils.psutil, "virtual_memory", lambda: Mock(available=11))
+    hub_utils.read_ahead(str(tmp_path), "models")
+    assert len(read) == 1
+
+
+def test_a_file_that_goes_while_it_is_read_ahead_is_no_error(tmp_path):
+    (tmp_path / "whole").write_bytes(b"x" * 20_000_000)
+    hub_utils.read_files([tmp_path / "whole", tmp_path / "gone", tmp_path])

@@ -32,7 +32,8 @@ DEFAULT_CONFIGURATION = TWO_CONFIGURATIONS.replace("english\n", "english\n  defa
 READ = """
 import json, sys
 from data_utils import load_announced
-from message_utils import UserError, run_script
+from message_utils import UserError
+from script_utils import run_script
 
 def main(argv):
     cache_dir, *datasets = argv

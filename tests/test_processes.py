@@ -8,7 +8,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conftest import PROJECT, adapter_bytes
-from message_utils import UserError, run_script
+from message_utils import UserError
+from script_utils import run_script
 
 TORCHRUN = ("--nproc_per_node", "2")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
@@ -90,7 +91,7 @@ def test_two_processes_that_share_the_base_out_train_like_one_and_go_on_to_the_s
 UNLIKE = """
 import os, sys
 import torch
-import engine_runner, message_utils, model_utils, train
+import engine_runner, model_utils, script_utils, train
 attach_lora = model_utils.attach_lora
 def other_weights(*args):
     model = attach_lora(*args)
@@ -107,7 +108,7 @@ def small_passes_only(runner, rows, scale):
 if os.environ["RANK"] == "1":
     engine_runner.StepRunner.run_pass = small_passes_only
     model_utils.attach_lora = other_weights
-sys.exit(message_utils.run_script(train.main, sys.argv[1:]))
+sys.exit(script_utils.run_script(train.main, sys.argv[1:]))
 """
 
 
@@ -124,12 +125,12 @@ def test_one_process_with_less_memory_and_other_weights_changes_no_result(run_tw
 
 FULL_DISK = """
 import os, sys
-import checkpoint_utils, message_utils, train, training_utils
+import checkpoint_utils, script_utils, train, training_utils
 def fail(*args):
     raise OSError(28, "No space left on device")
 if os.environ["RANK"] == "0":
     training_utils.save_adapter = fail
-sys.exit(message_utils.run_script(train.main, sys.argv[1:]))
+sys.exit(script_utils.run_script(train.main, sys.argv[1:]))
 """
 
 

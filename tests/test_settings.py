@@ -22,6 +22,7 @@ import file_utils
 import inference
 import message_utils
 import run_utils
+import script_utils
 import settings_utils
 from conftest import refusal, small_run
 from file_utils import PROJECT_DIR
@@ -867,19 +868,19 @@ def test_processes_take_leave_of_each_other_where_all_end_together(end, left, mo
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
     with contextlib.suppress(ValueError):
-        message_utils.run_script(raiser(end) if end else len, [])
+        script_utils.run_script(raiser(end) if end else len, [])
     assert bool(calls) is left
 
 
 def test_a_script_that_ends_well_exits_with_zero_and_gets_its_arguments(capsys):
     seen = []
-    assert message_utils.run_script(seen.append, ["--lora_r", "8"]) == 0
+    assert script_utils.run_script(seen.append, ["--lora_r", "8"]) == 0
     assert seen == [["--lora_r", "8"]]
     assert capsys.readouterr().err == ""
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
-    assert message_utils.run_script(raiser(UserError("no such file")), []) == 2
+    assert script_utils.run_script(raiser(UserError("no such file")), []) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: no such file\n")
 
@@ -893,7 +894,7 @@ def test_a_mistake_is_said_by_the_first_on_a_machine_or_by_the_one_that_outlives
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(message_utils.time, "sleep", waited.append)
-    assert message_utils.run_script(raiser(UserError("no such file", each_process=each_process)), []) == 2
+    assert script_utils.run_script(raiser(UserError("no such file", each_process=each_process)), []) == 2
     before = "" if rank == "0" else "process 1: "
     assert capsys.readouterr().err == f"{before}error: no such file\n"
     assert waited == ([message_utils.FIRST_SPEAKS] if local_rank == "1" else [])  # meanwhile a launcher ends it
@@ -910,27 +911,27 @@ def test_a_mistake_is_said_by_the_first_on_a_machine_or_by_the_one_that_outlives
     ],
 )
 def test_a_process_that_is_gone_is_one_line_for_the_others(error, capsys):
-    assert message_utils.run_script(raiser(error), []) == 2
+    assert script_utils.run_script(raiser(error), []) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "another process of this run ended" in line
 
 
 def test_debug_shows_the_traceback_of_a_users_mistake(capsys):
-    assert message_utils.run_script(raiser(UserError("no such file")), ["--debug"]) == 2
+    assert script_utils.run_script(raiser(UserError("no such file")), ["--debug"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("error: no such file\n")
 
 
 def test_ctrl_c_exits_with_130_and_no_traceback(capsys):
-    assert message_utils.run_script(raiser(KeyboardInterrupt()), []) == 130
+    assert script_utils.run_script(raiser(KeyboardInterrupt()), []) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_our_own_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        message_utils.run_script(raiser(ZeroDivisionError()), [])
+        script_utils.run_script(raiser(ZeroDivisionError()), [])
 
 
 def test_help_exits_with_zero_and_prints_every_group_that_has_flags(capsys):

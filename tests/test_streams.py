@@ -11,14 +11,8 @@ import warnings
 import pytest
 
 from conftest import PROJECT
-from message_utils import (
-    UserError,
-    format_printable_warning,
-    let_libraries_print_safely,
-    run_script,
-    say,
-    system_problem,
-)
+from message_utils import UserError, format_printable_warning, let_libraries_print_safely, say, system_problem
+from script_utils import run_script
 
 FOREIGN = "é 你好 \x1b[31mred\x07 \u202eturned\u2066"
 SHOWN = "é 你好 [31mred turned"
@@ -31,8 +25,10 @@ LOCALES = {
 
 def run_main(main, stdin="", argv="[]", **environment):
     """Run a main function, given as source, as the entry scripts do; returns (exit code, stdout, stderr) as UTF-8."""
-    program = f"import sys, logging, warnings\nfrom message_utils import UserError, run_script, say\n{main}\n"
-    program += f"sys.exit(run_script(main, {argv}))"
+    program = (
+        "import sys, logging, warnings\nfrom message_utils import UserError, say\nfrom script_utils import run_script\n"
+    )
+    program += f"{main}\nsys.exit(run_script(main, {argv}))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         input=stdin.encode(),
@@ -82,7 +78,7 @@ def test_no_error_and_no_traceback_steers_a_terminal(error, argv):
 @pytest.mark.parametrize("pipe", ["|", "2>&1 |"])
 def test_a_pipe_that_is_closed_early_is_quiet(pipe):
     program = (
-        "import sys; from message_utils import run_script, say\n"
+        "import sys; from message_utils import say\nfrom script_utils import run_script\n"
         "def main(argv):\n    for _ in range(100_000):\n        print(7)\n        say('note') if argv else 0\n"
         f"sys.exit(run_script(main, {['x'] if '&' in pipe else []}))"
     )
@@ -136,7 +132,7 @@ def test_a_package_that_fails_inside_transformers_is_told_by_its_cause(cause, li
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_under_stderr_costs_the_lines_and_not_the_run():
-    program = "import sys\nfrom message_utils import run_script, say\n"
+    program = "import sys\nfrom message_utils import say\nfrom script_utils import run_script\n"
     program += "sys.exit(run_script(lambda argv: [say('hello'), print('done')], []))"
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
@@ -147,7 +143,7 @@ def test_a_full_disk_under_stderr_costs_the_lines_and_not_the_run():
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_under_stdout_is_one_line():
-    program = "import sys\nfrom message_utils import run_script\nsys.exit(run_script(lambda argv: print('done'), []))"
+    program = "import sys\nfrom script_utils import run_script\nsys.exit(run_script(lambda argv: print('done'), []))"
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, cwd=PROJECT, check=False
@@ -156,7 +152,7 @@ def test_a_full_disk_under_stdout_is_one_line():
 
 
 def test_python_without_docstrings_is_refused():
-    program = "import sys\nfrom message_utils import run_script\nsys.exit(run_script(lambda argv: None, []))"
+    program = "import sys\nfrom script_utils import run_script\nsys.exit(run_script(lambda argv: None, []))"
     done = subprocess.run([sys.executable, "-OO", "-c", program], capture_output=True, cwd=PROJECT, check=False)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
     assert b"leave -OO out, or give -O" in done.stderr
@@ -225,7 +221,7 @@ def test_a_rank_that_no_launcher_set_is_refused(capsys, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
 def test_a_signal_while_a_library_is_imported_leaves_nothing_half_made(tmp_path):
     program = "import os, pathlib, signal, sys\nfrom file_utils import staged_folder\n"
-    program += "from message_utils import run_script, signals_leave_at_once\n"
+    program += "from script_utils import run_script, signals_leave_at_once\n"
     program += "def main(argv):\n with staged_folder(pathlib.Path(argv[0]) / 'model') as made:\n"
     program += "  with signals_leave_at_once():\n"
     program += "   (made / 'weights').touch()\n   os.kill(os.getpid(), signal.SIGTERM)\n"
