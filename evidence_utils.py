@@ -5,6 +5,7 @@ a row can tell by them whether the adapter has seen it; without the file nothing
 """
 
 import tempfile
+from array import array
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
@@ -56,16 +57,18 @@ def list_answers(conversations):
     """The Answers of Conversations. Those of one answer are in the index, the others are read."""
     several = conversations.index["answers"] > 1
     single = np.flatnonzero(~several)
-    found = []
+    positions, prompts, digests = array("q"), array("Q"), array("Q")
     with progress("Reading conversations of several answers", total=int(several.sum()), unit="rows") as bar:
         for position in np.flatnonzero(several).tolist():
-            found += ((position, *digests) for digests in digest_answers(conversations[position][1]))
+            for question, answer in digest_answers(conversations[position][1]):
+                positions.append(position)
+                prompts.append(question)
+                digests.append(answer)
             bar.update()
-    positions, prompts, answers = zip(*found, strict=True) if found else ((), (), ())
-    prompts, answers = np.array(prompts, np.uint64), np.array(answers, np.uint64)
+    prompts = np.array(prompts)
     return Answers(
-        np.concatenate([single, np.array(positions, np.int64)]),
-        np.concatenate([digest_rows(conversations)[single], prompts + answers * MIX]),
+        np.concatenate([single, np.array(positions)]),
+        np.concatenate([digest_rows(conversations)[single], prompts + np.array(digests) * MIX]),
         np.concatenate([conversations.index["question"][single], prompts]),
     )
 
