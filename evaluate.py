@@ -326,9 +326,7 @@ def check_compared(options):
 def compare_adapters(paths, output_dir, given, options):
     """The phases of a comparison: settings, rows, the losses and answers of one adapter after the other, report."""
     settings = [make_settings(given, model_utils.read_settings(path), "evaluate.py") for path in paths]
-    # one limit for all: cut at different places, the same rows would be different ones
-    longest = max(each.max_seq_length for each in settings)
-    settings = [each._replace(max_seq_length=longest) for each in settings]
+    settings = ask_alike(settings)
     check_writable(output_dir / EVALUATION, "--output_dir")
     measured = choose_rows(settings[0], paths, output_dir, output_dir / CACHE, options.include_trained_rows)
     samples, check = choose_samples(measured.conversations, settings[0])
@@ -351,6 +349,21 @@ def compare_adapters(paths, output_dir, given, options):
     metrics = {"run": "comparison"} | describe_measured(settings[0], measured) | metrics | {"answer_check": check}
     folder = result_utils.write_results(output_dir / EVALUATION, metrics, samples, columns, rows)
     result_utils.print_comparison(folder, metrics)
+
+
+def ask_alike(settings):
+    """The settings of several adapters with the same way to ask each of them, which is said where their own differ.
+
+    Rows that are cut at different places are different rows, and so are answers.
+    """
+    first = settings[0]
+    alike = {name: max(getattr(each, name) for each in settings) for name in ("max_seq_length", "max_new_tokens")}
+    alike |= {"repetition_penalty": first.repetition_penalty, "system_prompt": first.system_prompt}
+    for name, value in alike.items():
+        if any(getattr(each, name) != value for each in settings):
+            value = repr(value)[:60]
+            say(f"All are measured with {name} = {value}, though not all would be by themselves; --{name} sets it")
+    return [each._replace(**alike) for each in settings]
 
 
 def name_adapters(paths, settings):
