@@ -59,6 +59,7 @@ def test_the_default_settings_train_in_four_bits_and_merge(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "4-bit NF4, bfloat16 on CUDA" in done.stderr
     assert "demo settings" not in done.stderr
+    assert "slower" not in done.stderr  # than recorded passes and replies
     record = json.loads((tmp_path / "out/lora-adapter/run.json").read_text())
     assert record["last_loss"] < record["first_loss"]
     code = (

@@ -247,8 +247,8 @@ def test_decoding_that_is_slightly_wrong_is_found(dtype, monkeypatch):
 
 def test_a_model_is_tried_once_for_each_state_of_its_adapter(monkeypatch):
     model, prompts, tried = tuned_model(), make_prompts((3, 5)), []
-    same = Decoder._same
-    monkeypatch.setattr(Decoder, "_same", lambda *arguments: tried.append(1) or same(*arguments))
+    serves = Decoder._serves
+    monkeypatch.setattr(Decoder, "_serves", lambda *arguments: tried.append(1) or serves(*arguments))
     tuned = written(model, prompts, GREEDY)
     with model.disable_adapter():
         base = written(model, prompts, GREEDY)
