@@ -180,7 +180,10 @@ class Chat:
         command = COMMAND.fullmatch(text.rstrip())
         try:
             if command and command[1] in (*COMMANDS, "/quit"):
-                getattr(self, command[1].replace("/", "do_"))((command[2] or "").strip())
+                argument = (command[2] or "").strip()
+                if argument and not COMMANDS.get(command[1], ("",))[0]:
+                    raise UserError(f"{command[1]} takes nothing behind it; a blank before it makes it a question")
+                getattr(self, command[1].replace("/", "do_"))(argument)
             elif command:
                 near = get_close_matches(command[1], COMMANDS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""

@@ -336,6 +336,12 @@ def test_a_run_records_how_many_of_its_rows_hold_several_questions(tmp_path):
     assert train.several_turns(vars(load_conversations(tmp_path / "rows.jsonl")[1])) == 0.25
 
 
+def test_words_behind_a_command_that_takes_none_are_not_lost_in_silence(chat, capsys):
+    type_lines(chat, "one", "/clear what I said before")
+    assert "/clear takes nothing behind it; a blank before it makes it a question" in capsys.readouterr().err
+    assert len(chat.turns) == 1
+
+
 def test_out_of_memory_ends_the_answer_and_not_the_chat(chat, capsys, monkeypatch):
     def no_room(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
