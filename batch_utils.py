@@ -62,7 +62,8 @@ def answer_missing(model, tokenizer, settings, prompts, missing, journal):
             bar.update(len(replies))
 
         generation = build_generation_config(tokenizer, settings)
-        generate_replies(model, tokenizer, [prompts[index] for index in missing], generation, on_replies=keep)
+        unanswered_yet = [prompts[index] for index in missing]
+        generate_replies(model, tokenizer, unanswered_yet, generation, on_replies=keep, numbers=missing)
 
 
 def read_prompts(model, tokenizer, settings, source, cache_dir):

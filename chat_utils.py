@@ -180,7 +180,10 @@ class Chat:
         command = COMMAND.fullmatch(text.rstrip())
         try:
             if command and command[1] in (*COMMANDS, "/quit"):
-                getattr(self, command[1].replace("/", "do_"))((command[2] or "").strip())
+                argument = (command[2] or "").strip()
+                if argument and not COMMANDS.get(command[1], ("",))[0]:
+                    raise UserError(f"{command[1]} takes nothing behind it; a blank before it makes it a question")
+                getattr(self, command[1].replace("/", "do_"))(argument)
             elif command:
                 near = get_close_matches(command[1], COMMANDS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
@@ -188,15 +191,16 @@ class Chat:
             elif text.strip():
                 self.ask([{"role": "user", "content": require_text(text.strip(), "the question")}], self.turns)
         except UserError as error:
-            say(FLAG.sub(r"/set \1", f"error: {error}"))
+            note(FLAG.sub(r"/set \1", f"error: {error}"), dim=False)
         except (OSError, MemoryError) as error:  # of a file behind /save or /load: the conversation goes on
             if isinstance(error, OSError) and not error.filename:
                 raise
-            say(f"error: {system_problem(error)}")
+            note(f"error: {system_problem(error)}", dim=False)
         except torch.OutOfMemoryError:
             self.decoders.close()
-            say(
-                "error: this prompt uses up the GPU's memory; /clear the conversation, or /set a smaller max_new_tokens"
+            note(
+                "error: this prompt uses up the GPU's memory; /clear the conversation, or /set a lower max_new_tokens",
+                dim=False,
             )
 
     # ---- Asking ----
@@ -292,9 +296,9 @@ class Chat:
     def do_help(self, argument):
         rows = [(f"{name} {arguments}".strip(), text) for name, (arguments, text) in COMMANDS.items()]
         width = max(len(usage) for usage, _ in rows)
-        say("\n".join(f"{usage:<{width}}  {text}" for usage, text in rows))
+        note("\n".join(f"{usage:<{width}}  {text}" for usage, text in rows), dim=False)
         if self.history_file:
-            say(f"{KEYS}\n{self.where_inputs_are_kept()}")
+            note(f"{KEYS}\n{self.where_inputs_are_kept()}", dim=False)
 
     def where_inputs_are_kept(self):
         return f"What you type is kept in {display_path(self.history_file)}, for the arrow keys and Ctrl-R."
@@ -345,7 +349,7 @@ class Chat:
 
     def do_set(self, argument):
         if not argument:
-            say("\n".join(f"{name:<19}{getattr(self.settings, name)}" for name in ANSWERING))
+            note("\n".join(f"{name:<19}{getattr(self.settings, name)}" for name in ANSWERING), dim=False)
             return
         name, _, text = argument.replace("=", " ").partition(" ")
         if name not in ANSWERING or not text.strip():
@@ -396,14 +400,15 @@ class Chat:
         limit = prompt_limit(self.model, self.settings.max_new_tokens)
         tokens, seconds = (sum(getattr(answer, name) for answer in self.answers) for name in ("tokens", "seconds"))
         first = f"first words after {last.first:.2f} s, " if last.first is not None else ""
-        say(
+        note(
             f"Last answer:   {counted(last.tokens, 'token')} in {last.seconds:.1f} s,"
             f" {first}{rate(last.tokens, last.seconds)}\n"
             f"Last prompt:   {self.prompt_tokens:,} tokens; {limit:,} fit beside an answer\n"
             f"Conversation:  {counted(len(self.turns), 'turn')}"
             f"{'' if self.keeps_turns else ', each question by itself'}\n"
             f"Since start:   {counted(len(self.answers), 'answer')}, {counted(tokens, 'token')},"
-            f" {rate(tokens, seconds)}"
+            f" {rate(tokens, seconds)}",
+            dim=False,
         )
 
     def do_exit(self, argument):

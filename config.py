@@ -64,7 +64,7 @@ SYSTEM_PROMPT = None  # system text that conversations begin with; None: the one
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 EVAL_SAMPLES = 50  # rows that base and tuned model answer; the figures of answers are over these, more narrow them
-ANSWER_CHECK = "auto"  # what is right: "number", "choice" (a letter) or "json"; "auto": seen from the rows; "off"
+ANSWER_CHECK = "auto"  # what is right: "number", "choice" (or yes and no), "json"; "auto": seen from the rows; "off"
 
 # ---- Paths (relative ones start at the project's folder) -------------------------------------------------------------
 OUTPUT_DIR = "output"  # adapter, checkpoints and evaluation

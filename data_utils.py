@@ -6,6 +6,7 @@ row_utils.py says what a conversation is, and reads one row as one.
 import json
 import random
 import tempfile
+import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -218,10 +219,11 @@ class Conversations(Sequence):
     texts: those of INDEX, and `text`, a digest of all messages.
     """
 
-    # row number, place in the file, and digests of the parts that describe() names
+    # row number, place in the file, number of its trained answers, and digests of the parts that describe() names
     INDEX: ClassVar = {
         "number": "q",
         "offset": "q",
+        "answers": "q",
         "prompt": "Q",
         "answer": "Q",
         "opening": "Q",
@@ -290,21 +292,49 @@ def last_answer(messages):
 
 
 def describe(messages):
-    """64-bit digests of the prompt, the last answer, its first four and its last four words, the prompt without its
-    system text, and the system text.
+    """The number of trained answers, and 64-bit digests: of the prompt, the last of these answers, its first four and
+    its last four words, the prompt without its system text, and the system text.
 
-    They are 0 for what is not there, such as the first four words of a short answer. But for the system text, case and
-    white space do not count: prompts that differ in nothing else are the same question.
+    They are 0 for what is not there, such as the first four words of a short answer. But for the system text, white
+    space and the way an accent is encoded do not count, nor does case in a prompt: prompts that differ in nothing else
+    are the same question.
     """
+    answers = digest_answers(messages)
+    question, answer = answers[-1]
     last = last_answer(messages)
-    turns = [words_of(message).casefold().split() for message in messages[:last]]
-    prompt = [word for turn in turns for word in turn]
-    question = prompt[len(turns[0]) :] if turns and messages[0]["role"] == "system" else prompt
-    answer = words_of(messages[last]).split()
-    ends = (answer[:4], answer[-4:]) if len(answer) >= 8 else ((), ())
+    prompt = [word for message in messages[:last] for word in prompt_words(message)]
+    words = normal(words_of(messages[last])).split()
+    ends = (words[:4], words[-4:]) if len(words) >= 8 else ((), ())
     system = [messages[0]["content"]] if messages[0]["role"] == "system" else ()
-    parts = (prompt, answer, *ends, question, system)
-    return [int.from_bytes(digest(" ".join(words), 8), "little") if words else 0 for words in parts]
+    first, end, system = map(digest_words, (*ends, system))
+    return len(answers), digest_words(prompt), answer, first, end, question, system
+
+
+def digest_answers(messages):
+    """(digest of the question, digest of the answer) of each trained answer; describe() gives those of the last.
+
+    An answer's question is all that was said before it, without the system text.
+    """
+    found, question = [], []
+    for position, message in enumerate(messages):
+        if is_trained(message):
+            found.append((digest_words(question), digest_words(normal(words_of(message)).split())))
+        if position or message["role"] != "system":
+            question += prompt_words(message)
+    return found
+
+
+def digest_words(words):
+    return int.from_bytes(digest(" ".join(words), 8), "little") if words else 0
+
+
+def prompt_words(message):
+    return normal(words_of(message)).casefold().split()
+
+
+def normal(text):
+    """The text with each accented letter as one character, as Unicode's form NFC has it."""
+    return unicodedata.normalize("NFC", text)
 
 
 def shared_system_text(conversations):

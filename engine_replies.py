@@ -485,8 +485,10 @@ class Decoder:
         self.log = torch.zeros(self.chunk, slots, dtype=torch.long, device=device)
         self.clock = torch.zeros(1, dtype=torch.long, device=device)
         self.warpers, self.patches = LogitsProcessorList(), Patches()
-        self.seen = self.graph = self.replay = self.logits = None
+        self.seen = self.graph = self.replay = self.logits = self.draws = None
         if generation.do_sample:
+            if device.type == "cpu":  # what is drawn for a row does not depend on those that are computed beside it
+                self.draws = [torch.Generator() for _ in range(slots)]
             self.warpers.append(TemperatureLogitsWarper(generation.temperature))
             self.warpers.append(TopPLogitsWarper(generation.top_p))
         if generation.repetition_penalty not in (None, 1.0):
@@ -693,18 +695,28 @@ class Decoder:
             logits = torch.where(self.seen[slots], lowered, logits)
         if self.generation.do_sample:
             shares = self.warpers(None, logits).softmax(-1)
-            chosen = (shares / torch.empty_like(shares).exponential_()).argmax(-1)  # a draw by these shares
+            chosen = (shares / self._noise(shares, slots)).argmax(-1)  # a draw by these shares
         else:
             chosen = logits.argmax(-1)
         if self.seen is not None:
             self.seen[slots, chosen] = True
         return chosen
 
+    def _noise(self, shares, slots):
+        """Exponential noise for the shares of each row, (rows, words), which belong to these slots."""
+        noise = torch.empty_like(shares)
+        if self.draws is None:
+            return noise.exponential_()
+        for row, slot in zip(noise, slots.tolist(), strict=True):
+            row.exponential_(generator=self.draws[slot])
+        return noise
+
     # ---- Rows ----
-    def write(self, prompts, new_tokens, ends):
+    def write(self, prompts, new_tokens, ends, seeds=None):
         """Yield (index of the prompt, some more of its reply's tokens, whether that was the last of it) as rows grow.
 
         prompts: token ids of each. A reply ends with one of the tokens `ends`, which is its last, or after new_tokens.
+        seeds: of what is drawn for each reply on a CPU; None: they are drawn themselves.
         The longest prompts come first; rows that end make room for those that wait.
         """
         waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
@@ -724,6 +736,8 @@ class Decoder:
             free = [slot for slot in range(self.slots) if slot not in rows]
             if waiting and (not rows or len(free) >= self.slots // 4):
                 chosen = {slot: waiting.popleft() for slot in free[: len(waiting)]}
+                for slot, index in chosen.items() if self.draws else ():
+                    self.draws[slot].manual_seed(seeds[index] if seeds else int(torch.randint(2**62, ())))
                 first = self.begin({slot: prompts[index] for slot, index in chosen.items()})
                 rows |= {slot: [index, new_tokens] for slot, index in chosen.items()}
                 for slot, token in first.items():

@@ -52,9 +52,9 @@ token_utils = LateImport("token_utils")
 MEASURED_BY = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu", "rouge-score")
 
 # The rows to measure, without those that are left out: Conversations; the name of the rows, which becomes that of a
-# folder, and where they come from; and how many of them the adapter was trained on, of how many it was trained on the
-# prompt with another answer, and how many its run was validated with: None where nobody knows.
-Measured = namedtuple("Measured", "conversations name path trained prompt_trained validated left_out")
+# folder, and where they come from; and how many of them the adapter was trained on, on some answers of how many, on
+# a prompt of how many with another answer, and how many its run was validated with: None where nobody knows.
+Measured = namedtuple("Measured", "conversations name path trained partly prompt_trained validated left_out")
 
 
 def main(argv):
@@ -140,7 +140,7 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
     """The rows to measure, after saying how many of them the adapters were trained on; returns Measured.
 
     They are those of VALIDATION_DATASET_PATH, or else those that the first adapter's run held out. Rows that one of
-    them was trained on are left out unless include_trained is true.
+    them was trained on are left out unless include_trained is true, and so are single answers of longer conversations.
     """
     seen = [evidence_utils.read_seen_rows(path) for path in adapter_paths]
     found, path = evidence_utils.load_rows(settings, adapter_paths[0], output_dir, seen[0], cache_dir)
@@ -154,9 +154,9 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
             f"Whether {who} trained on the {counted(len(found), 'row')} is unknown: {unknown} carries no"
             f" {evidence_utils.SEEN_ROWS}"
         )
-        return Measured(found, name, path, None, None, None, 0)
-    overlaps = [evidence_utils.find_overlap(each, found) for each in seen]
-    overlap = evidence_utils.Overlap(*map(numpy.logical_or.reduce, zip(*overlaps, strict=True)))
+        return Measured(found, name, path, None, None, None, None, 0)
+    seen = evidence_utils.join_seen_rows(seen)
+    overlap = evidence_utils.find_overlap(seen, found)
     trained = int(overlap.trained.sum())
     say_overlap(len(found), overlap, include_trained, who)
     if trained == len(found) and not include_trained:
@@ -164,6 +164,10 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
             f"{who} trained on all of {path} ({counted(len(found), 'row')}), which tells nothing of new rows; give"
             " others by --validation_dataset_path, or measure these by --include_trained_rows"
         )
+    if include_trained:
+        overlap = overlap._replace(trained=overlap.trained | overlap.partly)
+    elif overlap.partly.any():
+        found = evidence_utils.without_seen_answers(found, seen)
     kept = numpy.ones(len(found), dtype=bool) if include_trained else ~overlap.trained
     counts = [int(mask[kept].sum()) for mask in overlap]
     return Measured(found.select(kept), name, path, *counts, 0 if include_trained else trained)
@@ -171,11 +175,16 @@ def choose_rows(settings, adapter_paths, output_dir, cache_dir, include_trained)
 
 def say_overlap(rows, overlap, include_trained, who):
     """Say how many of the rows an adapter was trained on, and what becomes of them."""
-    trained, prompt_trained = int(overlap.trained.sum()), int(overlap.prompt_trained.sum())
+    trained, partly, prompt_trained = (
+        int(mask.sum()) for mask in (overlap.trained, overlap.partly, overlap.prompt_trained)
+    )
     what = f"{who} trained on {trained or 'none':{',' if trained else ''}} of them"
     if trained:
         fate = "measured too" if include_trained else "left out (--include_trained_rows measures them too)"
         what += f", which {'is' if trained == 1 else 'are'} {fate}"
+    if partly:
+        fate = "measured too" if include_trained else "not measured"
+        what += f"; on some answers of {counted(partly, 'more conversation')}, which are {fate}"
     if prompt_trained:
         what += f"; on {counted(prompt_trained, 'more prompt')} with another answer"
     say(f"{counted(rows, 'row')}: {what}")
@@ -235,9 +244,17 @@ def choose_samples(conversations, settings):
         expected = data_utils.words_of(messages[end]).strip()
         prompt = messages[:end]
         samples.append({"row": row, "prompt": prompt[-1]["content"], "messages": prompt, "expected": expected})
-    check = score_utils.choose_check(settings.answer_check, [sample["expected"] for sample in samples])
+    expected = [sample["expected"] for sample in samples]
+    check = score_utils.choose_check(settings.answer_check, expected)
+    name, share = score_utils.commonest_kind(expected)
     if check:
         say(f"Accuracy: the expected answers {score_utils.CHECKS[check][2]} (ANSWER_CHECK = {settings.answer_check!r})")
+    elif settings.answer_check == "auto" and share >= 0.5:
+        kind, _, _ = score_utils.CHECKS[name][2].partition(";")
+        say(
+            f"Accuracy is not measured: {share:.0%} of the expected answers {kind}, and it takes"
+            f" {score_utils.CERTAIN_SHARE:.0%}; --answer_check {name} compares them all"
+        )
     return samples, check
 
 
@@ -286,6 +303,7 @@ def describe_measured(settings, measured):
         "held_out": measured.trained == 0,
         "trained_rows_seen": None if measured.trained is None else measured.trained + measured.left_out,
         "trained_rows_left_out": measured.left_out,
+        "partly_trained_rows": measured.partly,
         "trained_prompts_seen": measured.prompt_trained,
         "validation_rows_of_the_run": measured.validated,
         "settings": {name: value for name, value in settings._asdict().items() if name in USED_SETTINGS["evaluate.py"]},
@@ -308,9 +326,7 @@ def check_compared(options):
 def compare_adapters(paths, output_dir, given, options):
     """The phases of a comparison: settings, rows, the losses and answers of one adapter after the other, report."""
     settings = [make_settings(given, model_utils.read_settings(path), "evaluate.py") for path in paths]
-    # one limit for all: cut at different places, the same rows would be different ones
-    longest = max(each.max_seq_length for each in settings)
-    settings = [each._replace(max_seq_length=longest) for each in settings]
+    settings = ask_alike(settings)
     check_writable(output_dir / EVALUATION, "--output_dir")
     measured = choose_rows(settings[0], paths, output_dir, output_dir / CACHE, options.include_trained_rows)
     samples, check = choose_samples(measured.conversations, settings[0])
@@ -333,6 +349,21 @@ def compare_adapters(paths, output_dir, given, options):
     metrics = {"run": "comparison"} | describe_measured(settings[0], measured) | metrics | {"answer_check": check}
     folder = result_utils.write_results(output_dir / EVALUATION, metrics, samples, columns, rows)
     result_utils.print_comparison(folder, metrics)
+
+
+def ask_alike(settings):
+    """The settings of several adapters with the same way to ask each of them, which is said where their own differ.
+
+    Rows that are cut at different places are different rows, and so are answers.
+    """
+    first = settings[0]
+    alike = {name: max(getattr(each, name) for each in settings) for name in ("max_seq_length", "max_new_tokens")}
+    alike |= {"repetition_penalty": first.repetition_penalty, "system_prompt": first.system_prompt}
+    for name, value in alike.items():
+        if any(getattr(each, name) != value for each in settings):
+            value = repr(value)[:60]
+            say(f"All are measured with {name} = {value}, though not all would be by themselves; --{name} sets it")
+    return [each._replace(**alike) for each in settings]
 
 
 def name_adapters(paths, settings):

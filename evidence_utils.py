@@ -1,30 +1,38 @@
 """Evidence: digests of the rows that an adapter was trained on and validated with, and the rows that it is measured by.
 
-An adapter's folder carries them in seen_rows.safetensors: 16 bytes a row, from which no text can be read. Who has a row
-can tell by them whether the adapter has seen it; without the file nothing is claimed of any row.
+An adapter's folder carries them in seen_rows.safetensors: 16 bytes an answer, from which no text can be read. Who has
+a row can tell by them whether the adapter has seen it; without the file nothing is claimed of any row.
 """
 
-from collections import namedtuple
+import tempfile
+from array import array
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from data_utils import load_announced, load_conversations
+from data_utils import digest_answers, load_announced, load_conversations, store_conversations
 from file_utils import display_path
-from message_utils import UserError
+from message_utils import UserError, counted
+from progress_utils import progress
+from row_utils import is_trained
 from run_utils import VALIDATION_ROWS
 
 SEEN_ROWS = "seen_rows.safetensors"  # beside an adapter's weights
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no answer's digest is lost in the product
 
-# Sorted 64-bit digests, without repetition: of the rows (prompt and answer) and of the prompts alone that were trained,
-# and of the rows by whose loss the run chose its best step. System texts do not count: a question is the same
-# with each.
+# Sorted 64-bit digests, without repetition: of the answers that were trained, each with its prompt, and of these
+# prompts alone; and of the rows by whose loss the run chose its best step. System texts do not count: a question is the
+# same with each.
 SeenRows = namedtuple("SeenRows", "trained trained_prompts validated")
-# A mask for the rows that were trained on, for those of which only the prompt was, and for the run's validation rows
-Overlap = namedtuple("Overlap", "trained prompt_trained validated")
+# Of the answers of Conversations that count: the positions of their rows, digests of each with its prompt, and of the
+# prompt alone. A row's answers stand in their order.
+Answers = namedtuple("Answers", "positions digests prompts")
+# A mask for the rows of which all answers were trained, for those of which some were, for those of which only a prompt
+# was, and for the run's validation rows
+Overlap = namedtuple("Overlap", "trained partly prompt_trained validated")
 
 
 def digest_rows(conversations):
@@ -32,19 +40,78 @@ def digest_rows(conversations):
     return conversations.index["question"] + conversations.index["answer"] * MIX
 
 
-def note_rows(training, validation):
-    """The SeenRows of a run that is trained on these Conversations and validated with those."""
-    return SeenRows(
-        np.unique(digest_rows(training)), np.unique(training.index["question"]), np.unique(digest_rows(validation))
+def note_rows(training, validation, base=None):
+    """The SeenRows of a run that is trained on these Conversations and validated with those.
+
+    base: the SeenRows of the base model, where an adapter was merged into it before, or None.
+    """
+    answers = list_answers(training)
+    trained, prompts = [answers.digests], [answers.prompts]
+    if base is not None:
+        trained.append(base.trained)
+        prompts.append(base.trained_prompts)
+    return SeenRows(*map(np.unique, (np.concatenate(trained), np.concatenate(prompts), digest_rows(validation))))
+
+
+def list_answers(conversations):
+    """The Answers of Conversations. Those of one answer are in the index, the others are read."""
+    several = conversations.index["answers"] > 1
+    single = np.flatnonzero(~several)
+    positions, prompts, digests = array("q"), array("Q"), array("Q")
+    with progress("Reading conversations of several answers", total=int(several.sum()), unit="rows") as bar:
+        for position in np.flatnonzero(several).tolist():
+            for question, answer in digest_answers(conversations[position][1]):
+                positions.append(position)
+                prompts.append(question)
+                digests.append(answer)
+            bar.update()
+    prompts = np.array(prompts)
+    return Answers(
+        np.concatenate([single, np.array(positions)]),
+        np.concatenate([digest_rows(conversations)[single], prompts + np.array(digests) * MIX]),
+        np.concatenate([conversations.index["question"][single], prompts]),
     )
 
 
 def find_overlap(seen, conversations):
     """The Overlap of Conversations with the rows that an adapter has seen."""
-    rows = digest_rows(conversations)
-    trained = np.isin(rows, seen.trained)
-    prompt_trained = ~trained & np.isin(conversations.index["question"], seen.trained_prompts)
-    return Overlap(trained, prompt_trained, np.isin(rows, seen.validated))
+    answers = list_answers(conversations)
+    known = np.isin(answers.digests, seen.trained)
+    prompt_known = ~known & np.isin(answers.prompts, seen.trained_prompts) & (answers.prompts != 0)  # 0: without prompt
+    counts, of_all, prompts = (
+        np.bincount(answers.positions[mask], minlength=len(conversations)) for mask in (known, ..., prompt_known)
+    )
+    trained = counts == of_all
+    validated = np.isin(digest_rows(conversations), seen.validated)
+    return Overlap(trained, ~trained & (counts > 0), ~trained & (prompts > 0), validated)
+
+
+def join_seen_rows(seen):
+    """The SeenRows of several adapters together: what one of them has seen, or another."""
+    return SeenRows(*map(np.concatenate, zip(*seen, strict=True)))
+
+
+def without_seen_answers(conversations, seen):
+    """Conversations in which answers that were trained are context: there, and not measured.
+
+    Rows of which all answers were trained stay as they are.
+    """
+    answers = list_answers(conversations)
+    known = np.isin(answers.digests, seen.trained)
+    known &= np.isin(answers.positions, answers.positions[~known])
+    marks = defaultdict(list)
+    for position, mark in zip(answers.positions.tolist(), known.tolist(), strict=True):
+        marks[position].append(mark)
+
+    def rows():
+        for position, (number, messages) in enumerate(conversations):
+            mark = iter(marks[position])
+            yield number, [m | {"weight": 0} if is_trained(m) and next(mark) else m for m in messages]
+
+    folder = tempfile.TemporaryDirectory()
+    found = store_conversations(Path(folder.name) / "conversations.jsonl", rows())
+    found.folder = folder  # lives as long as they do
+    return found
 
 
 def is_own_validation(seen, conversations):
@@ -70,6 +137,16 @@ def read_seen_rows(folder):
             f"{display_path(path)} is damaged ({type(error).__name__}: {error}); restore it, or remove it: then it is"
             " unknown which rows the adapter has seen"
         ) from None
+
+
+def describe_rows(metrics):
+    """'20 held-out rows', and nothing better of rows that the adapter has seen or may have seen."""
+    rows = counted(metrics["rows"], "row")
+    if metrics["held_out"]:
+        return counted(metrics["rows"], "held-out row")
+    if metrics["trained_rows_seen"] is None:
+        return f"{rows}, which may have been trained on"
+    return f"{rows}, {metrics['trained_rows_seen']:,} of them trained on"
 
 
 # ---- The rows that an adapter is measured by -------------------------------------------------------------------------

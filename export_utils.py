@@ -5,6 +5,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from evidence_utils import describe_rows
 from file_utils import resolve_path
 from message_utils import UserError, counted, printable
 from prompt_utils import end_token_ids, render
@@ -132,10 +133,11 @@ def describe_evaluation(metrics):
             known = change.get("low") is not None
             interval = f"{signed.format(change['low'])} to {signed.format(change['high'])}" if known else ""
             lines.append(f"| {label} | {form.format(base[key])} | {form.format(tuned[key])} | {interval} |")
-    rows = counted(metrics["rows"], "held-out row" if metrics.get("held_out") else "row")
-    answers = f", {base['answers']:,} of them answered" if base.get("answers") else ""
+    answers = f"; {base['answers']:,} were answered" if base.get("answers") else ""
     heading = "| | base | tuned | difference, 95 % interval |\n|---|---|---|---|"
-    return f"On {rows}{answers}, measured on {metrics['date'][:10]}:\n\n{heading}\n" + "\n".join(lines)
+    return f"On {describe_rows(metrics)}{answers}, measured on {metrics['date'][:10]}:\n\n{heading}\n" + "\n".join(
+        lines
+    )
 
 
 def describe_merge(merge):
@@ -146,7 +148,7 @@ def describe_merge(merge):
     for name, loss in merge.losses.items():
         kept = " (this model)" if name == merge.merged_into and len(merge.losses) > 1 else ""
         lines.append(f"| merged into {MERGED_INTO[name]}{kept} | {loss:.4f} |")
-    return "## Merging\n\n| | loss on held-out rows |\n|---|---|\n" + "\n".join(lines)
+    return "## Merging\n\n| | loss on the same rows |\n|---|---|\n" + "\n".join(lines)
 
 
 def describe_sample(sample):

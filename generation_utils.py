@@ -86,11 +86,20 @@ def ends(generation_config):
 
 # ---- Many replies ----------------------------------------------------------------------------------------------------
 def generate_replies(
-    model, tokenizer, conversations, generation_config, max_prompt_tokens=2**20, on_replies=lambda replies: None
+    model,
+    tokenizer,
+    conversations,
+    generation_config,
+    max_prompt_tokens=2**20,
+    on_replies=lambda replies: None,
+    numbers=None,
 ):
     """Answer conversations (lists of messages that end with the user's turn); returns a Reply of each, in their order.
 
     on_replies: called with {a conversation's index: its Reply} of those that are ready together, in any order.
+
+    numbers: of the conversations among more of them. What is drawn for one on a CPU then depends on its number and the
+    seed, and not on which others are answered with it.
 
     Prompts beyond max_prompt_tokens or the model's context lose their oldest part, as in training.
     """
@@ -99,17 +108,17 @@ def generate_replies(
         trim_history(encode_prompt(tokenizer, messages), limit, tokenizer.bos_token_id) for messages in conversations
     ]
     replies = {}
-    for written in write_replies(model, prompts, generation_config):
+    for written in write_replies(model, prompts, generation_config, numbers):
         ready = {index: read_reply(tokenizer, ids, ends(generation_config)) for index, ids in written.items()}
         replies |= ready
         on_replies(ready)
     return [replies[index] for index in range(len(prompts))]
 
 
-def write_replies(model, prompts, generation_config):
+def write_replies(model, prompts, generation_config, numbers=None):
     """Yield {a prompt's index: the token ids of its reply} of those that are ready together, longest prompts first.
 
-    prompts: token ids of each.
+    prompts: token ids of each. numbers: as in generate_replies.
 
     Out of memory halves the number of rows that are computed together, and what was not yielded is computed again.
     """
@@ -120,7 +129,7 @@ def write_replies(model, prompts, generation_config):
         decoder = None
         try:
             decoder = try_decoder(model, generation_config, slots, tokens)
-            write = partial(write_by_decoder, decoder) if decoder else partial(write_by_generate, model, slots)
+            write = partial(write_by_decoder, decoder, numbers) if decoder else partial(write_by_generate, model, slots)
             for written in write(left, generation_config):
                 for index in written:
                     del left[index]
@@ -164,11 +173,12 @@ def say_slower(reason):
     say(f"Replies are written by transformers' generate, which is slower: {reason}")
 
 
-def write_by_decoder(decoder, prompts, generation_config):
+def write_by_decoder(decoder, numbers, prompts, generation_config):
     """As write_replies, of prompts {index: token ids}."""
     indices, found = list(prompts), defaultdict(list)
+    seeds = numbers and [seed_of(torch.initial_seed(), numbers[index]) for index in indices]
     for number, tokens, done in decoder.write(
-        list(prompts.values()), generation_config.max_new_tokens, ends(generation_config)
+        list(prompts.values()), generation_config.max_new_tokens, ends(generation_config), seeds
     ):
         found[number] += tokens
         if done:
@@ -191,9 +201,9 @@ def write_by_generate(model, slots, prompts, generation_config):
         yield dict(zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True))
 
 
-def seed_of(seed, prompts):
-    """A seed that depends on another one and on prompts (token ids of each)."""
-    return int.from_bytes(digest(f"{seed} {prompts}", size=7))
+def seed_of(seed, what):
+    """A seed that depends on another one and on the number of a row, or on prompts (token ids of each)."""
+    return int.from_bytes(digest(f"{seed} {what}", size=7))
 
 
 def left_pad(prompts, pad_id, device):

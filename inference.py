@@ -35,6 +35,7 @@ fit_utils = LateImport("fit_utils")
 hub_utils = LateImport("hub_utils")
 model_utils = LateImport("model_utils")
 prompt_utils = LateImport("prompt_utils")
+terminal_utils = LateImport("terminal_utils")
 torch = LateImport("torch")
 
 Loaded = namedtuple("Loaded", "model tokenizer settings")  # what the phase of loading hands on
@@ -155,7 +156,7 @@ def chat(loaded, adapter_path, output_dir):
         raise UserError('there is no input to read; give an instruction in quotes, such as "Hello"')
     keeps_turns = knows_turns(loaded.tokenizer, adapter_path)
     kept = "Earlier turns are kept." if keeps_turns else "Each question stands alone; /history keeps earlier turns."
-    say(f"Type a question; /help lists the commands.\n{kept}")
+    terminal_utils.note(f"Type a question; /help lists the commands.\n{kept}", dim=False)
     chat_utils.Chat(*loaded, keeps_turns=keeps_turns, history_file=output_dir / CHAT_INPUTS).run()
 
 

@@ -33,7 +33,7 @@ Figure = namedtuple("Figure", "key label better form meaning")
 FIGURES = (
     Figure("loss", "Loss", -1, "{:.3f}", "how unlikely the expected answers are to the model, in nats a token"),
     Figure("perplexity", "Perplexity", -1, "{:,.2f}", "its exponential: how many tokens the model hesitates between"),
-    Figure("accuracy", "Right answers", 1, "%", "the answer's number, choice or JSON object is the expected one"),
+    Figure("accuracy", "Right answers", 1, "%", "the answer's number, choice or JSON is the expected one"),
     Figure("exact_match", "Exact match", 1, "%", "word for word the expected answer"),
     Figure("chrf", "chrF", 1, "{:.1f}", "characters in common with the expected answer, 0 to 100"),
     Figure("rouge_l", "ROUGE-L", 1, "{:.3f}", "words in common with it, in their order, 0 to 1"),
@@ -203,6 +203,11 @@ def warnings(metrics):
         return
     if left_out:
         yield f"{counted(left_out, 'row')} of the file had been trained on and left out of every figure here."
+    if metrics["partly_trained_rows"] and metrics["held_out"]:
+        yield (
+            f"Some answers of {counted(metrics['partly_trained_rows'], 'conversation')} had been trained on. Here they"
+            " are context, and in no figure."
+        )
     if seen > left_out:
         yield f"{counted(seen - left_out, 'row')} of these had been trained on, which flatters the tuned model."
 
@@ -214,6 +219,8 @@ def describe_measured(metrics):
     yield "file", short_path(data["path"])
     yield "rows of it trained on", "unknown" if seen is None else f"{seen:,}"
     yield "left out of the figures", f"{metrics['trained_rows_left_out']:,}"
+    if metrics["partly_trained_rows"]:
+        yield "trained on in part", f"{metrics['partly_trained_rows']:,}"
     if metrics.get("trained_prompts_seen"):
         yield "prompts trained with another answer", f"{metrics['trained_prompts_seen']:,}"
     if metrics.get("validation_rows_of_the_run"):

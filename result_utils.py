@@ -11,6 +11,7 @@ import pandas
 
 from data_utils import words_of
 from engine_passes import perplexity
+from evidence_utils import describe_rows
 from file_utils import display_path, staged_folder, storage_errors, write_json
 from message_utils import UserError, counted, printable
 from page_utils import write_report
@@ -204,16 +205,6 @@ def print_report(folder, metrics, samples):
     for line in benchmark_lines(metrics.get("benchmarks", {})):
         show(line)
     show(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-
-
-def describe_rows(metrics):
-    """'20 held-out rows', and nothing better of rows that the adapter has seen or may have seen."""
-    rows = counted(metrics["rows"], "row")
-    if metrics["held_out"]:
-        return counted(metrics["rows"], "held-out row")
-    if metrics["trained_rows_seen"] is None:
-        return f"{rows}, which may have been trained on"
-    return f"{rows}, {metrics['trained_rows_seen']:,} of them trained on"
 
 
 # Each figure of answers as it is printed: its name, and the format of a value

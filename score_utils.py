@@ -12,11 +12,14 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
+from thought_utils import without_thought
+
 # The customary names of a perplexity; it is below these limits
 BANDS = ((10, "excellent"), (20, "good"), (30, "acceptable"), (math.inf, "needs improvement"))
 FEWEST_ROWS = 10  # below it there is no verdict: the interval still holds, but a few odd rows would decide
 TOO_FEW = "too few rows"
 
+MOST = {"repetition": 1, "chrf": 100, "rouge_l": 1}  # what these figures of an answer can be, and so differ by
 YES_OR_NO = ("ended", "exact_match", "accuracy")  # figures of an answer that are 0 or 1
 
 
@@ -153,7 +156,9 @@ def score_answer(text, expected, check=None):
     exact_match: 0 or 1; white space does not count. chrf: 0 to 100, characters in common (Popovic 2015, sacrebleu).
     rouge_l: 0 to 1, words in common in their order (F1, rouge-score). repetition: 0 to 1, the share of the answer's
     sequences of four words that stood in it before. accuracy: 0 or 1, where a check is given (a key of CHECKS).
+    A thought before the answer counts for none of them.
     """
+    text, expected = without_thought(text), without_thought(expected)
     figures = {
         "exact_match": int(text.split() == expected.split()),
         "chrf": CHRF_SCORE.sentence_score(text, [expected]).score,
@@ -179,8 +184,11 @@ def summarize_answers(answers, expected):
     figures = {"answers": len(answers)}
     for name in paired_names(answers):
         figures[summary_name(name)] = float(np.mean([answer[name] for answer in answers]))
-    length = sum(len(answer["text"]) for answer in answers)
-    return figures | {"length_ratio": length / max(sum(map(len, expected)), 1)} if answers else figures
+    length, wanted = (
+        sum(len(without_thought(text)) for text in texts)
+        for texts in ((answer["text"] for answer in answers), expected)
+    )
+    return figures | {"length_ratio": length / max(wanted, 1)} if answers else figures
 
 
 def compare_answers(base, tuned):
@@ -188,10 +196,12 @@ def compare_answers(base, tuned):
     differences = {}
     for name in paired_names(base):
         before, after = ([answer[name] for answer in answers] for answers in (base, tuned))
-        interval = (
-            share_interval if name in YES_OR_NO else lambda before, after: mean_interval(np.subtract(after, before))
-        )
-        differences[summary_name(name)] = as_figures(interval(before, after))
+        if name in YES_OR_NO:
+            interval = share_interval(before, after)
+        else:
+            most = MOST.get(name, math.inf)
+            interval = np.clip(mean_interval(np.subtract(after, before)), -most, most)
+        differences[summary_name(name)] = as_figures(interval)
     return differences
 
 
@@ -208,65 +218,100 @@ def summary_name(name):
 # ---- Right or wrong --------------------------------------------------------------------------------------------------
 # A check says what of an answer is compared. Each has a reader, which returns that or None: find_ where an expected
 # answer is written in a way that leaves no doubt, and read_ for a model's, in which it is looked for.
-NUMBER = r"(?:(?<!\w)[-\u2212])?(?:\d[\d,]*)?\.?\d+"
-MARKED_NUMBER = re.compile(rf"####\s*[$\u20ac\u00a3]?\s*({NUMBER})")  # as GSM8K ends its answers
-LAST_NUMBER = re.compile(rf"(?:^|[\s=:($\u20ac\u00a3*])({NUMBER})[\s%.)*]*$")
-CHOICE = re.compile(r"\(?([A-J])[.):]*")
-NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)\b(?: is)?:? *\(?([A-J])\b", re.IGNORECASE)
-LISTED_CHOICE = re.compile(r"\(?([A-J])[.):]+ +\S")
+CURRENCY = "$\u20ac\u00a3"
+# A whole number: no part of a time, a date, a fraction or a version, and with commas between thousands only
+NUMBER = (
+    rf"(?<!\d)(?<!\d[.,:/])(?:(?<![\w)])[-\u2212])?[{CURRENCY}]?(?:(?<=[{CURRENCY}])[-\u2212])?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?![.,:/]?\d)"
+)
+MARKED_NUMBER = re.compile(rf"####\s*({NUMBER})|\\boxed\{{\s*({NUMBER})[\s\\%]*\}}")  # as GSM8K and MATH mark them
+LAST_NUMBER = re.compile(rf"(?:^|[\s=:(*$])(?<!\d\s)(?<!\d,\s)({NUMBER})[\s%.)*\\{CURRENCY}]*$")
+LETTER = r"[A-J]"
+CHOICE = re.compile(rf"\W*(?:(?:answer|option|choice)\W+)?({LETTER}|yes|no|true|false)\W*", re.IGNORECASE)
+# "the answer is B", and "is b)", but neither "the answer is a dog" nor "I think"
+NAMED_CHOICE = re.compile(
+    rf"\b(?i:answer|option|choice)\b(?: is)?:?[\s(*\[\"]*({LETTER}\b(?<!I(?= \w))|[a-j](?=[).:*\]\"]|\s*$))",
+    re.MULTILINE,
+)
+LISTED_CHOICE = re.compile(rf"[(*]*({LETTER}(?=[).:*])|[a-j](?=\)))[).:*]+ +\S")
+BEGUN_CHOICE = re.compile(r"(yes|no|true|false)\b(?=\W*$|[,.:;!])", re.IGNORECASE | re.MULTILINE)
+FENCED = re.compile(r"```(?:json)?\n(.*)\n```", re.DOTALL)
 CERTAIN_SHARE = 0.9  # of the expected answers must be of a kind for it to be taken without being asked for
 
 
 def find_number(text):
-    """The number that an expected answer ends in, as a Decimal, or None."""
+    """The number that an expected answer is marked with or ends in, as a Decimal, or None."""
     found = MARKED_NUMBER.search(text) or LAST_NUMBER.search(text)
-    return as_number(found[1]) if found else None
+    return found and as_number(found[found.lastindex])
 
 
 def read_number(text):
-    """The number after the first ####, or else the last number of an answer."""
+    """The first number after #### or in \\boxed{}, or else the last number of an answer."""
     found = MARKED_NUMBER.search(text)
-    numbers = [found[1]] if found else re.findall(NUMBER, text)
+    numbers = [found[found.lastindex]] if found else re.findall(NUMBER, text)
     return as_number(numbers[-1]) if numbers else None
 
 
 def as_number(text):
-    return Decimal(text.replace(",", "").replace("\u2212", "-"))
+    return Decimal(re.sub(f"[,{CURRENCY}]", "", text).replace("\u2212", "-"))
 
 
 def find_choice(text):
-    """The letter of a choice: alone, before the text that it stands for ("B) Paris"), or as in "the answer is B"."""
-    lines = text.strip().splitlines() or [""]
-    for found in (CHOICE.fullmatch(lines[0]), LISTED_CHOICE.match(lines[0]), NAMED_CHOICE.search(text)):
+    """The letter of a choice: alone, before the text that it stands for ("B) Paris"), or as in "the answer is B".
+
+    Or yes, no, true or false: alone, or as the beginning of the answer ("Yes, since ...").
+    """
+    first, *_, last = text.strip().splitlines() * 2 or ["", ""]
+    for found in (
+        CHOICE.fullmatch(first),
+        NAMED_CHOICE.search(text),
+        LISTED_CHOICE.match(first),
+        CHOICE.fullmatch(last),
+        BEGUN_CHOICE.match(first),
+    ):
         if found:
             return found[1].upper()
-    found = CHOICE.fullmatch(lines[-1])
-    return found and found[1]
-
-
-def find_json(text):
-    """The JSON object that a text is, or None."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def read_json(text):
-    """The first JSON object in an answer, be it in a block of code or between other words."""
-    for found in re.finditer("{", text):
-        try:
-            return json.JSONDecoder().raw_decode(text, found.start())[0]
-        except (ValueError, RecursionError):
-            continue
     return None
 
 
+def find_json(text):
+    """The JSON object or list that a text is, also in a block of code, or None."""
+    fenced = FENCED.fullmatch(text.strip())
+    try:
+        value = JSON.decode(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, (dict, list)) else None
+
+
+def read_json(text):
+    """The first JSON object or list in an answer, be it in a block of code or between other words."""
+    for found in re.finditer(r"[{\[]", text):
+        try:
+            return JSON.raw_decode(text, found.start())[0]
+        except ValueError:
+            continue
+        except RecursionError:  # what is nested this deep is no answer, and trying each of its levels takes long
+            break
+    return None
+
+
+def as_json_number(text):
+    """A number that equals 1.0 where it is 1, and is not true, which equals 1 in Python."""
+    return ("number", as_number(text))
+
+
+JSON = json.JSONDecoder(parse_int=as_json_number, parse_float=as_json_number, parse_constant=str)
+
+
 CHECKS = {
-    "number": (find_number, read_number, "end in a number; compared is the number after ####, or else the last one"),
-    "choice": (find_choice, find_choice, "are the letter of a choice; compared is the letter"),
-    "json": (find_json, read_json, "are JSON objects; compared are their values"),
+    "number": (
+        find_number,
+        read_number,
+        "end in a number; compared is the one after #### or in \\boxed{}, or else the last",
+    ),
+    "choice": (find_choice, find_choice, "are a choice, by its letter or yes or no; compared is that"),
+    "json": (find_json, read_json, "are JSON; compared are its values"),
 }
 
 
@@ -277,10 +322,19 @@ def choose_check(setting, expected):
     """
     if setting != "auto":
         return setting if setting in CHECKS else None
-    for name, (find, _, _) in CHECKS.items():
-        if expected and sum(find(text) is not None for text in expected) >= CERTAIN_SHARE * len(expected):
-            return name
-    return None
+    name, share = commonest_kind(expected)
+    return name if share >= CERTAIN_SHARE else None
+
+
+def commonest_kind(expected):
+    """(the key of CHECKS that most of these answers are of, their share)."""
+    texts = [without_thought(text) for text in expected]
+    shares = {
+        name: sum(find(text) is not None for text in texts) / max(len(texts), 1)
+        for name, (find, _, _) in CHECKS.items()
+    }
+    name = max(shares, key=shares.get)
+    return name, shares[name]
 
 
 def is_right(text, expected, check):

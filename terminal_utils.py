@@ -6,7 +6,6 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from shutil import get_terminal_size
-from textwrap import wrap
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
@@ -50,13 +49,16 @@ def is_styled(stream):
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
-def note(text):
-    """Say something that is not of the conversation, dimmed where the terminal can."""
-    if not is_styled(sys.stderr):
+def note(text, dim=True):
+    """Say something that is not of the conversation, broken between words, and dimmed, where the terminal can."""
+    if not sys.stderr.isatty() or is_dumb():
         say(text)
         return
-    lines = wrap(printable(text), get_terminal_size().columns - 1)
-    say("\n".join(f"\x1b[2m{line}\x1b[0m" for line in lines), styled=True)
+    width = get_terminal_size().columns - 1
+    lines = [line.plain.rstrip() for line in Text(printable(text)).wrap(Console(width=width), width)]
+    if dim and is_styled(sys.stderr):
+        lines = [f"\x1b[2m{line}\x1b[0m" for line in lines]
+    say("\n".join(lines), styled=True)
 
 
 def print_chunk(chunk):

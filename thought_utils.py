@@ -24,6 +24,7 @@ MARKS = {*PAIRS, *PAIRS.values()}
 OPENING, CLOSING = ("|".join(map(re.escape, marks)) for marks in (PAIRS, PAIRS.values()))
 BEGUN = re.compile(rf"(?:({OPENING})(\s*)({CLOSING})?|(?:{CLOSING}))(\s*)$")
 INLINE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+UNENDED = re.compile(rf"\s*(?:{'|'.join(re.escape(mark) for mark in PAIRS if mark[0] in '<[')})")  # but for plain words
 NO_PLACE = ("<|START_RESPONSE|>", "<|START_TEXT|>")  # a prompt that ends so has begun the answer's text
 STAND_IN = "I think."  # shows how a template writes a thought
 
@@ -46,6 +47,17 @@ def split_inline(content, begun=None):
     if begun and not begun.closed and closing and "<think>" not in thought:
         return thought, text
     return "", content
+
+
+def without_thought(answer):
+    """What an answer says behind the thought that it begins with; "" where that thought has no end.
+
+    Where the prompt has opened the thought, the mark that closes it stands alone.
+    """
+    found = re.search(CLOSING, answer)
+    if found:
+        return answer[found.end() :].strip()
+    return "" if UNENDED.match(answer) else answer
 
 
 def find_begun(prompt):

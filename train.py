@@ -331,7 +331,9 @@ def prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, s
     process_utils.from_first_process(
         prepare_output, settings, data.validation, rows.report, checkpoints.resumption, log
     )
-    times, seen = plan_utils.RunTimes(began=started), evidence_utils.note_rows(data.training, data.validation)
+    times = plan_utils.RunTimes(began=started)
+    seen_by_base = evidence_utils.read_seen_rows(hub_utils.model_folder(base.path, base.models_dir))
+    seen = evidence_utils.note_rows(data.training, data.validation, seen_by_base)
     return training_utils.build_trainer(settings, base, rows, plan, model, checkpoints, callbacks, times, seen)
 
 

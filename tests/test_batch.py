@@ -57,7 +57,7 @@ class FakeModel:
         monkeypatch.setattr(batch_utils, "generate_replies", self.generate)
         monkeypatch.setattr(batch_utils, "encode_prompt", lambda tokenizer, prompt: range(len(str(prompt)) // 4))
 
-    def generate(self, model, tokenizer, prompts, generation, on_replies):
+    def generate(self, model, tokenizer, prompts, generation, on_replies, numbers):
         for index in reversed(range(len(prompts))):
             if self.kill_after == 0:
                 raise KeyboardInterrupt

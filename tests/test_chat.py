@@ -23,7 +23,7 @@ from generation_utils import Reply, stream_reply
 from model_utils import load_tokenizer
 from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
-from terminal_utils import WordWrap
+from terminal_utils import WordWrap, note
 
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
 
@@ -336,6 +336,12 @@ def test_a_run_records_how_many_of_its_rows_hold_several_questions(tmp_path):
     assert train.several_turns(vars(load_conversations(tmp_path / "rows.jsonl")[1])) == 0.25
 
 
+def test_words_behind_a_command_that_takes_none_are_not_lost_in_silence(chat, capsys):
+    type_lines(chat, "one", "/clear what I said before")
+    assert "/clear takes nothing behind it; a blank before it makes it a question" in capsys.readouterr().err
+    assert len(chat.turns) == 1
+
+
 def test_out_of_memory_ends_the_answer_and_not_the_chat(chat, capsys, monkeypatch):
     def no_room(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -359,6 +365,21 @@ def test_words_are_not_broken_at_the_edge_and_nothing_else_is_changed(capsys, mo
     assert "".join(shown.split()) == "".join(text.split())
     assert shown.startswith("The quick \nbrown fox\njumps over  the dog. ")
     assert shown.endswith("\n\n    return 1\n你好 end")
+
+
+def test_what_is_said_beside_a_conversation_breaks_between_words_by_their_width(capsys, monkeypatch):
+    monkeypatch.setattr("terminal_utils.get_terminal_size", lambda: os.terminal_size((21, 24)))
+    monkeypatch.setenv("TERM", "xterm")
+    text = "error: it is found\nin no file: \x1b[31m你好你好你好你好 你好"
+    note(text)
+    assert capsys.readouterr().err.count("\n") == 2  # no terminal: as it is
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    note(text, dim=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["error: it is found", "in no file:", "[31m你好你好你好你好", "你好"]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    note("Forgotten: all of it")
+    assert capsys.readouterr().err == "\x1b[2mForgotten: all of it\x1b[0m\n"
 
 
 @pytest.fixture(scope="module")

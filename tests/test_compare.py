@@ -143,3 +143,17 @@ def test_two_adapters_are_measured_on_rows_that_neither_was_trained_on(undisturb
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"run-{checkpoint.name}" in page
     assert "2 adapters on the same 2 held-out rows" in page
+
+
+def test_all_adapters_are_asked_alike(capsys):
+    first = Settings(**DEFAULTS)._replace(max_new_tokens=48)
+    second = first._replace(max_new_tokens=96, max_seq_length=256, system_prompt="Be kind.")
+    settings = evaluate.ask_alike([first, second])
+    assert [each.max_new_tokens for each in settings] == [96, 96]
+    assert [each.max_seq_length for each in settings] == [512, 512]
+    assert [each.system_prompt for each in settings] == [None, None]
+    told = capsys.readouterr().err
+    assert told.count("All are measured with") == 3
+    assert "max_new_tokens = 96, though not all would be by themselves; --max_new_tokens sets it" in told
+    assert evaluate.ask_alike([first, first]) == [first, first]
+    assert capsys.readouterr().err == ""

@@ -129,6 +129,22 @@ def test_cells_that_a_spreadsheet_would_run_are_defused_and_others_are_as_they_w
     assert re.search(r'"a\rb"', raw)  # quoted: alone it would end a row
 
 
+@pytest.mark.parametrize(
+    ("answers", "check", "said"),
+    [
+        (["4"] * 10, "number", "Accuracy: the expected answers end in a number; compared"),
+        (["4"] * 8 + ["I do not know."] * 2, None, "80% of the expected answers end in a number, and it takes 90%;"),
+        (["Hello."] * 6 + ["4"] * 4, None, ""),
+    ],
+)
+def test_accuracy_is_announced_and_why_it_is_not_measured(tmp_path, capsys, answers, check, said):
+    rows = conversations(tmp_path, *((f"What is {number}?", answer) for number, answer in enumerate(answers)))
+    assert evaluate.choose_samples(rows, Settings(**DEFAULTS))[1] == check
+    assert said in capsys.readouterr().err
+    assert evaluate.choose_samples(rows, Settings(**DEFAULTS)._replace(answer_check="off"))[1] is None
+    assert capsys.readouterr().err == ""
+
+
 # ---- Evidence --------------------------------------------------------------------------------------------------------
 def conversations(folder, *rows):
     path = folder / "rows.json"
@@ -154,6 +170,42 @@ def test_rows_are_known_again_whatever_their_blanks_case_and_system_text(tmp_pat
     assert overlap.validated.tolist() == [False, False, True, False]
     polite = with_system(tmp_path, ("Where?", "Here.", "Be polite."))
     assert evidence_utils.find_overlap(seen, polite).trained.tolist() == [True]
+
+
+def talks(folder, *dialogues):
+    roles = ("user", "assistant") * 3
+    rows = [[{"role": r, "content": c} for r, c in zip(roles, said.split(), strict=False)] for said in dialogues]
+    (folder / "talks.json").write_text(json.dumps([{"messages": row} for row in rows]))
+    return load_conversations(str(folder / "talks.json"))[0]
+
+
+def test_answers_that_were_trained_are_known_in_longer_and_in_shorter_conversations(tmp_path):
+    nothing = conversations(tmp_path, ("Who?", "Me."))
+    seen = evidence_utils.note_rows(talks(tmp_path, "a 1 b 2", "caf\u00e9 4"), nothing)
+    others = talks(tmp_path, "a 1", "a 1 c 3", "a 9 b 2", "b 2", "cafe\u0301 4", "a 1 b 2")
+    overlap = evidence_utils.find_overlap(seen, others)
+    assert overlap.trained.tolist() == [True, False, False, False, True, True]
+    assert overlap.partly.tolist() == [False, True, False, False, False, False]
+    assert overlap.prompt_trained.tolist() == [False, False, True, False, False, False]
+    left = evidence_utils.without_seen_answers(others, seen)
+    weights = [[message.get("weight", 1) for message in messages[1::2]] for _, messages in left]
+    assert weights == [[1], [0, 1], [1, 1], [1], [1], [1, 1]]
+    assert [number for number, _ in left] == [number for number, _ in others]
+
+
+def test_what_was_trained_into_the_base_model_before_was_trained(tmp_path):
+    first, second, other = (conversations(tmp_path, (name, name)).select([0]) for name in "abc")
+    base = evidence_utils.note_rows(first, other)
+    seen = evidence_utils.note_rows(second, first, base)
+    assert [bool(evidence_utils.find_overlap(seen, rows).trained) for rows in (first, second, other)] == [1, 1, 0]
+    assert evidence_utils.is_own_validation(seen, first)
+
+
+def test_whole_texts_have_no_prompt_that_could_have_been_trained(tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
+    texts = load_conversations(str(tmp_path / "texts.json"))[0]
+    overlap = evidence_utils.find_overlap(evidence_utils.note_rows(texts.select([0]), texts.select([])), texts)
+    assert (overlap.trained.tolist(), overlap.prompt_trained.tolist()) == ([True, False], [False, False])
 
 
 def test_digests_are_written_and_read_and_damage_is_told(tmp_path):

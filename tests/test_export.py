@@ -72,7 +72,7 @@ def test_a_card_tells_data_settings_figures_sample_and_template_and_no_path_of_t
     assert "/home" not in card
     for text in (
         "Loss 1.5000",
-        "On 20 held-out rows, 7 of them answered, measured on 2026-11-28:",
+        "On 20 held-out rows; 7 were answered, measured on 2026-11-28:",
         "| loss, nats a token | 3.0000 | 1.5000 | -2.0000 to -1.0000 |",
         "| perplexity | 20.09 | 4.48 |  |",
         "| chrF | 9.0 | 27.0 | +12.0 to +24.0 |",
@@ -80,6 +80,16 @@ def test_a_card_tells_data_settings_figures_sample_and_template_and_no_path_of_t
     ):
         assert text in card
     assert render(tokenizer, [{"role": "user", "content": "What does a good answer look like?"}], True) in card
+
+
+@pytest.mark.parametrize(("seen", "told"), [(None, "which may have been trained on;"), (3, "3 of them trained on;")])
+def test_a_card_calls_no_row_held_out_that_may_have_been_trained_on(tokenizer, tmp_path, seen, told):
+    metrics = METRICS | {"held_out": False, "trained_rows_seen": seen}
+    merged = Merge("team/Model-7B", "full", "bfloat16", 2.0, {"full": 2.2})
+    write_merged_card(tmp_path, tokenizer, merged, metrics=metrics)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"On 20 rows, {told}" in card
+    assert "held-out" not in card
 
 
 def test_a_card_of_a_local_base_names_no_base_model_of_the_hub(tokenizer, tmp_path):

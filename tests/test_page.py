@@ -82,6 +82,7 @@ def some_metrics(**changes):
         "held_out": True,
         "trained_rows_seen": 0,
         "trained_rows_left_out": 0,
+        "partly_trained_rows": 0,
         "validation_rows_of_the_run": 20,
         "run": "demo",
         "adapter": "/home/somebody/nowhere/lora-adapter",
@@ -195,6 +196,7 @@ def test_a_right_answer_is_better_whatever_its_characters():
         ({"verdict": "too few rows"}, "Ten rows are the least for a verdict"),
         ({"held_out": False, "trained_rows_seen": None}, "may have been trained on"),
         ({"trained_rows_seen": 7, "trained_rows_left_out": 7}, "7 rows of the file had been trained on and left out"),
+        ({"partly_trained_rows": 1}, "Some answers of 1 conversation had been trained on"),
         ({"trained_rows_seen": 7, "held_out": False}, "7 rows of these had been trained on, which flatters"),
     ],
 )

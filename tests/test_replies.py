@@ -108,6 +108,25 @@ def test_sampled_tokens_have_the_distribution_of_generate():
     assert (theirs - ours).abs().sum() < 0.1
 
 
+def test_what_is_drawn_for_a_row_depends_on_its_number_and_not_on_the_rows_beside_it():
+    model, prompts = tiny("llama"), make_prompts((9, 21, 3, 9, 14))
+    prompts[3] = prompts[0]
+    generation = GenerationConfig(
+        max_new_tokens=12, do_sample=True, temperature=1.0, top_p=0.9, top_k=0, eos_token_id=[], pad_token_id=0
+    )
+
+    def draw(numbers):
+        torch.manual_seed(0)
+        chosen = [prompts[number] for number in numbers]
+        replies = joined(generation_utils.write_replies(model, chosen, generation, numbers))
+        return {number: replies[index] for index, number in enumerate(numbers)}
+
+    replies = draw([0, 1, 2, 3, 4])
+    assert replies[0] != replies[3]  # the same question again gets another answer
+    some = draw([4, 1, 3])
+    assert some == {number: replies[number] for number in some}
+
+
 def test_the_model_is_as_it_was_and_random_numbers_are_left_alone():
     model = make_model("qwen3")  # in training mode
     before = {name: (id(module), set(vars(module))) for name, module in model.named_modules()}

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -87,6 +88,13 @@ def test_figures_of_answers_speak_against_a_verdict_only_with_their_whole_interv
     assert score_utils.speaks_against("too few rows", difference) == []
 
 
+def test_no_difference_is_said_to_be_larger_than_it_can_be():
+    base, tuned = ([{"repetition": r, "chrf": 100 * r} for r in shares] for shares in ((1, 0.9, 1), (0.9, 0, 0)))
+    differences = score_utils.compare_answers(base, tuned)
+    assert differences["repetition"]["low"] == -1 < differences["repetition"]["mean"] < 0
+    assert differences["chrf"]["low"] == -100
+
+
 def test_one_row_has_a_difference_and_no_interval():
     figures = score_utils.as_figures(score_utils.ratio_interval([-3.0], [2]), "loss")
     assert figures == {"loss": -1.5, "low": None, "high": None}
@@ -157,18 +165,51 @@ def test_repetition_is_the_share_of_sequences_of_four_words_that_came_before():
         ("number", "nothing", "#### 12", 0),
         ("number", "$12", "The price is $12.00.", 1),
         ("number", "from 10-12", "12", 1),
+        ("number", "A debt: -$3", "3", 0),
+        ("number", "-$3", "$-3", 1),
+        ("number", r"So \(x = \boxed{1,234}\), as 5 of them say", r"$\boxed{1234}$", 1),
+        ("number", "2/4", r"\boxed{\frac{1}{4}}", 0),
+        ("number", "1.5e3", "1500", 1),
+        ("number", "3,5", "35", 0),
         ("choice", "(B)", "B", 1),
         ("choice", "The answer is B.", "B", 1),
         ("choice", "B) Paris, since", "B", 1),
         ("choice", "A dog ran home", "A", 0),
+        ("choice", "The answer is a dog", "A", 0),
+        ("choice", "The answer is b)", "B", 1),
+        ("choice", "**c**", "C", 1),
+        ("choice", "A) Paris\nB) Rome\nThe answer is (B), since", "B", 1),
+        ("choice", "Yes, since it is.", "yes", 1),
+        ("choice", "No", "Yes.", 0),
+        ("choice", "I think B", "I", 0),
         ("choice", "C", "B", 0),
         ("json", 'Here:\n```json\n{"a": 1, "b": [2.0]}\n```', '{"b": [2], "a": 1}', 1),
         ("json", '{"a": 1', '{"a": 1}', 0),
         ("json", '{"a": 2}', '{"a": 1}', 0),
+        ("json", '{"a": true}', '{"a": 1}', 0),
+        ("json", '{"a": "1"}', '{"a": 1}', 0),
+        ("json", 'They are ["x", 1.0].', '```json\n["x", 1]\n```', 1),
     ],
 )
 def test_right_is_what_says_the_same(check, text, expected, right):
     assert score_utils.score_answer(text, expected, check)["accuracy"] == right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("<think>A) is 3, B) is 4.</think>\n\nB", 1),
+        ("The answer is A? No.\n</think>\n\nB", 1),  # the prompt had opened the thought
+        ("[THINK]B[/THINK]A", 0),
+        ("<think>\nThe answer is B", 0),  # a thought that did not end is no answer
+    ],
+)
+def test_a_thought_before_an_answer_does_not_count(text, right):
+    figures = score_utils.score_answer(text, "B", "choice")
+    assert (figures["accuracy"], figures["exact_match"]) == (right, right)
+    assert score_utils.choose_check("auto", ["<think>12?</think>\nA", "B"]) == "choice"
+    answer = figures | {"text": text, "ended": True, "tokens": 9}
+    assert score_utils.summarize_answers([answer], ["<think>Hm.</think>B"])["length_ratio"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -179,6 +220,12 @@ def test_right_is_what_says_the_same(check, text, expected, right):
         (['{"a": 1}', '{"b": {}}'], "json"),
         (["Hello there.", "We open at nine."], None),
         (["A dog ran home.", "I think so."], None),
+        (["$12", "-$3", "12 %", "5 \u20ac", r"So $x = 7$.", r"\boxed{-3}"], "number"),
+        (["10:30", "2024-01-05", "+49 30 1234", "1 234", "1, 2, 3", "1.234,56", "3,5", "1/2", "1.2.3"], None),
+        (["a", "(b)", "**C**", "d."], "choice"),
+        (["Yes.", "no", "True", "No, it is not."], "choice"),
+        (["The answer is a good one.", "The best choice is a dog.", "No one knows."], None),
+        (["[1, 2]", '```json\n{"a": 1}\n```'], "json"),
         (["42"] * 9 + ["Nobody knows"], "number"),
         (["42"] * 8 + ["Nobody knows"], None),
         ([], None),
@@ -188,6 +235,15 @@ def test_the_kind_of_answer_is_seen_from_nine_rows_in_ten(expected, check):
     assert score_utils.choose_check("auto", expected) == check
     assert score_utils.choose_check("off", expected) is None
     assert score_utils.choose_check("json", expected) == "json"
+
+
+def test_hostile_answers_are_scored_in_no_time():
+    for text in ("1" * 50_000 + ":5", "-$" * 20_000, "[" * 50_000, " " * 50_000, "(" * 50_000, "```\n" * 20_000):
+        for check in score_utils.CHECKS:
+            started = time.process_time()
+            assert not score_utils.is_right(text, {"number": "5", "choice": "B", "json": "{}"}[check], check)
+            assert time.process_time() - started < 1, (text[:9], check)
+    assert not score_utils.is_right("9e" + "9" * 50, "9", "number")
 
 
 def test_answers_are_summarized_and_compared_in_pairs():
