@@ -3,6 +3,7 @@
 import contextlib
 from collections import defaultdict, namedtuple
 from functools import lru_cache, partial
+from itertools import groupby
 from queue import Queue
 from threading import Thread
 
@@ -18,6 +19,7 @@ from engine_shards import is_sharded
 from file_utils import digest
 from message_utils import UserError, printable, say
 from prompt_utils import end_token_ids
+from thought_utils import MARKS
 from token_utils import newest_positions
 
 # A reply's text; whether it ended by itself (at a stop token) or was cut; and how many tokens the model wrote.
@@ -74,8 +76,24 @@ def context(model):
 def read_reply(tokenizer, ids, end_ids):
     """The Reply of generated token ids, which may go on with padding behind the token that ends it."""
     length = next((number for number, token in enumerate(ids) if token in end_ids), len(ids))
-    text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+    text = decode_reply(tokenizer, ids[:length])
     return Reply(text.strip(), length < len(ids), min(length + 1, len(ids)))
+
+
+def decode_reply(tokenizer, ids):
+    """The text of a reply: without special tokens, but for those that mark a thought in it."""
+    marks, text = thought_tokens(tokenizer), ""
+    for is_mark, some in groupby(ids, key=marks.__contains__):
+        some = list(some)
+        text += "".join(map(marks.get, some)) if is_mark else tokenizer.decode(some, skip_special_tokens=True)
+    return text
+
+
+def thought_tokens(tokenizer):
+    """{id: text} of the special tokens of a tokenizer that stand in the marks of a thought, such as [THINK]."""
+    known = getattr(tokenizer, "added_tokens_decoder", {})  # mistral-common's tokenizers have none
+    special = {number: token.content for number, token in known.items() if token.special}
+    return {number: text for number, text in special.items() if text and any(text in mark for mark in MARKS)}
 
 
 def ends(generation_config):
@@ -277,7 +295,7 @@ class stream_reply:
         self.chunks.close()
 
     def _stream(self, model, tokenizer, prompt, generation_config, decoders):
-        ids, end_ids, text = [], ends(generation_config), Text(tokenizer, skip_special_tokens=True)
+        ids, end_ids, text = [], ends(generation_config), Text(tokenizer)
         with contextlib.ExitStack() as stack:
             if decoders is None:
                 decoders = stack.enter_context(contextlib.closing(Decoders()))
@@ -299,11 +317,19 @@ class stream_reply:
 
 
 class Text(TextStreamer):
-    """Turns tokens into printable text, as soon as more tokens cannot change it."""
+    """Turns the tokens of a reply into printable text, as soon as more tokens cannot change it."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.marks = thought_tokens(tokenizer)
 
     def add(self, token):
         self.ready = ""
-        self.put(torch.tensor([token]))
+        if token in self.marks:
+            self.end()
+            self.ready += self.marks[token]
+        else:
+            self.put(torch.tensor([token]))
         return self.ready
 
     def finish(self):

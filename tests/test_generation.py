@@ -4,21 +4,24 @@ import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import TINY_BASE
 from encoding_utils import encode_prompt
 from generation_utils import (
+    Text,
     build_generation_config,
     generate_replies,
     left_pad,
     prompt_limit,
+    read_reply,
     stream_reply,
     trim_history,
     write_replies,
 )
 from message_utils import printable
 from settings_utils import DEFAULTS, Settings
+from thought_utils import without_thought
 
 SETTINGS = Settings(**DEFAULTS)._replace(do_sample=False, max_new_tokens=12)
 PROMPTS = ["Once upon a time", "Say yes.", "The little dog was very hungry and it went to the big house, so it"]
@@ -68,6 +71,22 @@ def test_a_streamed_reply_is_the_reply(model, tokenizer, request, decoder):
     assert "".join(chunks).strip() == expected.text
     assert stream.reply == expected
     assert len(chunks) > 1
+
+
+@pytest.mark.parametrize("form", ["[THINK]{}[/THINK]", "<|START_THINKING|>{}<|END_THINKING|>", "<think>\n{}\n</think>"])
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_of_a_thought_are_text_of_a_reply_whatever_tokens_they_are(form, special):
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+    marks = [mark.strip() for mark in form.split("{}")]
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in marks])
+    text = form.format("It is a dog.") + "A dog."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    reply = read_reply(tokenizer, ids, {tokenizer.eos_token_id})
+    assert all(mark in reply.text for mark in marks)
+    assert without_thought(reply.text) == "A dog."
+    assert reply.ended
+    stream = Text(tokenizer)
+    assert "".join([*map(stream.add, ids[:-1]), stream.finish()]).strip() == reply.text
 
 
 def test_closing_a_stream_stops_the_model_and_its_thread(model, tokenizer, monkeypatch, no_decoder):
