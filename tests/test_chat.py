@@ -433,7 +433,7 @@ def test_a_terminal_gets_editing_history_pastes_columns_and_typing_ahead(termina
     type_and_see(terminal, "/compare\rahead\r", "Base:.*Tuned:", "base says ahead.* +tuned says ahead", "You:")
     type_and_see(terminal, "an endless one\r", "Base:.*Tuned:.*base word.* tunedword word")
     type_and_see(terminal, "\x03", r"\[base answer stopped", r"\[tuned answer stopped", "You:")
-    type_and_see(terminal, "/help\r", "Alt-Enter begins a new line", "inputs, for the arrow keys", "You:")
+    type_and_see(terminal, "/help\r", "Alt-Enter begins a new line", r"inputs,\s+for\s+the\s+arrow\s+keys", "You:")
     type_and_see(terminal, "\x04", pexpect.EOF)
     terminal.wait()
     assert terminal.exitstatus == 0
