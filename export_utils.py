@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evidence_utils import describe_rows
 from file_utils import resolve_path
-from message_utils import UserError, counted, printable
+from message_utils import UserError, counted, printable, shown_as
 from prompt_utils import end_token_ids, render
 
 MODELFILE = "Modelfile"
@@ -98,15 +98,15 @@ def describe_training(settings, record):
     return "\n\n".join(lines)
 
 
-# What a card tells of an evaluation: the key in metrics.json, the words for it, and the format of a value
+# What a card tells of an evaluation: the key in metrics.json, the words for it, and its form for shown_as()
 FIGURES = (
-    ("loss", "loss, nats a token", "{:.4f}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("accuracy", "right answers", "{:.0%}"),
-    ("exact_match", "exact match", "{:.0%}"),
-    ("chrf", "chrF", "{:.1f}"),
-    ("rouge_l", "ROUGE-L", "{:.3f}"),
-    ("ended", "answers that ended by themselves", "{:.0%}"),
+    ("loss", "loss, nats a token", ".4f"),
+    ("perplexity", "perplexity", ".2f"),
+    ("accuracy", "right answers", "%"),
+    ("exact_match", "exact match", "%"),
+    ("chrf", "chrF", ".1f"),
+    ("rouge_l", "ROUGE-L", ".3f"),
+    ("ended", "answers that ended by themselves", "%"),
 )
 
 
@@ -129,10 +129,10 @@ def describe_evaluation(metrics):
     lines = []
     for key, label, form in FIGURES:
         if base.get(key) is not None:
-            change, signed = differences.get(key) or {}, form.replace(":", ":+")
+            change = differences.get(key) or {}
             known = change.get("low") is not None
-            interval = f"{signed.format(change['low'])} to {signed.format(change['high'])}" if known else ""
-            lines.append(f"| {label} | {form.format(base[key])} | {form.format(tuned[key])} | {interval} |")
+            interval = " to ".join(shown_as(change[end], form, "+") for end in ("low", "high")) if known else ""
+            lines.append(f"| {label} | {shown_as(base[key], form)} | {shown_as(tuned[key], form)} | {interval} |")
     answers = f"; {base['answers']:,} were answered" if base.get("answers") else ""
     heading = "| | base | tuned | difference, 95 % interval |\n|---|---|---|---|"
     return f"On {describe_rows(metrics)}{answers}, measured on {metrics['date'][:10]}:\n\n{heading}\n" + "\n".join(

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -67,6 +68,17 @@ def printable(text):
 def counted(number, noun):
     """1 and "row" -> '1 row', 2000 -> '2,000 rows'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def percent(share, sign=""):
+    """0.684 -> '68', 0.0151 -> '1.5': a share in percent, with a decimal below ten. sign: as in a format."""
+    text = f"{100 * share:{sign}.{1 if abs(share) < 0.0995 else 0}f}".removesuffix(".0")
+    return text if re.search("[1-9]", text) else f"{sign}0"
+
+
+def shown_as(value, form, sign=""):
+    """A figure as text, by a format such as '.3f', or '%' for a share."""
+    return f"{percent(value, sign)}%" if form == "%" else f"{value:{sign}{form}}"
 
 
 def is_first_process():

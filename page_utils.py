@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from chart_utils import Curve, draw_bars, draw_curves, draw_interval
 from data_utils import DataReport
 from file_utils import PROJECT_DIR, display_path, read_json, read_json_if_any, resolve_path, whole_file
-from message_utils import UserError, counted, say
+from message_utils import UserError, counted, percent, say
 from progress_utils import format_duration
 from report_utils import notices
 from run_utils import DATA_REPORT
@@ -253,10 +253,14 @@ def describe_environment(metrics, record):
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 def show_figure(value, form, signed=False):
-    """0.25 -> '25 %' for the form '%', else the form applied; a true minus, and a plus if `signed`; a dash for None."""
+    """0.25 -> '25 %' for the form '%', else the form applied; a true minus, and a plus if `signed`; a dash for None.
+
+    The form "points" is that of a difference of shares.
+    """
     if value is None or not math.isfinite(value):
         return "\u2013"
-    text = f"{100 * abs(value):.0f} %" if form == "%" else form.format(abs(value))
+    text = percent(abs(value)) if form in ("%", "points") else form.format(abs(value))
+    text += " %" if form == "%" else ""
     is_zero = not re.search("[1-9]", text)
     return ("" if is_zero else "\u2212" if value < 0 else "+" if signed else "") + text
 
@@ -290,11 +294,11 @@ def describe_difference(difference, figure, reach=None):
     """
     if difference is None:
         return {"difference": "", "interval": "", "plot": ""}
-    scale, form = (100, "{:.0f}") if figure.form == "%" else (1, figure.form)
-    mean, low, high = (difference[key] and scale * difference[key] for key in ("mean", "low", "high"))
+    form = "points" if figure.form == "%" else figure.form
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     known = low is not None
     return {
-        "difference": show_figure(mean, form, signed=True) + (" points" if scale == 100 else ""),
+        "difference": show_figure(mean, form, signed=True) + (" points" if form == "points" else ""),
         "interval": f"{show_figure(low, form, signed=True)} to {show_figure(high, form, signed=True)}" if known else "",
         "plot": draw_interval(low, mean, high, figure.better, reach) if known and figure.better else "",
     }

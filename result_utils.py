@@ -13,7 +13,7 @@ from data_utils import words_of
 from engine_passes import perplexity
 from evidence_utils import describe_rows
 from file_utils import display_path, staged_folder, storage_errors, write_json
-from message_utils import UserError, counted, printable
+from message_utils import UserError, counted, printable, shown_as
 from page_utils import write_report
 from row_utils import is_trained
 from score_utils import (
@@ -207,16 +207,16 @@ def print_report(folder, metrics, samples):
     show(f"Written to {display_path(folder)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-# Each figure of answers as it is printed: its name, and the format of a value
+# Each figure of answers as it is printed: its name, and its form for shown_as()
 FIGURES = {
-    "ended": ("ended by itself", "{:.0%}"),
-    "mean_tokens": ("tokens", "{:.1f}"),
-    "length_ratio": ("length / expected", "{:.2f}"),
-    "repetition": ("repeated words", "{:.0%}"),
-    "exact_match": ("exact match", "{:.0%}"),
-    "chrf": ("chrF", "{:.1f}"),
-    "rouge_l": ("ROUGE-L", "{:.3f}"),
-    "accuracy": ("accuracy", "{:.0%}"),
+    "ended": ("ended by itself", "%"),
+    "mean_tokens": ("tokens", ".1f"),
+    "length_ratio": ("length / expected", ".2f"),
+    "repetition": ("repeated words", "%"),
+    "exact_match": ("exact match", "%"),
+    "chrf": ("chrF", ".1f"),
+    "rouge_l": ("ROUGE-L", ".3f"),
+    "accuracy": ("accuracy", "%"),
 }
 
 
@@ -228,15 +228,14 @@ def answer_lines(metrics):
     base, tuned = metrics["base"], metrics["tuned"]
     if base.get("answers"):
         yield counted(base["answers"], "answer").ljust(18) + "  base  tuned  difference, 95 % interval"
-    for name, (title, shown) in FIGURES.items():
+    for name, (title, form) in FIGURES.items():
         if name in base:
             difference = metrics["difference"].get(name)
-            signed = shown.replace(":", ":+")
             change = ""
             if difference and difference["low"] is not None:
-                mean, low, high = (signed.format(difference[key]) for key in ("mean", "low", "high"))
+                mean, low, high = (shown_as(difference[key], form, "+") for key in ("mean", "low", "high"))
                 change = f"  {mean} ({low} to {high})"
-            yield f"{title:<18}{shown.format(base[name]):>6} {shown.format(tuned[name]):>6}{change}"
+            yield f"{title:<18}{shown_as(base[name], form):>6} {shown_as(tuned[name], form):>6}{change}"
 
 
 def verdict_line(metrics):
@@ -280,7 +279,7 @@ def print_comparison(folder, metrics):
     show(f"\n{describe_rows(metrics)}, compared with {adapters[0]['run']} by the loss a {metrics['unit']}")
     show(f"{'':<{width}}    loss{titles}  difference in loss, 95 % interval")
     for adapter in adapters:
-        cells = "".join(f"  {FIGURES[name][1].format(adapter[name]):>15}" for name in shown)
+        cells = "".join(f"  {shown_as(adapter[name], FIGURES[name][1]):>15}" for name in shown)
         change = ""
         if adapter["difference"] and adapter["difference"]["low"] is not None:
             change = "  {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**adapter["difference"])

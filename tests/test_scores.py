@@ -10,6 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import score_utils
 from conftest import PROJECT
+from message_utils import percent, shown_as
+from page_utils import show_figure
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 from interval import DIFFERENCES, GAIN, LENGTHS, draw_rows, error
@@ -262,3 +264,13 @@ def test_answers_are_summarized_and_compared_in_pairs():
     assert difference["ended"]["low"] < 0.9
     assert score_utils.summarize_answers([], []) == {"answers": 0}
     assert score_utils.compare_answers([], []) == {}
+
+
+@pytest.mark.parametrize(
+    ("share", "plain", "signed"),
+    [(0.684, "68", "+68"), (0.0151, "1.5", "+1.5"), (0.03, "3", "+3"), (-0.0823, "-8.2", "-8.2"), (-0.0001, "0", "+0")],
+)
+def test_a_small_share_keeps_its_decimal(share, plain, signed):
+    assert (percent(share), percent(share, "+")) == (plain, signed)
+    assert shown_as(share, "%", "+") == f"{signed}%"
+    assert show_figure(share, "%") == f"{plain} %".replace("-", "\u2212")
