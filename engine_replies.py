@@ -377,7 +377,7 @@ def fused_norm(norm):
     wanted = norm(x)
     for more in (0.0, 1.0):
         found = scaled_norm(eps, more, norm, x)
-        if found.dtype == wanted.dtype and (found - wanted).abs().max() <= 0.02 * wanted.abs().max():
+        if found.dtype == wanted.dtype and is_near(found, wanted):
             return partial(scaled_norm, eps, more)
     return None
 
@@ -398,7 +398,7 @@ def fused_mlp(mlp, x):
     """gated_mlp, or None where a module with SiLU gives something else for x, or has other projections."""
     try:
         wanted = mlp(x)
-        return gated_mlp if (gated_mlp(mlp, x) - wanted).abs().max() <= 0.02 * wanted.abs().max() else None
+        return gated_mlp if is_near(gated_mlp(mlp, x), wanted) else None
     except Exception:  # noqa: BLE001  a module that takes other inputs
         return None
 
@@ -439,6 +439,11 @@ def fused_rotation(plain, q, k, cos, sin, *args, **kwargs):
         num_warps=1,
     )
     return query_out, key_out
+
+
+def is_near(found, wanted):
+    """Whether what a kernel gives for random numbers is what it stands for, but for rounding."""
+    return (found - wanted).abs().max() <= 0.02 * wanted.abs().max()
 
 
 @torch.no_grad()
@@ -524,8 +529,7 @@ class Decoder:
         if state in known:
             self.packed, shared = known[state]
             self._change_model(None, shared)
-            if self.on_gpu:
-                self._record([0] * self.slots)
+            self._record([0] * self.slots)
             return
         rows = [row["input_ids"] for row in probe_rows(self.model)]
         plain = []
@@ -541,8 +545,7 @@ class Decoder:
             self.packed = False
         if not self.packed and not self._serves(probes):
             raise NotImplementedError("its decoding steps do not give the model's own logits")
-        if self.on_gpu:
-            self._record([ids[-1] for ids, _ in probes])
+        self._record([ids[-1] for ids, _ in probes])
         known[state] = self.packed, shared
 
     def _change_model(self, compute_once, shared=None):
@@ -590,8 +593,11 @@ class Decoder:
     def _record(self, tokens):
         """Record a step as a CUDA graph, and see that it does what a step with these tokens did, that comes before.
 
-        The one before loads all that the step needs, which must not be loaded while it is recorded.
+        The one before loads all that the step needs, which must not be loaded while it is recorded. Without a GPU each
+        step is computed anew.
         """
+        if not self.on_gpu:
+            return
         wanted, graph, stream = self._step_with(tokens), torch.cuda.CUDAGraph(), recording_stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:

@@ -246,15 +246,16 @@ def choose_samples(conversations, settings):
         samples.append({"row": row, "prompt": prompt[-1]["content"], "messages": prompt, "expected": expected})
     expected = [sample["expected"] for sample in samples]
     check = score_utils.choose_check(settings.answer_check, expected)
-    name, share = score_utils.commonest_kind(expected)
     if check:
         say(f"Accuracy: the expected answers {score_utils.CHECKS[check][2]} (ANSWER_CHECK = {settings.answer_check!r})")
-    elif settings.answer_check == "auto" and share >= 0.5:
+    elif settings.answer_check == "auto":
+        name, share = score_utils.commonest_kind(expected)
         kind, _, _ = score_utils.CHECKS[name][2].partition(";")
-        say(
-            f"Accuracy is not measured: {share:.0%} of the expected answers {kind}, and it takes"
-            f" {score_utils.CERTAIN_SHARE:.0%}; --answer_check {name} compares them all"
-        )
+        if share >= 0.5:
+            say(
+                f"Accuracy is not measured: {share:.0%} of the expected answers {kind}, and it takes"
+                f" {score_utils.CERTAIN_SHARE:.0%}; --answer_check {name} compares them all"
+            )
     return samples, check
 
 

@@ -126,7 +126,7 @@ def describe_evaluation(metrics):
     """Base beside tuned, with the 95 % interval of each difference."""
     base, tuned = metrics["base"], metrics["tuned"]
     differences = metrics["difference"] | {"loss": metrics["difference"] | {"mean": metrics["difference"]["loss"]}}
-    lines = []
+    lines = ["| | base | tuned | difference, 95 % interval |", "|---|---|---|---|"]
     for key, label, form in FIGURES:
         if base.get(key) is not None:
             change = differences.get(key) or {}
@@ -134,10 +134,8 @@ def describe_evaluation(metrics):
             interval = " to ".join(shown_as(change[end], form, "+") for end in ("low", "high")) if known else ""
             lines.append(f"| {label} | {shown_as(base[key], form)} | {shown_as(tuned[key], form)} | {interval} |")
     answers = f"; {base['answers']:,} were answered" if base.get("answers") else ""
-    heading = "| | base | tuned | difference, 95 % interval |\n|---|---|---|---|"
-    return f"On {describe_rows(metrics)}{answers}, measured on {metrics['date'][:10]}:\n\n{heading}\n" + "\n".join(
-        lines
-    )
+    table = "\n".join(lines)
+    return f"On {describe_rows(metrics)}{answers}, measured on {metrics['date'][:10]}:\n\n{table}"
 
 
 def describe_merge(merge):

@@ -89,10 +89,10 @@ def decode_reply(tokenizer, ids):
     return text
 
 
+@lru_cache(maxsize=8)
 def thought_tokens(tokenizer):
     """{id: text} of the special tokens of a tokenizer that stand in the marks of a thought, such as [THINK]."""
-    known = getattr(tokenizer, "added_tokens_decoder", {})  # mistral-common's tokenizers have none
-    special = {number: token.content for number, token in known.items() if token.special}
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {number: text for number, text in special.items() if text and any(text in mark for mark in MARKS)}
 
 
