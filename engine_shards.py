@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
-from engine_passes import Patches
+from engine_passes import Patches, decoder_layers
 from message_utils import UserError, say
 
 FSDP, ZERO = "FSDP2", "DeepSpeed's ZeRO-3"
@@ -214,6 +214,11 @@ def share_by_zero(base, plugin, device):
 
     options = {name: value for name, value in plugin.deepspeed_config["zero_optimization"].items() if value != "auto"}
     options.pop("offload_optimizer", None)  # what is trained stays where it is
+    # by itself DeepSpeed keeps and fetches ahead a billion weights, which four bits store as four billion
+    layers = decoder_layers(base) or [base]
+    largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
+    options.setdefault("stage3_max_live_parameters", 2 * largest)
+    options.setdefault("stage3_max_reuse_distance", largest)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # it must be told, and counts nothing
         "zero_optimization": options,

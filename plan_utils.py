@@ -214,6 +214,8 @@ def say_shards(shapes, settings, dtype, shards, gpu):
         f"Shards: {shards.processes} processes share the base model's {whole / GIB:.2f} GiB by {shards.name}; each"
         f" holds {held / GIB:.2f} GiB of it, gathers {gathered / GIB:.2f} GiB at a time, and keeps the adapter whole"
     )
+    if gpu and not shards.whole_layers:
+        say(f"{shards.name} takes memory of its own beside what is expected, 3 GiB at 7 billion parameters")
     if gpu or settings.torch_compile is True:
         fused = "" if shards.whole_layers else "fused nor "
         say(f"The layers are neither {fused}compiled nor recorded, since their weights come and go, which is slower")

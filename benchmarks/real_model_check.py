@@ -72,13 +72,16 @@ def check_losses(output_dir, adapter, device):
 
 @torch.no_grad()
 def plain_loss(model, tokenizer, rows):
-    """Mean negative log-likelihood of the answers and of the token that ends each, a row at a time, in nats a token."""
+    """Mean negative log-likelihood of the answers and of the token that ends each, a row at a time, in nats a token.
+
+    An answer ends with what the chat template writes behind it, which need not be the tokenizer's EOS.
+    """
     total = count = 0
     for line in rows.read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        answer = f"{messages[-1]['content']}{tokenizer.eos_token}"
-        ids, start = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt + answer, prompt))
+        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+        ids, start = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, prompt))
         logits = model(input_ids=torch.tensor([ids]).to(model.device)).logits[0, len(start) - 1 : -1].cpu()
         total += F.cross_entropy(logits, torch.tensor(ids[len(start) :]), reduction="sum").item()
         count += len(ids) - len(start)

@@ -105,11 +105,12 @@ def tokenizer():
 def run(tmp_path_factory):
     """Run one of the project's scripts as a user would: run("train.py", "--dry_run") -> CompletedProcess.
 
-    The process has PyTorch loaded when it starts, which saves three seconds; a cold one has loaded nothing.
+    The process has PyTorch loaded when it starts, which saves three seconds; a cold one has loaded nothing, and so has
+    one that is to see GPUs, as CUDA does not work in a fork.
     """
 
     def run_script(script, *arguments, cwd=PROJECT, stdin="", torchrun=(), cold=False, **environment):
-        if not cold and not torchrun:
+        if not (cold or torchrun or environment.get("CUDA_VISIBLE_DEVICES")):
             folder = tmp_path_factory.mktemp("process")
             return WarmProcess(folder, PROJECT / script, arguments, cwd, outside(environment), stdin).wait(600)
         launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []

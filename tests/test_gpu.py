@@ -55,7 +55,7 @@ def test_the_default_settings_train_in_four_bits_and_merge(run, tmp_path):
     where = ("--output_dir", tmp_path / "out", "--logs_dir", tmp_path / "logs")
     data = ("--custom_dataset_path", tmp_path / "rows.json", "--max_new_tokens", 8)
     base = ("--base_model_name", TINY_BASE)
-    done = run("train.py", *base, *data, *where, "--max_steps", 6, cold=True, CUDA_VISIBLE_DEVICES="0")
+    done = run("train.py", *base, *data, *where, "--max_steps", 6, CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 0, done.stderr
     assert "4-bit NF4, bfloat16 on CUDA" in done.stderr
     assert "demo settings" not in done.stderr
@@ -71,7 +71,6 @@ def test_the_default_settings_train_in_four_bits_and_merge(run, tmp_path):
     merged = run(
         tmp_path / "merge.py",
         cwd=tmp_path,
-        cold=True,
         CUDA_VISIBLE_DEVICES="0",
         PYTHONPATH=f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}",
     )
