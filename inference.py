@@ -64,7 +64,9 @@ def main(argv):
     adapter_path, output_dir = find_adapter(options, given)
     instruction = find_instruction(options.instruction, options.demo)
     target = find_output_file(options)
-    loaded = load(adapter_path, given, options.base_only)
+    talks = target is None and instruction is None and not options.demo
+    with terminal_utils.unseen_typing() if talks else contextlib.nullcontext():
+        loaded = load(adapter_path, given, options.base_only)
     start_garbage_collection()
     torch.manual_seed(loaded.settings.seed)
     adapter_path = None if options.base_only else adapter_path

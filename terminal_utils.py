@@ -251,8 +251,8 @@ class Lines:
 
 @contextmanager
 def unseen_typing():
-    """What is typed while an answer is written is kept, as it is, for the next input, and not shown in between."""
-    if termios is None or is_plain():
+    """What is typed while a model loads or answers is kept, as it is, for the next input, and not shown in between."""
+    if termios is None or sys.stdin is None or is_plain():
         yield
         return
     before = termios.tcgetattr(sys.stdin)

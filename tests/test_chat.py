@@ -439,3 +439,17 @@ def test_a_terminal_gets_editing_history_pastes_columns_and_typing_ahead(termina
     assert terminal.exitstatus == 0
     assert terminal.history_file.stat().st_mode & 0o777 == 0o600
     assert "+two\n+lines pasted\n" in terminal.history_file.read_text(encoding="utf-8")
+
+
+@needs_pty
+def test_what_is_typed_while_the_model_loads_is_the_first_input(tmp_path):
+    command = [str(PROJECT / "inference.py"), "--base_only", "--base_model_name", TINY_BASE, "--device", "cpu"]
+    command += ["--max_new_tokens", "4", "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HF_HUB_OFFLINE": "1"}
+    opened = pexpect.spawn(sys.executable, command, env=environment, dimensions=(30, 100), encoding="utf-8", timeout=60)
+    try:
+        opened.expect("no adapter")  # it is loading
+        type_and_see(opened, "asked early\r", "You:.*asked early", "Base:", "You:")
+        type_and_see(opened, "\x04", pexpect.EOF)
+    finally:
+        opened.close(force=True)
