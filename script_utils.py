@@ -22,7 +22,7 @@ from message_utils import (
     system_problem,
 )
 
-BEGUN = []  # functions that remove what was begun and is not whole yet, for an end that runs no `except` or `finally`
+BEGUN = []  # functions that undo what was begun and is not ended yet, for an end that runs no `except` or `finally`
 STOPPING = ("SIGTERM", "SIGHUP", "SIGINT")  # the signals that ask a process to end
 CTRL_C = "\nStopped by Ctrl-C."
 ECHO = 2  # seconds after a signal in which one more is taken for the same: `timeout` and launchers send it twice
@@ -88,7 +88,7 @@ def detach_from_closed_terminal(number):
 @contextlib.contextmanager
 def signals_leave_at_once():
     """End the process at a signal while libraries are imported, or a user's file is executed: in C code an exception
-    would be lost, or come out as another error. What has BEGUN is removed. A training's handlers stay.
+    would be lost, or come out as another error. What has BEGUN is undone. A training's handlers stay.
     """
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING if hasattr(signal, name)}
     ours = [

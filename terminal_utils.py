@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from message_utils import printable, say
+from script_utils import BEGUN
 
 try:
     import termios
@@ -258,7 +259,14 @@ def unseen_typing():
     before = termios.tcgetattr(sys.stdin)
     quiet = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+
+    def restore():
+        with suppress(termios.error):  # the terminal was closed
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    BEGUN.append(restore)
     try:
         yield
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        restore()
+        BEGUN.remove(restore)

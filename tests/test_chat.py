@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from generation_utils import Reply, stream_reply
 from model_utils import load_tokenizer
 from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
-from terminal_utils import WordWrap, note
+from terminal_utils import WordWrap, note, termios
 
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
 
@@ -441,15 +442,30 @@ def test_a_terminal_gets_editing_history_pastes_columns_and_typing_ahead(termina
     assert "+two\n+lines pasted\n" in terminal.history_file.read_text(encoding="utf-8")
 
 
-@needs_pty
-def test_what_is_typed_while_the_model_loads_is_the_first_input(tmp_path):
+@pytest.fixture
+def loading(tmp_path):
+    """The chat of inference.py in a pseudo-terminal, while it loads the bundled base."""
     command = [str(PROJECT / "inference.py"), "--base_only", "--base_model_name", TINY_BASE, "--device", "cpu"]
     command += ["--max_new_tokens", "4", "--output_dir", str(tmp_path)]
     environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HF_HUB_OFFLINE": "1"}
     opened = pexpect.spawn(sys.executable, command, env=environment, dimensions=(30, 100), encoding="utf-8", timeout=60)
-    try:
-        opened.expect("no adapter")  # it is loading
-        type_and_see(opened, "asked early\r", "You:.*asked early", "Base:", "You:")
-        type_and_see(opened, "\x04", pexpect.EOF)
-    finally:
-        opened.close(force=True)
+    opened.before_start = termios.tcgetattr(opened.child_fd)
+    opened.expect("no adapter")
+    yield opened
+    opened.close(force=True)
+
+
+@needs_pty
+def test_what_is_typed_while_the_model_loads_is_the_first_input(loading):
+    type_and_see(loading, "asked early\r", "You:.*asked early", "Base:", "You:")
+    type_and_see(loading, "\x04", pexpect.EOF)
+    assert termios.tcgetattr(loading.child_fd) == loading.before_start
+
+
+@needs_pty
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads_leaves_the_terminal_as_it_was(loading, number):
+    loading.kill(number)
+    loading.expect("Stopped by")
+    loading.expect(pexpect.EOF)
+    assert termios.tcgetattr(loading.child_fd) == loading.before_start
