@@ -1,6 +1,7 @@
 """The Hub: finds models and datasets locally, in the cache or on the Hub, and says why one cannot be loaded."""
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -157,16 +158,25 @@ def download_weights(name, models_dir):
         snapshot_download(name, cache_dir=models_dir, allow_patterns=files, tqdm_class=silent_bar(bar))
 
 
+def weight_files(folder):
+    """The safetensors files that transformers loads from a folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return [path for path in [folder / "model.safetensors"] if path.is_file()]
+
+
 def read_ahead(name, models_dir):
     """Let the system have a model's weights at hand sooner: a thread reads those that lie here from the disk.
 
     It runs while libraries are imported and rows are tokenized. Where the weights do not fit twice into free memory, it
     does nothing: what is read ahead would be dropped again.
     """
-    with contextlib.suppress(OSError, TypeError, ValueError):  # a name that cannot be found is told later
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # what cannot be found or read is told later
         local = resolve_path(name)
         folder = local if local.is_dir() else model_folder(name, models_cache(models_dir, name))
-        paths = sorted(folder.glob("model*.safetensors"))
+        paths = weight_files(folder)
         if paths and 2 * sum(path.stat().st_size for path in paths) <= psutil.virtual_memory().available:
             Thread(target=read_files, args=(paths,), name="read ahead", daemon=True).start()
 

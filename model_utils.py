@@ -46,7 +46,7 @@ from file_utils import (
     write_json,
 )
 from fit_utils import check_mergeable, check_prompt, check_target_modules, fit_pad_token, listed_names, say_left_out
-from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache
+from hub_utils import download_weights, hub_errors, locate_model, model_folder, models_cache, weight_files
 from message_utils import UserError, counted, quiet_libraries, say, say_once
 from progress_utils import progress
 from prompt_utils import (
@@ -381,14 +381,6 @@ def base_content(name, models_dir):
     for incidental in ("transformers_version", "_name_or_path"):
         config.pop(incidental, None)
     return short_hash(json.dumps([config, tensors], sort_keys=True))
-
-
-def weight_files(folder):
-    """The safetensors files that transformers loads from a folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())]
-    return [path for path in [folder / "model.safetensors"] if path.is_file()]
 
 
 def weights_at_hand(folder):

@@ -95,12 +95,17 @@ def test_weights_are_read_ahead_where_they_lie_here_and_fit_into_memory(tmp_path
     monkeypatch.setattr(hub_utils, "Thread", lambda target, args, **_: Mock(start=lambda: target(*args)))
     for name in ("model-1.safetensors", "model-2.safetensors", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes(b"123")
+    (tmp_path / "model-fp16.safetensors").write_bytes(b"123")  # the index does not name it
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     for name in ("no/such/model", "not a name", "../nowhere", "models/tiny-base/config.json", ""):
         hub_utils.read_ahead(name, "models")
     assert read == []
     hub_utils.read_ahead(str(tmp_path), "models")
     assert read == [[tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"]]
     monkeypatch.setattr(hub_utils.psutil, "virtual_memory", lambda: Mock(available=11))
+    hub_utils.read_ahead(str(tmp_path), "models")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
     hub_utils.read_ahead(str(tmp_path), "models")
     assert len(read) == 1
 
