@@ -12,6 +12,7 @@ from prompt_toolkit.completion import Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 from rich.cells import cell_len
@@ -206,6 +207,10 @@ def build_keys():
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt)
+
+    @keys.add(Keys.Vt100MouseEvent, eager=True)
+    def leave_out(event):  # what is read as a mouse's report is a pasted color, ESC [31m, as no mouse is asked for
+        pass
 
     return keys
 

@@ -12,6 +12,9 @@ from types import SimpleNamespace
 import pexpect
 import pytest
 import torch
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 import chat_utils
 import inference
@@ -24,7 +27,7 @@ from generation_utils import Reply, stream_reply
 from model_utils import load_tokenizer
 from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
-from terminal_utils import WordWrap, note, termios
+from terminal_utils import Keyboard, WordWrap, note, termios
 
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
 
@@ -381,6 +384,13 @@ def test_what_is_said_beside_a_conversation_breaks_between_words_by_their_width(
     monkeypatch.delenv("NO_COLOR", raising=False)
     note("Forgotten: all of it")
     assert capsys.readouterr().err == "\x1b[2mForgotten: all of it\x1b[0m\n"
+
+
+def test_a_color_that_is_pasted_is_left_out_of_the_input(tmp_path):
+    commands = {"/exit": ()}
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("a \x1b[31mred\x1b[0m word\x1b[1;31m\r")
+        assert Keyboard(tmp_path / "inputs", commands).read() == "a red word"
 
 
 @pytest.fixture(scope="module")
