@@ -214,11 +214,7 @@ def share_by_zero(base, plugin, device):
 
     options = {name: value for name, value in plugin.deepspeed_config["zero_optimization"].items() if value != "auto"}
     options.pop("offload_optimizer", None)  # what is trained stays where it is
-    # by itself DeepSpeed keeps and fetches ahead a billion weights, which four bits store as four billion
-    layers = decoder_layers(base) or [base]
-    largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
-    options.setdefault("stage3_max_live_parameters", 2 * largest)
-    options.setdefault("stage3_max_reuse_distance", largest)
+    limit_gathered(options, base)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # it must be told, and counts nothing
         "zero_optimization": options,
@@ -233,6 +229,18 @@ def share_by_zero(base, plugin, device):
     deepspeed.zero.Init(module=base, config_dict_or_path=config, dtype=base.dtype)
     engine, *_ = deepspeed.initialize(model=base, config=config, dist_init_required=False)
     vars(base)["_shard_engine"] = engine  # which takes its hooks along when it goes
+
+
+def limit_gathered(options, base):
+    """Let ZeRO's options keep two of the largest layer gathered, unless they say how much, by either of its names.
+
+    DeepSpeed counts numbers as they are stored, four weights of four bits in each of 16, and by itself keeps a billion.
+    """
+    layers = decoder_layers(base) or [base]
+    largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
+    for name, limit in (("max_live_parameters", 2 * largest), ("max_reuse_distance", largest)):
+        if name not in options:
+            options.setdefault(f"stage3_{name}", limit)
 
 
 def is_sharded(model):

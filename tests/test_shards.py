@@ -120,6 +120,14 @@ def test_of_deepspeed_only_the_third_stage_in_the_memory_of_gpu_or_host_serves(z
         engine_shards.check_zero(plugin)
 
 
+@pytest.mark.parametrize("prefix", ["", "stage3_"])  # DeepSpeed knows both names, and refuses them together
+def test_what_a_user_lets_deepspeed_keep_is_kept(prefix):
+    base = torch.nn.Linear(3, 4, bias=False)
+    options = {f"{prefix}max_live_parameters": 5}
+    engine_shards.limit_gathered(options, base)
+    assert options == {f"{prefix}max_live_parameters": 5, "stage3_max_reuse_distance": 12}
+
+
 def test_what_a_launcher_and_the_settings_both_decide_the_settings_do_and_say_so(launcher, capsys):
     asked = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     launcher(FSDP2 | asked)
