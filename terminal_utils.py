@@ -38,7 +38,7 @@ DRAWINGS = 15  # of columns that grow, in a second, at most
 
 def is_plain():
     """Whether a chat must do with lines: in a pipe, and in a terminal that cannot move its cursor."""
-    return not sys.stdin.isatty() or not sys.stdout.isatty() or is_dumb()
+    return not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)) or is_dumb()
 
 
 def is_dumb():
@@ -258,7 +258,7 @@ class Lines:
 @contextmanager
 def unseen_typing():
     """What is typed while a model loads or answers is kept, as it is, for the next input, and not shown in between."""
-    if termios is None or sys.stdin is None or is_plain():
+    if termios is None or is_plain():
         yield
         return
     before = termios.tcgetattr(sys.stdin)

@@ -27,7 +27,7 @@ from generation_utils import Reply, stream_reply
 from model_utils import load_tokenizer
 from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
-from terminal_utils import Keyboard, WordWrap, note, termios
+from terminal_utils import Keyboard, WordWrap, is_plain, note, termios
 
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
 
@@ -393,14 +393,24 @@ def test_a_color_that_is_pasted_is_left_out_of_the_input(tmp_path):
         assert Keyboard(tmp_path / "inputs", commands).read() == "a red word"
 
 
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_a_stream_that_is_closed_makes_a_chat_plain(name, monkeypatch):
+    monkeypatch.setattr(sys, name, None)
+    assert is_plain()
+
+
+def open_terminal(*command, **variables):
+    """A Python script in a pseudo-terminal of 100 columns."""
+    environment = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", **variables}
+    known = {"dimensions": (30, 100), "encoding": "utf-8", "timeout": 60}
+    return pexpect.spawn(sys.executable, list(map(str, command)), env=environment, **known)
+
+
 @pytest.fixture(scope="module")
 def terminal(tmp_path_factory):
-    """A chat in a pseudo-terminal of 100 columns."""
+    """A chat in a pseudo-terminal."""
     history_file = tmp_path_factory.mktemp("chat") / "inputs"
-    variables = {"PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"}
-    command = [__file__, str(history_file)]
-    environment = {**os.environ, **variables}
-    opened = pexpect.spawn(sys.executable, command, env=environment, dimensions=(30, 100), encoding="utf-8", timeout=60)
+    opened = open_terminal(__file__, history_file, PYTHONPATH=f"{PROJECT}:{PROJECT / 'tests'}")
     opened.history_file = history_file
     yield opened
     opened.close(force=True)
@@ -455,10 +465,9 @@ def test_a_terminal_gets_editing_history_pastes_columns_and_typing_ahead(termina
 @pytest.fixture
 def loading(tmp_path):
     """The chat of inference.py in a pseudo-terminal, while it loads the bundled base."""
-    command = [str(PROJECT / "inference.py"), "--base_only", "--base_model_name", TINY_BASE, "--device", "cpu"]
-    command += ["--max_new_tokens", "4", "--output_dir", str(tmp_path)]
-    environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HF_HUB_OFFLINE": "1"}
-    opened = pexpect.spawn(sys.executable, command, env=environment, dimensions=(30, 100), encoding="utf-8", timeout=60)
+    base = ("--base_only", "--base_model_name", TINY_BASE, "--device", "cpu")
+    rest = ("--max_new_tokens", 4, "--output_dir", tmp_path)
+    opened = open_terminal(PROJECT / "inference.py", *base, *rest, TERM="xterm", HF_HUB_OFFLINE="1")
     opened.before_start = termios.tcgetattr(opened.child_fd)
     opened.expect("no adapter")
     yield opened
