@@ -250,8 +250,8 @@ def choose_samples(conversations, settings):
         say(f"Accuracy: the expected answers {score_utils.CHECKS[check][2]} (ANSWER_CHECK = {settings.answer_check!r})")
     elif settings.answer_check == "auto":
         name, share = score_utils.commonest_kind(expected)
-        kind, _, _ = score_utils.CHECKS[name][2].partition(";")
         if share >= 0.5:
+            kind, _, _ = score_utils.CHECKS[name][2].partition(";")
             say(
                 f"Accuracy is not measured: {share:.0%} of the expected answers {kind}, and it takes"
                 f" {score_utils.CERTAIN_SHARE:.0%}; --answer_check {name} compares them all"
