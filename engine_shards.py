@@ -105,7 +105,7 @@ def leave_to_settings(dtype):
 
 
 def check_fsdp():
-    """Raise UserError unless the launcher's FSDP is one that serves; layers are wrapped, whatever it says."""
+    """Raise UserError unless the launcher's FSDP is one that serves; decoder layers are wrapped, whatever it says."""
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(
@@ -117,8 +117,9 @@ def check_fsdp():
             "accelerate launch is to keep the shards in the host's memory, which is not supported; write"
             " fsdp_offload_params: false into its configuration"
         )
-    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() == "NO_WRAP":
-        os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"  # else all layers would be gathered at once
+    # else all layers would be gathered at once: a size is that of their list, which FSDP2 refuses, or of no layer
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() in ("NO_WRAP", "SIZE_BASED_WRAP"):
+        os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
 
 
 def check_deepspeed():
@@ -211,9 +212,11 @@ def share_by_fsdp(base, engine, device, trained):
 def share_by_zero(base, plugin, device):
     """Have DeepSpeed share the weights of a model out; they are frozen, and without an optimizer it only gathers."""
     import deepspeed  # few have it, and its import takes seconds
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     options = {name: value for name, value in plugin.deepspeed_config["zero_optimization"].items() if value != "auto"}
     options.pop("offload_optimizer", None)  # what is trained stays where it is
+    check_options(DeepSpeedZeroConfig, options)
     limit_gathered(options, base)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # it must be told, and counts nothing
@@ -229,6 +232,18 @@ def share_by_zero(base, plugin, device):
     deepspeed.zero.Init(module=base, config_dict_or_path=config, dtype=base.dtype)
     engine, *_ = deepspeed.initialize(model=base, config=config, dist_init_required=False)
     vars(base)["_shard_engine"] = engine  # which takes its hooks along when it goes
+
+
+def check_options(kind, options):
+    """Raise UserError unless the options make up a kind of DeepSpeed's configurations, which are pydantic's models."""
+    try:
+        kind(**options)
+    except ValueError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise UserError(
+            f"DeepSpeed's configuration has options in zero_optimization that do not serve ({wrong}); correct them in"
+            " the file that deepspeed_config_file names"
+        ) from error
 
 
 def limit_gathered(options, base):

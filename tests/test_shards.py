@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 import engine_shards
@@ -120,12 +121,31 @@ def test_of_deepspeed_only_the_third_stage_in_the_memory_of_gpu_or_host_serves(z
         engine_shards.check_zero(plugin)
 
 
+@pytest.mark.parametrize("policy", ["NO_WRAP", "SIZE_BASED_WRAP"])
+def test_decoder_layers_are_wrapped_whatever_a_launcher_says(policy, launcher):
+    launcher(FSDP2 | {"FSDP_AUTO_WRAP_POLICY": policy, "FSDP_MIN_NUM_PARAMS": "1000000"})
+    plugin = find_engine(torch.float32).plugin
+    plugin.set_auto_wrap_policy(torch.nn.Linear(1, 1))
+    assert plugin.auto_wrap_policy.func is transformer_auto_wrap_policy
+
+
 @pytest.mark.parametrize("prefix", ["", "stage3_"])  # DeepSpeed knows both names, and refuses them together
 def test_what_a_user_lets_deepspeed_keep_is_kept(prefix):
     base = torch.nn.Linear(3, 4, bias=False)
     options = {f"{prefix}max_live_parameters": 5}
     engine_shards.limit_gathered(options, base)
     assert options == {f"{prefix}max_live_parameters": 5, "stage3_max_reuse_distance": 12}
+
+
+def test_options_that_deepspeed_refuses_are_one_line():
+    pydantic = pytest.importorskip("pydantic")  # which comes with DeepSpeed
+
+    class Options(pydantic.BaseModel, extra="forbid"):
+        stage: int = 0
+
+    engine_shards.check_options(Options, {"stage": 3})
+    assert "(stage: Input should be a valid integer" in refusal(engine_shards.check_options, Options, {"stage": {}})
+    assert "(stagee: Extra inputs" in refusal(engine_shards.check_options, Options, {"stagee": 3})
 
 
 def test_what_a_launcher_and_the_settings_both_decide_the_settings_do_and_say_so(launcher, capsys):
