@@ -129,6 +129,7 @@ def train(settings, dry_run=False, fresh=False):
         rehearse(settings, base, data, rows, plan, started)
         return
     identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
+    check_same_settings(settings, identity)
     with lock, StopAtOnce():
         check_same_folder(lock)
         checkpoints = open_checkpoints(settings, base, identity, fresh)
@@ -293,6 +294,22 @@ def open_checkpoints(settings, base, identity, fresh):
     checkpoints = checkpoint_utils.Checkpoints(folder, settings, identity, run_name, trainable, resumption)
     checkpoints.check_space()
     return checkpoints
+
+
+def check_same_settings(settings, identity):
+    """Raise UserError unless all processes train alike: on other machines config.py or the data may be others.
+
+    Each steps its own copy of the adapter, which would then part from the first one's without a word.
+    """
+    local = (*checkpoint_utils.PLACES, "base_model_name", "custom_dataset_path", "validation_dataset_path")
+    own = {name: value for name, value in settings._asdict().items() if name not in local} | identity
+    first = process_utils.from_first_process(lambda: own)
+    with process_utils.shared_errors():
+        if changed := checkpoint_utils.differences(first, own):
+            raise UserError(
+                f"the processes do not train alike, expected the first one's settings and data in all"
+                f" ({', '.join(changed)}); give the same command, config.py and files on all machines"
+            )
 
 
 def check_same_folder(lock):

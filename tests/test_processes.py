@@ -7,9 +7,12 @@ import signal
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from conftest import PROJECT, adapter_bytes
+import process_utils
+import train
+from conftest import PROJECT, adapter_bytes, refusal
 from message_utils import UserError
 from script_utils import run_script
+from settings_utils import DEFAULTS, Settings
 
 TORCHRUN = ("--nproc_per_node", "2")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
@@ -144,6 +147,22 @@ def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run_t
     assert "Traceback" not in first.stderr + second.stderr
     assert "Connection" not in second.stderr
     assert not list((places[1] / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "gradient_checkpointing", "training_data"])
+def test_a_process_that_trains_otherwise_than_the_first_one_is_refused(name, monkeypatch):
+    settings, identity = Settings(**DEFAULTS), {"training_data": "49 rows 0123", "versions": {}}
+    monkeypatch.setattr(process_utils, "from_first_process", lambda facts: facts() | {name: "other"})
+    assert f"({name} other -> " in refusal(train.check_same_settings, settings, identity)
+
+
+def test_each_process_may_have_its_own_places(monkeypatch):
+    settings, seen = Settings(**DEFAULTS), []
+    monkeypatch.setattr(process_utils, "from_first_process", lambda facts: seen.append(facts()) or seen[0])
+    for folder in ("here", "there"):
+        places = dict.fromkeys(("output_dir", "base_model_name", "custom_dataset_path"), folder)
+        train.check_same_settings(settings._replace(**places), {"versions": {"torch": folder}})
+    assert len(seen) == 2
 
 
 def test_the_report_of_a_launcher_names_the_mistake(monkeypatch, tmp_path):
