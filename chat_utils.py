@@ -382,7 +382,9 @@ class Chat:
         path = chosen_file(argument)
         if not path.is_file():
             raise UserError(f"{argument} does not exist; give a file that /save wrote, or rows of yours")
-        ((number, _, messages),) = deque(read_unanswered(str(path), {}, path.parent), maxlen=1)
+        ((number, _, messages),) = deque(
+            read_unanswered(str(path), self.settings.dataset_columns, path.parent), maxlen=1
+        )
         first = dict(messages[0])
         self.tools = first.pop("tools", None)
         self.system = first["content"] if first["role"] == "system" else self.system

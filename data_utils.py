@@ -21,7 +21,7 @@ from hub_utils import find_files
 from message_utils import UserError, counted, say
 from progress_utils import progress
 from prompt_utils import begin_with
-from reader_utils import check_beginning, expected_rows, read_rows
+from reader_utils import PROMPTS_EXPECTED, check_beginning, expected_rows, read_rows, shown
 from row_utils import (
     COLUMN_NAMES,
     INSTANCES,
@@ -34,7 +34,6 @@ from row_utils import (
     optional_parts,
     reason_to_drop,
     reason_to_leave_out,
-    shown,
     to_conversation,
 )
 
@@ -185,14 +184,19 @@ def read_conversations(
 def read_unanswered(dataset, mapping, cache_dir):
     """Yield (row number, the row as it was given, its messages) of every row, whether it has an answer or not.
 
-    Rows may have any shape that training reads; no row is dropped. Raises UserError for a row without a text to answer.
+    Rows may have any shape that training reads with a question in it, and the usual columns in place of the mapping's;
+    no row is dropped. Raises UserError for a row without a text to answer.
     """
     name, paths = find_files(dataset, Path(cache_dir) / "hub")
+    for path in paths:
+        check_beginning(path, name)
     known = {name for names in COLUMN_NAMES.values() for name in names} | set(map(str, mapping.values()))
-    for place, nested in read_rows(paths, name, [], known):
+    for place, nested in read_rows(paths, name, [], known, PROMPTS_EXPECTED):
         where = f"dataset {name}, row {place}"
         for row in expand_instances(nested, where):
-            columns = find_columns(list(row), mapping, name, chosen_only=True, answered=False)
+            columns = find_columns(
+                list(row), mapping, f"{name}, row {place}", True, or_usual_names=True, answered=False
+            )
             check_media({key: value for key, value in row.items() if key not in columns.values()}, where)
             answered = "instruction" not in columns or row.get(columns.get("response")) is not None
             if not answered:
@@ -407,7 +411,7 @@ def load_conversations(
             report.drop("duplicate", repeated.tolist())
         report.kept = len(conversations)
         if not report.kept:
-            raise UserError(f"{report.line()}; no row is left to train on")
+            raise UserError(f"{report.line()}; no row is left; mend them, or give others")
         np.savez(folder / "index.npz", **conversations.index)
         (folder / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 

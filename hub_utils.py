@@ -23,7 +23,7 @@ SHIPPED_MODELS_DIR = "models"  # MODELS_DIR as config.py ships it
 # What a user can give in place of a model or a dataset of the Hub
 SUBSTITUTES = {
     "model": "give a local folder by --base_model_name, or try the bundled one: --base_model_name models/tiny-base",
-    "dataset": "give a local file by --custom_dataset_path",
+    "dataset": "give a local file",
     "benchmark": "give a task whose rows are a local file",
 }
 
@@ -247,8 +247,7 @@ def download_from_hub(dataset, cache_dir):
             listed = ", ".join(names[:20] if len(names) <= 20 else [*names[:20], "..."])
             example = (split, "train") if split in names else (names[0], split)
             raise UserError(
-                f"dataset {name} {what}; choose one of {listed}, for example"
-                f" --custom_dataset_path {':'.join((name, *example))}"
+                f"dataset {name} {what}; choose one of {listed}, for example {':'.join((name, *example))}"
             ) from None
         found = {str(key): list(map(str, files)) for key, files in (builder.config.data_files or {}).items()}
         if split not in found:

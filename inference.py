@@ -84,13 +84,15 @@ def find_instruction(text, demo=False):
     """The instruction of the command line, or stdin's whole text for "-"; UserError if it is blank or no text."""
     if text is not None and demo:
         raise UserError("--demo answers its own examples; leave it out, or the instruction")
-    if text == "-":
+    dashed = text == "-"
+    if dashed:
         text = read_stdin()
     elif text is not None:
         with contextlib.suppress(UnicodeError):  # it is UTF-8, though the locale says ASCII
             text = os.fsencode(text).decode()
     if text is not None and not require_text(text, "the instruction").strip():
-        raise UserError('the instruction is empty; give one in quotes, such as "Explain how photosynthesis works"')
+        found = "the input is empty, expected an instruction" if dashed else "the instruction is empty"
+        raise UserError(f'{found}; give one in quotes, such as "Explain how photosynthesis works"')
     return text
 
 

@@ -34,7 +34,8 @@ OTHER_FILES = {
     b"<!DOCTYPE": "a web page",
     b"<html": "a web page",
 }
-ROWS_EXPECTED = "expected rows with an instruction and a response"
+ROWS_EXPECTED = 'expected rows with an instruction and a response: {"instruction": "Hi", "response": "Hello!"}'
+PROMPTS_EXPECTED = 'expected rows with an instruction: {"instruction": "Hi"}'
 PARQUET_ROWS = 100  # in memory at a time; a text of megabytes that they share is in each of them
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how files begin that say so
 NO_TEXT = "a NUL byte, which no text holds; save the file as UTF-8 text and try again"
@@ -43,25 +44,32 @@ NO_TEXT = "a NUL byte, which no text holds; save the file as UTF-8 text and try 
 DELIMITERS, DELIMITER_LINE = ",;\t|", re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
 
 
-def read_rows(paths, name, notes, columns=()):
+def read_rows(paths, name, notes, columns=(), expected=ROWS_EXPECTED):
     """Yield (row number, row) of one file or of several in a row; each row is a dict, and at least one comes.
 
     Rows are numbered by their line in JSON Lines, else by their order. What was detected about the format is added to
-    the list `notes`. `columns` are names that the header of a CSV file is known to hold.
+    the list `notes`. `columns` are names that the header of a CSV file is known to hold. `expected`: what is said of
+    a file in which nothing of the kind is found.
     """
     number = last = 0
     for path in paths:
         where = name if len(paths) == 1 else f"{name}, {path.name}"
+        if is_blank(path, where):
+            raise UserError(f"dataset {where} is empty, {expected}")
         for number, row in READERS[path.suffix.lower()](path, where, notes, columns):
             if is_turns(row):
                 row = {"messages": row}
             if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise UserError(f"dataset {where}, row {number}: {kind}, expected an object with named columns")
+                raise UserError(f"dataset {where}, row {number}: {shown(row)}, {expected}")
             yield last + number, row
         last += number
     if not last:
-        raise UserError(f"dataset {name} holds no rows, {ROWS_EXPECTED}")
+        raise UserError(f"dataset {name} holds no rows, {expected}")
+
+
+def shown(value):
+    """A value as JSON, its first 40 characters."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:40]
 
 
 def is_turns(value):
@@ -83,6 +91,13 @@ def check_beginning(path, name):
         if b"\0" in block and not block.startswith(UTF_16):
             line = block[: block.index(b"\0")].count(b"\n") + 1
             raise UserError(f"dataset {name}, line {line}: {NO_TEXT}")
+
+
+def is_blank(path, name):
+    """Whether a file holds nothing, or a file of text nothing but blanks."""
+    if path.suffix.lower() == ".parquet":
+        return path.stat().st_size == 0
+    return not any(text.strip() for _, text in read_lines(path, name))
 
 
 def find_kind(block):
@@ -133,9 +148,7 @@ def read_lines(path, name):
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 def read_json_rows(path, name, notes, columns):
     """Rows of a JSON array, of the one array that an object holds, or of JSON Lines: told apart by how they begin."""
-    first = next((text for _, text in read_lines(path, name) if text.strip()), None)
-    if first is None:
-        raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
+    first = next(text for _, text in read_lines(path, name) if text.strip())
     if begins_json_lines(path, name, first):
         notes.append("JSON Lines")
         return read_json_lines(path, name)
@@ -161,7 +174,7 @@ def read_json_rows(path, name, notes, columns):
         notes.append(f"rows under {lists[0]!r}")
         rows = rows[lists[0]]
     if not isinstance(rows, list):
-        raise UserError(f"dataset {name}: JSON {type(rows).__name__}, expected a list of rows: [{{...}}, {{...}}]")
+        raise UserError(f"dataset {name}: {shown(rows)}, expected a list of rows: [{{...}}, {{...}}]")
     return enumerate(rows, start=1)
 
 
@@ -212,8 +225,6 @@ def read_parquet_rows(path, name, notes, columns):
     fills up with null those that an object had not.
     """
     notes.append("Parquet")
-    if path.stat().st_size == 0:
-        raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
     try:
         with ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=PARQUET_ROWS)
@@ -246,8 +257,6 @@ def read_csv_rows(path, name, notes, columns):
             skipped += 1
         if sum(map(len, head)) > 65_536:
             break
-    if not head:
-        raise UserError(f"dataset {name} is empty, {ROWS_EXPECTED}")
     named = DELIMITER_LINE.fullmatch(head[0])
     if named:
         head, skipped = head[1:], skipped + 1

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from call_utils import forms_taken
 from message_utils import UserError
-from reader_utils import without_nulls
+from reader_utils import shown, without_nulls
 
 COLUMN_NAMES = {
     "instruction": ("instruction", "prompt", "question"),
@@ -42,6 +42,7 @@ HINTS = {
 NO_ANSWERS = ("rejected", "score", "rating")  # columns that hold no answer to be learned
 OF_MESSAGES = ("conv", "dialog", "chat", "messages", "turns")
 OPTIONAL = ("input", "system")
+MAPPING_SCRIPTS = ("train.py", "evaluate.py", "inference.py")  # those that take --dataset_columns
 INSTANCES = "instances"  # a column of {"input", "output"} objects that share one instruction, as in self-instruct
 # ShareGPT and OpenAI names of the speakers -> roles of a chat template
 ROLES = {
@@ -114,7 +115,7 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
     """Return {"messages": column} or {"instruction": column, "response": column}, perhaps with input and system.
 
     Of whole texts {"text": column}; of preferences {"chosen": column}, where the user asked for the chosen answers.
-    With answered=False the response may be missing.
+    With answered=False the response may be missing, and a whole text is none.
 
     `mapping` is DATASET_COLUMNS; without it the usual names are looked for, in any case ("Question" is question). With
     `or_usual_names` they are looked for too where no column of the mapping is there.
@@ -144,7 +145,7 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
         columns = {"instruction": columns.pop("input"), **columns}
     if {"instruction", *needed} <= set(columns):
         return columns
-    if text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
+    if answered and text is not None and all(column.strip().lower() in {"text", *ABOUT_TEXTS} for column in found):
         return {"text": text}
     if first_named(tuple(found), ("role", "from")) and (
         said := first_named(tuple(found), ("content", "value", "text"))
@@ -153,15 +154,22 @@ def find_columns(found, mapping, name, chosen_only=False, or_usual_names=False, 
             f"dataset {name}: a message a row, in the column {said}, expected a conversation a row; join the messages"
             ' of each: {"messages": [{"role": "user", "content": "..."}, ...]}'
         )
-    whole = f"; --dataset_columns '{json.dumps({'text': text})}' trains on whole texts" if text is not None else ""
+    expected = "instruction (or prompt, question, input)"
+    whole = ""
+    if answered:
+        expected = "instruction and response (or prompt, question and output, answer, completion)"
+        whole = f"; --dataset_columns '{json.dumps({'text': text})}' trains on whole texts" if text is not None else ""
     raise UserError(
-        f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected instruction and response (or prompt,"
-        f" question and output, answer, completion), messages, or conversations; {advise_mapping(found)}{whole}"
+        f"dataset {name}: columns found: {', '.join(found) or 'none'}; expected {expected}, messages, or conversations;"
+        f" {advise_mapping(found, answered)}{whole}"
     )
 
 
-def advise_mapping(found):
-    """The command that names the columns, with a guess at which are meant, to be pasted into a shell."""
+def advise_mapping(found, answered=True):
+    """The command that names the columns, with a guess at which are meant, to be pasted into a shell.
+
+    With answered=False only the question's is guessed.
+    """
     left = [column for column in found if column.lower() not in ABOUT_TEXTS and not column.lower().endswith("_id")]
     left = [column for column in left if column.lower() not in NO_ANSWERS]
     guess = {}
@@ -169,20 +177,22 @@ def advise_mapping(found):
         alike = [column for column in left if any(hint in column.lower() for hint in hints)]
         guess[part] = next(iter(alike), None)
         left = [column for column in left if column != guess[part]]
+    if not answered:
+        del guess["response"]
     for part in guess:
         if guess[part] is None and left:
             guess[part] = left.pop(0)
     if None in guess.values():
         guess = {"messages": next((c for c in found if any(name in c.lower() for name in OF_MESSAGES)), None)}
     if None in guess.values():
-        return "give a file with both"
+        return "give a file with both" if answered else "give a file with one of them"
     script, *arguments = sys.argv
     if "--dataset_columns" in arguments:
         place = arguments.index("--dataset_columns")
         del arguments[place : place + 2]
-    command = ["python", script, *arguments] if Path(script).name in ("train.py", "evaluate.py") else []
+    command = ["python", script, *arguments] if Path(script).name in MAPPING_SCRIPTS else []
     pasted = shlex.join([*command, "--dataset_columns", json.dumps(guess, ensure_ascii=False)])
-    return f"name yours, if these are meant: {pasted}"
+    return f"name yours, if {'these are' if len(guess) > 1 else 'this is'} meant: {pasted}"
 
 
 def optional_parts(columns):
@@ -213,15 +223,16 @@ def first_named(found, names):
 
 def check_mapping(found, mapping, name, answered=True):
     """Raise UserError unless DATASET_COLUMNS names known parts of a row and columns that exist."""
-    alone = {"messages", "text"} & set(mapping)
+    alone = ({"messages", "text"} if answered else {"messages"}) & set(mapping)
     required = alone or {"instruction", "response"}
     allowed = required | set(optional_parts(mapping))
     required -= set() if answered else {"response"}
     problem, advice = None, ""
     if not required <= set(mapping) <= allowed:
         problem = "expected the keys instruction and response, perhaps input and system; or messages; or text"
+        problem = problem if answered else "expected the key instruction, perhaps input and system; or messages"
     elif missing := [str(mapping[part]) for part in sorted(required) if mapping[part] not in found]:
-        problem, advice = f"missing {', '.join(missing)}", f"; {advise_mapping(found)}"
+        problem, advice = f"missing {', '.join(missing)}", f"; {advise_mapping(found, answered)}"
     elif any(not isinstance(column, str) for column in mapping.values()):
         problem = "expected the names of columns"
     if problem:
@@ -325,11 +336,6 @@ def read_answer(row, column, where, report):
     if not turns:
         raise UserError(f"{where}, column {column!r}: {shown(answer)}, expected a text or a list of messages")
     return read_turns(turns, column, where, report)
-
-
-def shown(value):
-    """A value as JSON, its first 40 characters."""
-    return json.dumps(value, ensure_ascii=False, default=str)[:40]
 
 
 def read_reasoning(row, columns, report):
@@ -567,7 +573,7 @@ def check_media(found, where):
     """Raise UserError where pictures, films or sounds belong to a row or a message."""
     if media := [key for key in found if key.strip().lower() in MEDIA and found[key] not in (None, "", [], {})]:
         raise UserError(
-            f"{where}: {media[0]} beside the text, which cannot be trained on here; remove those rows, or remove"
+            f"{where}: {media[0]} beside the text, which is not read here; remove those rows, or remove"
             f" {media[0]} where the text makes sense alone"
         )
 
@@ -746,7 +752,10 @@ def expand_instances(row, where):
     instances = row.get(INSTANCES)
     if not isinstance(instances, list) or match_columns(row, ("response", "messages")):
         return [row]
-    if not all(isinstance(instance, dict) for instance in instances):
-        raise UserError(f"{where}, column {INSTANCES!r}: expected a list of objects with input and output")
+    if not instances or not all(isinstance(instance, dict) for instance in instances):
+        raise UserError(
+            f"{where}, column {INSTANCES!r}: {shown(instances)}, expected a list of objects with input and output; mend"
+            " or remove the row"
+        )
     shared = {column: value for column, value in row.items() if column != INSTANCES}
     return [shared | instance for instance in instances]

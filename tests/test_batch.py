@@ -147,8 +147,11 @@ def test_another_input_other_settings_or_another_adapter_do_not_go_on(answer, fa
         ({"instruction": " "}, "row 2: no question, or an empty text"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "row 2: no question, or an empty text"),
         ({"messages": []}, "row 2: no question, or an empty text"),
-        ({"body": "one"}, "columns found: body; expected instruction"),
-        ({"text": "one"}, "row 2: no question, or an empty text"),
+        ({"body": "one"}, "row 2: columns found: body; expected instruction (or prompt, question, input), messages"),
+        ({"text": "one"}, 'name yours, if this is meant: --dataset_columns \'{"instruction": "text"}\''),
+        ({"response": "one"}, "row 2: columns found: response; expected instruction (or prompt, question, input)"),
+        ({"instruction": "one", "instances": []}, "row 2, column 'instances': [], expected a list of objects"),
+        ("one", 'row 2: "one", expected rows with an instruction: {"instruction": "Hi"}'),
         ({"instruction": "Hi", "reply": "x"}, "row 2: a column 'reply', where the answer is to be written; rename it"),
         ({"instruction": "word " * 200}, "the model's context has room for 160 beside the answer; shorten it"),
         ({"instruction": "Hi", "images": ["a.png"]}, "row 2: images beside the text"),
@@ -160,9 +163,35 @@ def test_a_row_that_cannot_be_answered_is_refused_before_any_is(answer, fake, tm
     assert not (tmp_path / "answers.jsonl.unfinished").exists()
 
 
-def test_columns_with_other_names_are_mapped_and_need_no_response(answer, fake):
-    mapped = SETTINGS._replace(dataset_columns={"instruction": "q"})
-    assert answer([{"q": "one"}], settings=mapped)[0]["reply"] == "re one"
+EMPTY = {"none.jsonl": b"", "none.csv": b"", "blanks.json": b" \n", "none.parquet": b""}
+NO_ROWS = {"rows.json": b"[]", "rows.csv": b"instruction,response\n"}
+
+
+@pytest.mark.parametrize("name", [*EMPTY, *NO_ROWS])
+def test_a_file_without_a_prompt_is_told_what_prompts_need(answer, tmp_path, name):
+    (tmp_path / name).write_bytes((EMPTY | NO_ROWS)[name])
+    found = "is empty" if name in EMPTY else "holds no rows"
+    expected = f'{name} {found}, expected rows with an instruction: {{"instruction": "Hi"}}'
+    assert refusal(lambda: answer(None, name)).endswith(expected)
+
+
+def test_a_file_of_prompts_that_is_no_text_is_named(answer, tmp_path):
+    (tmp_path / "prompts.jsonl").write_bytes(b"%PDF-1.4 \0")
+    assert "found a PDF, expected a file of rows" in refusal(lambda: answer(None))
+
+
+@pytest.mark.parametrize("mapping", [{"instruction": "q"}, {"instruction": "q", "response": "a"}])
+def test_columns_are_mapped_without_a_response_or_have_the_usual_names(answer, fake, mapping):
+    mapped = SETTINGS._replace(dataset_columns=mapping)
+    assert [row["reply"] for row in answer([{"q": "one"}, {"prompt": "three"}], settings=mapped)] == [
+        "re one",
+        "re three",
+    ]
+
+
+def test_a_mapping_of_whole_texts_names_no_prompt(answer, fake):
+    mapped = SETTINGS._replace(dataset_columns={"text": "body"})
+    assert "expected the key instruction, perhaps" in refusal(lambda: answer([{"body": "one"}], settings=mapped))
 
 
 def test_the_adapters_system_text_begins_the_prompts_that_have_none(answer, fake):
@@ -203,7 +232,7 @@ def test_a_dash_takes_all_of_stdin_as_one_instruction(monkeypatch, tmp_path):
             assert inference.find_instruction("-") == instruction
     assert inference.find_instruction("Hi") == "Hi"
     assert inference.find_instruction(None) is None
-    for raw, said in [(b" \n", "instruction is empty"), (b"\xff\xfe", "not UTF-8 text")]:
+    for raw, said in [(b" \n", "the input is empty, expected an instruction; give one in quotes"), (b"\xff\xfe", "not UTF-8 text")]:
         (tmp_path / "stdin").write_bytes(raw)
         with open(tmp_path / "stdin", encoding="utf-8") as file:
             monkeypatch.setattr("sys.stdin", file)

@@ -238,10 +238,10 @@ def test_an_endless_number_is_refused_and_no_traceback(write, suffix):
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [("[1]", "int"), ('["text"]', "str"), ("[null]", "NoneType"), ("[[1]]", "list")],
+    [("[1]", "1"), ('["text"]', '"text"'), ("[null]", "null"), ("[[1]]", "[1]")],
 )
 def test_a_row_that_is_no_object_is_refused_with_its_number(write, content, found):
-    assert f"row 1: {found}" in refusal(write("rows.json", content))
+    assert f"row 1: {found}, expected rows with an instruction and a response" in refusal(write("rows.json", content))
     assert f"row 2: {found}" in refusal(
         write("rows.jsonl", f'{{"instruction": "q", "response": "a"}}\n{content[1:-1]}')
     )

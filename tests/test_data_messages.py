@@ -59,7 +59,11 @@ FAULTS = {
         '{"instruction": ["q"], "response": ["a"]}',
         "expected a list of rows: [{...}",
     ),
-    "a text where a row belongs": ("rows.json", '["q"]', "row 1: str, expected an object with named columns"),
+    "a text where a row belongs": (
+        "rows.json",
+        '["q"]',
+        'row 1: "q", expected rows with an instruction and a response: {"',
+    ),
     "an unknown speaker": ("rows.jsonl", jsonl({"messages": [{"role": "bard", "content": "q"}]}), "speaker 'bard'"),
     "messages that are no list": (
         "rows.jsonl",

@@ -117,9 +117,9 @@ ROWS = {
 UNKNOWN_NAMES = {
     "team/rows:dev": ["no split 'dev'", "its splits are train, test"],
     "team/rows:french:train": ["no configuration 'french'", "choose one of default"],
-    "team/two": ["several configurations", "english, french", "--custom_dataset_path team/two:english:train"],
-    "team/two:french": ["several configurations", "--custom_dataset_path team/two:french:train"],
-    "team/two:german:test": ["no configuration 'german'", "--custom_dataset_path team/two:english:test"],
+    "team/two": ["several configurations", "english, french", "for example team/two:english:train"],
+    "team/two:french": ["several configurations", "for example team/two:french:train"],
+    "team/two:german:test": ["no configuration 'german'", "for example team/two:english:test"],
     "team/two:french:dev": ["no split 'dev' in its configuration french", "train, test"],
     "team/default:french": ["no split 'french' in its configuration english, one of english, french"],
 }
@@ -257,7 +257,7 @@ def test_a_faulty_row_names_the_dataset_the_file_and_the_line(read):
 
 
 LICENCE = "https://huggingface.co/datasets/"
-LOCAL = "give a local file by --custom_dataset_path"
+LOCAL = "give a local file"
 
 
 @pytest.mark.parametrize(
