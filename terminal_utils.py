@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from message_utils import printable, say
-from script_utils import BEGUN
+from script_utils import BEGUN, SignalHandlers
 
 try:
     import termios
@@ -33,6 +34,7 @@ except ImportError:  # Windows
 FILES = None  # in place of the words that may stand behind a command: names of files
 YOU = "You:   "  # before what is typed; names of models before their answers are as wide
 COLUMNS_FROM = 80  # characters of width from which two answers stand side by side
+SHOW_CURSOR = b"\x1b[?25h"
 DRAWINGS = 15  # of columns that grow, in a second, at most
 
 
@@ -257,21 +259,51 @@ class Lines:
 
 @contextmanager
 def unseen_typing():
-    """What is typed while a model loads or answers is kept, as it is, for the next input, and not shown in between."""
+    """What is typed while a model loads or answers is kept, as it is, for the next input, and not shown in between.
+
+    After Ctrl-Z the shell has its terminal as it was, until it lets the process go on in the foreground. As ever, what
+    was typed before a Ctrl-Z and not read yet is dropped by the terminal; the shell would take it for commands.
+    """
     if termios is None or is_plain():
         yield
         return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    before = None  # how the shell has its terminal
+
+    def hide():
+        nonlocal before
+        if in_foreground():
+            before = termios.tcgetattr(sys.stdin)
+            echo = termios.ECHO | termios.ICANON
+            quiet = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~echo, *before[4:]]
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
 
     def restore():
         with suppress(termios.error):  # the terminal was closed
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+            if before and in_foreground():
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
+    def pause(number, frame):
+        restore()
+        with suppress(OSError):
+            os.write(sys.stdout.fileno(), SHOW_CURSOR)  # columns that grow hide it; print() may be what was interrupted
+        handler = signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # the process stops here, and goes on here
+        signal.signal(number, handler)
+        hide()
+
+    hide()
     BEGUN.append(restore)
     try:
-        yield
+        with SignalHandlers(("SIGTSTP",), pause):
+            yield
     finally:
         restore()
         BEGUN.remove(restore)
+
+
+def in_foreground():
+    """Whether the terminal is this process's to set: the system stops one that sets it from a shell's background."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:  # it was closed
+        return False

@@ -232,7 +232,10 @@ def test_a_dash_takes_all_of_stdin_as_one_instruction(monkeypatch, tmp_path):
             assert inference.find_instruction("-") == instruction
     assert inference.find_instruction("Hi") == "Hi"
     assert inference.find_instruction(None) is None
-    for raw, said in [(b" \n", "the input is empty, expected an instruction; give one in quotes"), (b"\xff\xfe", "not UTF-8 text")]:
+    for raw, said in [
+        (b" \n", "the input is empty, expected an instruction; give one in quotes"),
+        (b"\xff\xfe", "not UTF-8 text"),
+    ]:
         (tmp_path / "stdin").write_bytes(raw)
         with open(tmp_path / "stdin", encoding="utf-8") as file:
             monkeypatch.setattr("sys.stdin", file)

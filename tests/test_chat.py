@@ -488,3 +488,39 @@ def test_a_signal_while_the_model_loads_leaves_the_terminal_as_it_was(loading, n
     loading.expect("Stopped by")
     loading.expect(pexpect.EOF)
     assert termios.tcgetattr(loading.child_fd) == loading.before_start
+
+
+READS_UNSEEN = """
+import os
+from terminal_utils import unseen_typing
+with unseen_typing():
+    print("re" "ady", flush=True)
+    typed = b""
+    while not typed.endswith(b"."):
+        typed += os.read(0, 100)
+print("read", typed)
+"""
+
+
+@needs_pty
+def test_ctrl_z_gives_the_shell_its_terminal_and_typing_is_unseen_again_behind_it(tmp_path):
+    (tmp_path / "program.py").write_text(READS_UNSEEN, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "TERM": "xterm", "PS1": "> ", "ENV": ""}
+    shell = pexpect.spawn("/bin/sh", ["-i"], env=environment, encoding="utf-8", timeout=60)
+
+    def modes():
+        shell.sendline("stty -g | sed s/^/modes=/")
+        shell.expect(r"modes=([0-9a-f:]+)")
+        return shell.match[1]
+
+    before = modes()
+    type_and_see(shell, f"{sys.executable} {tmp_path}/program.py\n", "ready")
+    type_and_see(shell, "\x1a", "(?i)stopped|suspended")
+    assert modes() == before
+    shell.sendline("fg")
+    while termios.tcgetattr(shell.child_fd)[3] & termios.ECHO:
+        time.sleep(0.01)
+    type_and_see(shell, "abc.", r"read b'abc\.'")
+    assert "abc" not in shell.before
+    assert modes() == before
+    shell.close(force=True)
