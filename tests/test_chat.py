@@ -25,10 +25,11 @@ from data_utils import load_conversations
 from encoding_utils import encode_prompt
 from generation_utils import Reply, stream_reply
 from model_utils import load_tokenizer
-from script_utils import run_script
+from script_utils import SignalHandlers, run_script
 from settings_utils import DEFAULTS, Settings
 from terminal_utils import Keyboard, WordWrap, is_plain, note, termios
 
+SECONDS = 120  # that a test may take; one in a pseudo-terminal takes some
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
 
 
@@ -101,6 +102,22 @@ if __name__ == "__main__":
 @pytest.fixture(autouse=True)
 def fake_replies(monkeypatch):
     monkeypatch.setattr(chat_utils, "stream_reply", FakeStream)
+
+
+@pytest.fixture(autouse=True)
+def impatient():
+    """Fails a test that waits for ever, as prompt_toolkit waits for Enter where a key makes an error."""
+
+    def fail(number, frame):
+        pytest.fail(f"still waiting after {SECONDS} seconds")
+
+    if os.name == "nt":  # which has no alarms
+        yield
+        return
+    with SignalHandlers(("SIGALRM",), fail):
+        signal.alarm(SECONDS)
+        yield
+        signal.alarm(0)
 
 
 @pytest.fixture
