@@ -22,13 +22,14 @@ SHAPING = (
 )
 
 
-def answer_file(model, tokenizer, settings, adapter_path, source, target, cache_dir):
-    """Answer all rows of a file, and write them to `target` with their answers, in their order, once all are there.
+def answer_file(model, tokenizer, settings, adapter_path, rows, target):
+    """Answer the rows of a file, and write them to `target` with their answers, in their order, once all are there.
 
-    A row of it: {"instruction": "Hi", "reply": "Hello!", "ended": true, "tokens": 3}. Until it is whole, each answer is
-    kept in a Journal beside it as it comes. adapter_path: the adapter's folder, None for the base model alone.
+    rows: as read_prompts returns them. A row of the target:
+    {"instruction": "Hi", "reply": "Hello!", "ended": true, "tokens": 3}. Until it is whole, each answer is kept in a
+    Journal beside it as it comes. adapter_path: the adapter's folder, None for the base model alone.
     """
-    rows, prompts = read_prompts(model, tokenizer, settings, source, cache_dir)
+    prompts = build_prompts(model, tokenizer, settings, rows)
     identity = {"input": sha256([to_json(prompts)]), "adapter": adapter_identity(adapter_path)}
     identity |= {name: getattr(settings, name) for name in SHAPING}
     with Journal(target.with_name(f"{target.name}.unfinished"), identity) as journal:
@@ -46,7 +47,7 @@ def answer_file(model, tokenizer, settings, adapter_path, source, target, cache_
                 " answers there"
             )
         with whole_file(target) as file:
-            file.writelines(to_json(row | journal.replies[index]) + "\n" for index, row in enumerate(rows))
+            file.writelines(to_json(row | journal.replies[index]) + "\n" for index, (_, row, _) in enumerate(rows))
         journal.remove()
     ended = sum(reply["ended"] for reply in journal.replies.values())
     cut = f", {len(rows) - ended:,} cut at {counted(settings.max_new_tokens, 'token')}" if ended < len(rows) else ""
@@ -66,24 +67,36 @@ def answer_missing(model, tokenizer, settings, prompts, missing, journal):
         generate_replies(model, tokenizer, unanswered_yet, generation, on_replies=keep, numbers=missing)
 
 
-def read_prompts(model, tokenizer, settings, source, cache_dir):
-    """(rows, prompts) of a file: its rows as they were given, and of each the messages that the model is to answer.
+def read_prompts(source, columns, cache_dir):
+    """[(where it stands, the row as it was given, its messages)] of a file; UserError for a row without a question.
 
-    Raises UserError for the first row that cannot be answered: one without a question, with a text that the template
-    refuses, or longer than the context.
+    It needs no model, so that a mistake in the file is told before one is loaded. columns: DATASET_COLUMNS.
     """
-    limit = prompt_limit(model, settings.max_new_tokens)
-    rows, prompts = [], []
+    rows = []
     with progress("Reading prompts", unit="prompts") as bar:
-        for number, row, conversation in read_unanswered(source, settings.dataset_columns, cache_dir):
+        for number, row, conversation in read_unanswered(source, columns, cache_dir):
             where = f"dataset {source}, row {number}"
             if taken := [key for key in REPLY_KEYS if key in row]:
                 raise UserError(f"{where}: a column {taken[0]!r}, where the answer is to be written; rename it")
-            rows.append(row)
+            rows.append((where, row, conversation))
+            bar.update()
+    return rows
+
+
+def build_prompts(model, tokenizer, settings, rows):
+    """Of each row that read_prompts found the messages that the model is to answer.
+
+    Raises UserError for the first row that it cannot answer: with a text that the template refuses, or longer than the
+    context.
+    """
+    limit = prompt_limit(model, settings.max_new_tokens)
+    prompts = []
+    with progress("Checking prompts", len(rows), "prompts") as bar:
+        for where, _, conversation in rows:
             prompts.append(unanswered(begin_with(settings.system_prompt, conversation)))
             check_prompt(tokenizer, prompts[-1], limit, where)
             bar.update()
-    return rows, prompts
+    return prompts
 
 
 def check_prompt(tokenizer, prompt, limit, where):

@@ -107,6 +107,10 @@ def loading_problem(error, name, remedy):
         return f"{name} cannot be loaded: its weights have other shapes than its config.json says; restore both"
     first, *rest = str(error).strip().split("\n")
     problem = f"{first} {rest[0]}" if first.endswith(":") and rest else first  # what follows a colon says what is wrong
+    if isinstance(error, json.JSONDecodeError):
+        problem = f"one of its JSON files is damaged ({problem})"
+    if "instantiate the backend tokenizer" in problem:
+        problem = "it holds no tokenizer.json, or none that is whole"
     if isinstance(error, KeyError):  # whose words are the missing name alone
         problem = f"it names or needs {problem}, which is not known"
     return f"{name} cannot be loaded: {problem or type(error).__name__}; {remedy}"

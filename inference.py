@@ -61,17 +61,22 @@ def main(argv):
     parser.add_argument("--output_file", help="where the answers of --input_file are written, a .jsonl file")
     options, given = parse_command_line(parser, argv)
     quiet_libraries()
+    if sys.stdout is None and options.output_file is None:
+        raise UserError("stdout is closed, so no answer could be seen; open it, or write to a file by --output_file")
     adapter_path, output_dir = find_adapter(options, given)
     instruction = find_instruction(options.instruction, options.demo)
     target = find_output_file(options)
     talks = target is None and instruction is None and not options.demo
     with terminal_utils.unseen_typing() if talks else contextlib.nullcontext():
-        loaded = load(adapter_path, given, options.base_only)
+        settings = read_settings(adapter_path, given, options.base_only)
+        if target is not None:  # a mistake in the file is told before a model is loaded
+            rows = batch_utils.read_prompts(options.input_file, settings.dataset_columns, output_dir / CACHE)
+        loaded = load(adapter_path, settings, options.base_only)
     start_garbage_collection()
-    torch.manual_seed(loaded.settings.seed)
+    torch.manual_seed(settings.seed)
     adapter_path = None if options.base_only else adapter_path
     if target is not None:
-        batch_utils.answer_file(*loaded, adapter_path, options.input_file, target, output_dir / CACHE)
+        batch_utils.answer_file(*loaded, adapter_path, rows, target)
     elif instruction is not None:
         print_reply(loaded, instruction)
     elif options.demo:
@@ -88,12 +93,21 @@ def find_instruction(text, demo=False):
     if dashed:
         text = read_stdin()
     elif text is not None:
-        with contextlib.suppress(UnicodeError):  # it is UTF-8, though the locale says ASCII
-            text = os.fsencode(text).decode()
+        with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair, of which require_text tells
+            text = decode(os.fsencode(text))  # it is UTF-8, though the locale says ASCII
     if text is not None and not require_text(text, "the instruction").strip():
         found = "the input is empty, expected an instruction" if dashed else "the instruction is empty"
         raise UserError(f'{found}; give one in quotes, such as "Explain how photosynthesis works"')
     return text
+
+
+def decode(given):
+    try:
+        return given.decode()
+    except UnicodeDecodeError:
+        raise UserError(
+            "the instruction is not UTF-8 text; save it as UTF-8, and give it by: python inference.py - < FILE"
+        ) from None
 
 
 def read_stdin():
@@ -123,13 +137,16 @@ def find_output_file(options):
     return target
 
 
-def load(adapter_path, given, base_only):
-    """Load the model to talk to; with base_only the adapter need not exist, and names the base where it does."""
+def read_settings(adapter_path, given, base_only):
+    """The settings of an adapter, and those given; with base_only it need not exist, and names the base if it does."""
+    recorded = {} if base_only and not adapter_path.is_dir() else model_utils.read_recorded_settings(adapter_path)
+    return make_settings(given, recorded, "inference.py")
+
+
+def load(adapter_path, settings, base_only):
+    """Load the model to talk to: the adapter on its base model, or the base model alone."""
     if not base_only:
-        settings = make_settings(given, model_utils.read_recorded_settings(adapter_path), "inference.py")
         return Loaded(*model_utils.load_trained_model(adapter_path, settings), settings)
-    recorded = model_utils.read_recorded_settings(adapter_path) if adapter_path.is_dir() else {}
-    settings = make_settings(given, recorded, "inference.py")
     say(f"Base model: {settings.base_model_name}, no adapter")
     model = model_utils.load_settings_base(settings)
     models_dir = hub_utils.models_cache(settings.models_dir, settings.base_model_name)

@@ -231,6 +231,11 @@ class Parser(argparse.ArgumentParser):
             *users, last = [script for script, names in USED_SETTINGS.items() if name in names]
             users = f"{', '.join(users)} and {last}" if users else last
             raise UserError(f"{flag} is a setting of {users}; {self.prog} does not use it, so leave it out")
+        if not flag.startswith("-") and self._get_positional_actions():
+            raise UserError(
+                f"{flag!r} stands behind the instruction, expected one text; put all of it in quotes, such as"
+                ' "Explain how photosynthesis works"'
+            )
         known = [option.lstrip("-") for option in self._option_string_actions]
         near = difflib.get_close_matches(flag.lstrip("-"), known, n=1, cutoff=0.6)
         hint = f"did you mean --{near[0]}?" if near else f"python {self.prog} --help lists all settings"

@@ -8,7 +8,7 @@ import pytest
 
 import batch_utils
 import inference
-from batch_utils import answer_file
+from batch_utils import answer_file, read_prompts
 from conftest import refusal
 from generation_utils import Reply
 from settings_utils import DEFAULTS, Settings
@@ -81,7 +81,8 @@ def answer(fake, tokenizer, tmp_path):
             lines = [json.dumps(row) for row in rows]
             (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
         target = tmp_path / "answers.jsonl"
-        answer_file(MODEL, tokenizer, settings, adapter_path, str(tmp_path / name), target, tmp_path / "cache")
+        prompts = read_prompts(str(tmp_path / name), settings.dataset_columns, tmp_path / "cache")
+        answer_file(MODEL, tokenizer, settings, adapter_path, prompts, target)
         return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
 
     return answer
@@ -240,6 +241,25 @@ def test_a_dash_takes_all_of_stdin_as_one_instruction(monkeypatch, tmp_path):
         with open(tmp_path / "stdin", encoding="utf-8") as file:
             monkeypatch.setattr("sys.stdin", file)
             assert said in refusal(inference.find_instruction, "-")
+
+
+def test_an_instruction_without_quotes_or_not_in_utf_8_is_one_line():
+    message = refusal(inference.main, ["Tell", "me", "more"])
+    assert message.startswith("'me' stands behind the instruction, expected one text; put all of it in quotes")
+    assert "the instruction is not UTF-8 text; save it" in refusal(inference.find_instruction, "caf\udce9")
+
+
+def test_without_stdout_nothing_is_answered_to_nobody(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert refusal(inference.main, ["Hi"]).startswith("stdout is closed, so no answer could be seen")
+
+
+def test_a_mistake_in_the_file_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "load", None)
+    (tmp_path / "prompts.jsonl").write_text('{"body": "one"}', encoding="utf-8")
+    files = ["--input_file", str(tmp_path / "prompts.jsonl"), "--output_file", str(tmp_path / "answers.jsonl")]
+    flags = ["--base_only", "--base_model_name", "models/tiny-base", "--output_dir", str(tmp_path)]
+    assert "row 1: columns found: body" in refusal(inference.main, [*files, *flags])
 
 
 def test_two_processes_do_not_write_one_file_of_answers(tmp_path):

@@ -73,7 +73,8 @@ def test_the_adapter_records_its_system_text_and_states_it_in_its_card(grump):
 
 
 def test_chat_and_evaluation_begin_with_it_and_the_merged_card_states_it(grump, tmp_path, capsys, monkeypatch):
-    loaded = inference.load(grump / "lora-adapter", {"device": "cpu"}, base_only=False)
+    settings = inference.read_settings(grump / "lora-adapter", {"device": "cpu"}, base_only=False)
+    loaded = inference.load(grump / "lora-adapter", settings, base_only=False)
     assert 'begin with the system text "You are Grump, who answers in capitals."' in capsys.readouterr().err
     seen = []
 
