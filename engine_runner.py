@@ -215,8 +215,8 @@ def planned_length(plan, count):
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
-# what the longest pass takes: its tokens, its seconds, and those of the try before, which may compile and record
-Rehearsal = namedtuple("Rehearsal", "tokens seconds earlier_seconds")
+# the tokens of the longest pass, the seconds that it takes, and those that recording one more length takes
+Rehearsal = namedtuple("Rehearsal", "tokens seconds recording_seconds")
 
 
 class StepRunner:
@@ -232,6 +232,7 @@ class StepRunner:
         self.processes = accelerator.num_processes if accelerator else 1
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.flat = self.gradients = self.recordings = self.lora = None
+        self.recording_seconds = 0.0  # of the newest recorded pass
         self.patches = Patches()
         try:
             self._try_kernels()
@@ -447,9 +448,11 @@ class StepRunner:
         return self.recordings
 
     def _record(self, tokens, most_rows, trained=True):
-        usual = torch.cuda.current_stream()
+        usual, started = torch.cuda.current_stream(), time.perf_counter()
         try:
-            return PassGraph(self, tokens, most_rows, trained)
+            graph = PassGraph(self, tokens, most_rows, trained)
+            self.recording_seconds = time.perf_counter() - started
+            return graph
         except RuntimeError as error:  # a recording that breaks off leaves its stream in place and hides the reason
             torch.cuda.set_stream(usual)
             hidden = error.__context__
@@ -535,23 +538,27 @@ class StepRunner:
         if cuda:
             torch.cuda.empty_cache()  # what loading left
         with torch.random.fork_rng([self.base.device] if cuda else []):
-            if self.plan.compiled or self.plan.recorded:
-                self._compare_with_plain_passes(typical)
-            again = (
-                self.plan.compiled or self.base.device.type != "cpu"
-            )  # the first try compiles, records, loads kernels
-            earlier_seconds = seconds = 0.0
-            while True:
-                before, started = self.plan, time.perf_counter()
-                group = longest_pass(longest, self.plan.max_pass_tokens)
-                self.forward_backward(group, 1e-3).item()
-                earlier_seconds, seconds = seconds, time.perf_counter() - started
-                lowered = before != self.plan
-                if not (again or lowered):
-                    break
-                again = lowered
+            rehearsal = self._rehearse_longest(longest)
+            if (self.plan.compiled or self.plan.recorded) and not self._computes_as_plain_passes(typical):
+                what = "Compiled layers" if self.plan.compiled else "Recorded passes"
+                say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
+                self.lower(compiled=False, recorded=False)
+                self.release()
+                rehearsal = self._rehearse_longest(longest)
         self.release_gradients()
-        return Rehearsal(count_tokens(group), seconds, earlier_seconds)
+        # of the last length, that of the typical rows, for which nothing had to be compiled or loaded any more
+        return rehearsal._replace(recording_seconds=self.recording_seconds)
+
+    def _rehearse_longest(self, rows):
+        again = self.plan.compiled or self.base.device.type != "cpu"  # the first try compiles, records, loads kernels
+        while True:
+            before, started = self.plan, time.perf_counter()
+            group = longest_pass(rows, self.plan.max_pass_tokens)
+            self.forward_backward(group, 1e-3).item()
+            seconds, lowered = time.perf_counter() - started, before != self.plan
+            if not (again or lowered):
+                return Rehearsal(count_tokens(group), seconds, 0.0)
+            again = lowered
 
     def time_passes(self, rows, enough):
         """(tokens, seconds) of passes over these rows, at least one, and more until `enough` seconds went by; no trace.
@@ -570,8 +577,8 @@ class StepRunner:
         self.release_gradients()
         return tokens, seconds
 
-    def _compare_with_plain_passes(self, rows):
-        """Do without compiled layers and recorded passes unless these rows' gradients are those of plain passes."""
+    def _computes_as_plain_passes(self, rows):
+        """Whether these rows' gradients are those of plain passes."""
 
         def gradient():
             torch.manual_seed(0)  # the same dropout
@@ -583,12 +590,8 @@ class StepRunner:
         found, used = gradient(), self.plan
         self.lower(compiled=False, recorded=False)
         expected = gradient()
-        if torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # false for nan
-            self.lower(compiled=used.compiled, recorded=used.recorded)
-        else:
-            what = "Compiled layers" if used.compiled else "Recorded passes"
-            say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
-        self.release()  # the longest pass is to be recorded first, whose memory then serves the others
+        self.lower(compiled=used.compiled, recorded=used.recorded)
+        return bool(torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected))  # nan: no
 
     # ---- Scores and clipping ----
     def score(self, rows, before_pass=lambda: None, max_pass_tokens=None, what="Evaluating", passes=0):

@@ -442,7 +442,7 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     filled = [recorded_tokens(size, plan.lengths) for size in passes.tolist()]
     longest = recorded_tokens(rehearsal.tokens, plan.lengths)
     training = tokens * sum(filled) / sum(passes) / longest * rehearsal.seconds
-    return training + len(set(filled) - {longest}) * max(0, rehearsal.earlier_seconds - rehearsal.seconds)
+    return training + len(set(filled) - {longest}) * rehearsal.recording_seconds
 
 
 def check_compiler(plan, device):
