@@ -96,7 +96,9 @@ def whole_file(path):
         with open(unfinished, "x", encoding="utf-8", newline="\n") as file:
             yield file
         put_in_place(unfinished, Path(path))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a disk that is full does not say of which file
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise

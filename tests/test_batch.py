@@ -1,6 +1,8 @@
 """A file of prompts: every shape of a row, order, a killed run that goes on, and what is refused before it starts."""
 
+import errno
 import json
+import os
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -118,6 +120,19 @@ def test_a_killed_run_goes_on_where_it_was(answer, fake, tmp_path, torn, capsys)
     shown = capsys.readouterr().err
     assert "4 of 10 answers kept; the same command goes on" in shown
     assert "Going on: 4 of 10 answers found" in shown
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_all_answers(answer, fake, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("file_utils.sync_file", full_disk)
+        message = refusal(answer)
+    said = "could not be saved: No space left on device; the answers are kept; mend that, and the same command writes"
+    assert message.startswith(f"{tmp_path}/answers.jsonl {said}")
+    assert len(answer()) == len(fake.asked) == len(ROWS)  # none was asked twice
+
+
+def full_disk(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The chat: what its commands do to a conversation, what the model is told, and what a terminal shows."""
 
+import errno
 import json
 import os
 import re
@@ -294,6 +295,18 @@ def test_what_cannot_be_saved_or_loaded_is_one_line(chat, tmp_path, capsys):
     assert all(line.startswith("error: ") for line in shown)
     assert "exists already" in shown[1]
     assert (tmp_path / "mine.jsonl").read_text(encoding="utf-8") == "{}"
+
+
+def test_a_conversation_outlives_a_full_disk(chat, tmp_path, capsys, monkeypatch):
+    def full_disk(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("file_utils.sync_file", full_disk)
+    type_lines(chat, "one", f"/save {tmp_path}/chat.jsonl")
+    line = f"error: No space left on device: {tmp_path}/chat.jsonl; mend that and try again\n"
+    assert capsys.readouterr().err == line
+    assert len(chat.turns) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_base_and_tuned_answer_by_turns_or_side_by_side(chat, capsys):
