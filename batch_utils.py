@@ -46,8 +46,8 @@ def answer_file(model, tokenizer, settings, adapter_path, rows, target):
                 f"{display_path(target)} has come to exist meanwhile; move it away, and the same command writes all"
                 " answers there"
             )
-        kept = "the answers are kept; mend that, and the same command writes them there"
-        with storage_errors(display_path(target), kept), whole_file(target) as file:
+        kept = "all answers are kept; mend that, and the same command writes them there"
+        with storage_errors("the file of answers", kept), whole_file(target) as file:
             file.writelines(to_json(row | journal.replies[index]) + "\n" for index, (_, row, _) in enumerate(rows))
         journal.remove()
     ended = sum(reply["ended"] for reply in journal.replies.values())

@@ -126,8 +126,8 @@ def test_a_disk_that_is_full_at_the_end_keeps_all_answers(answer, fake, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr("file_utils.sync_file", full_disk)
         message = refusal(answer)
-    said = "could not be saved: No space left on device; the answers are kept; mend that, and the same command writes"
-    assert message.startswith(f"{tmp_path}/answers.jsonl {said}")
+    found = f"the file of answers could not be saved: No space left on device: {tmp_path}/answers.jsonl"
+    assert message == f"{found}; all answers are kept; mend that, and the same command writes them there"
     assert len(answer()) == len(fake.asked) == len(ROWS)  # none was asked twice
 
 
