@@ -60,7 +60,7 @@ COMMANDS = {
 COMPLETIONS = dict.fromkeys(COMMANDS, ()) | {"/set": ANSWERING, "/save": FILES, "/load": FILES}
 COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)
 SLICE = 4  # steps of the model that an answer takes while another one beside it waits
-FLAG = re.compile(f"--({'|'.join(ANSWERING)})")  # as messages of other rooms name them
+FLAG = re.compile(f"--({'|'.join(ANSWERING)})")
 KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes. Ctrl-C stops an answer, or clears what you type."
 
 # An answer: its text, whether it ended by itself, its tokens, whether Ctrl-C stopped it, and the seconds that its first
@@ -191,7 +191,7 @@ class Chat:
             elif text.strip():
                 self.ask([{"role": "user", "content": require_text(text.strip(), "the question")}], self.turns)
         except UserError as error:
-            note(FLAG.sub(r"/set \1", f"error: {error}"), dim=False)
+            note(f"error: {in_chat(str(error))}", dim=False)
         except (OSError, MemoryError) as error:  # of a file behind /save or /load: the conversation goes on
             if isinstance(error, OSError) and not error.filename:
                 raise
@@ -417,6 +417,12 @@ class Chat:
         raise EOFError
 
     do_quit = do_exit
+
+
+def in_chat(message):
+    """The message of another room with its flags as a chat changes them; a command line in it stays as it is."""
+    message, *command = re.split(r"(?=python )", message, maxsplit=1)
+    return "".join([FLAG.sub(r"/set \1", message), *command])
 
 
 def chosen_file(argument):

@@ -297,6 +297,16 @@ def test_what_cannot_be_saved_or_loaded_is_one_line(chat, tmp_path, capsys):
     assert (tmp_path / "mine.jsonl").read_text(encoding="utf-8") == "{}"
 
 
+def test_rows_of_other_columns_are_loaded_by_the_command_that_is_pasted(chat, tokenizer, tmp_path, capsys, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"frage": "Hi"}', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--top_p", "0.5"])
+    type_lines(chat, f"/load {tmp_path}/rows.jsonl")
+    pasted = """python inference.py --top_p 0.5 --dataset_columns '{"instruction": "frage"}'\n"""
+    assert capsys.readouterr().err.endswith(f"; name yours, if this is meant: {pasted}")
+    mapped = fake_chat(tokenizer, settings=SETTINGS._replace(dataset_columns={"instruction": "frage"}))
+    assert type_lines(mapped, f"/load {tmp_path}/rows.jsonl", "/retry") == [["Hi"]]
+
+
 def test_a_conversation_outlives_a_full_disk(chat, tmp_path, capsys, monkeypatch):
     def full_disk(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
