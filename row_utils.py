@@ -248,7 +248,9 @@ def require_text(value, what):
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{what}: half of a surrogate pair, which is no text; remove that character") from None
+        raise UserError(
+            f"{what}: half of a surrogate pair or a byte that is not UTF-8; remove that character"
+        ) from None
     return value
 
 

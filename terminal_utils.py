@@ -176,7 +176,7 @@ class InputHistory(FileHistory):
     """What was typed, in a file; a disk that refuses to write costs the history, not the chat."""
 
     def store_string(self, string):
-        with suppress(OSError):
+        with suppress(OSError, UnicodeError):
             super().store_string(string)
 
 
@@ -237,7 +237,8 @@ class Keyboard:
     def read(self, default=""):
         """What is typed next; EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C on an empty line."""
         print(flush=True)
-        return self.session.prompt([("bold" if is_styled(sys.stdout) else "", YOU)], default=printable(default))
+        shown = [("bold" if is_styled(sys.stdout) else "", YOU)]
+        return as_utf_8(self.session.prompt(shown, default=printable(default)))
 
 
 class Lines:
@@ -245,7 +246,7 @@ class Lines:
 
     def __init__(self):
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end the chat
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 must not end the chat
 
     def read(self):
         """The next line; EOFError at the end."""
@@ -254,7 +255,13 @@ class Lines:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.rstrip("\n")
+        return as_utf_8(line.rstrip("\n"))
+
+
+def as_utf_8(typed):
+    """A text that was typed in UTF-8, though the locale may say ASCII; a byte that is none stays half a surrogate pair,
+    so that it is refused where the text is used."""
+    return typed.encode(errors="surrogateescape").decode(errors="surrogateescape")
 
 
 @contextmanager

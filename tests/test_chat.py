@@ -1,6 +1,7 @@
 """The chat: what its commands do to a conversation, what the model is told, and what a terminal shows."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from generation_utils import Reply, stream_reply
 from model_utils import load_tokenizer
 from script_utils import SignalHandlers, run_script
 from settings_utils import DEFAULTS, Settings
-from terminal_utils import Keyboard, WordWrap, is_plain, note, termios
+from terminal_utils import Keyboard, Lines, WordWrap, is_plain, note, termios
 
 SECONDS = 120  # that a test may take; one in a pseudo-terminal takes some
 SETTINGS = Settings(**DEFAULTS)._replace(max_new_tokens=40)
@@ -431,6 +432,16 @@ def test_a_color_that_is_pasted_is_left_out_of_the_input(tmp_path):
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         keys.send_text("a \x1b[31mred\x1b[0m word\x1b[1;31m\r")
         assert Keyboard(tmp_path / "inputs", commands).read() == "a red word"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_bytes_that_are_no_text_are_refused_and_no_other_text_is_asked(chat, encoding, capsys, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO("é 你好\n".encode() + b"caf\xe9\ntwo\n"), encoding=encoding)
+    monkeypatch.setattr(sys, "stdin", typed)
+    chat.keyboard = Lines()
+    chat.run()
+    assert [asked[-1] for asked in FakeStream.asked] == ["é 你好", "two"]
+    assert capsys.readouterr().err.startswith("error: the question: half of a surrogate pair or a byte that is not UTF")
 
 
 @pytest.mark.parametrize("name", ["stdin", "stdout"])
