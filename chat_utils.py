@@ -157,9 +157,10 @@ class Chat:
         self.decoders = Decoders()
         self.written = set()  # files of this chat, which /save may replace
         self.history_file = None if is_plain() else history_file
-        if self.history_file and not self.history_file.exists():
-            note(self.where_inputs_are_kept())
+        is_known = self.history_file and self.history_file.is_file()
         self.keyboard = Keyboard(history_file, COMPLETIONS) if self.history_file else Lines()
+        if self.history_file and not (is_known and self.keyboard.keeps):
+            note(self.where_inputs_are_kept())
 
     # ---- Reading ----
     def run(self):
@@ -301,7 +302,10 @@ class Chat:
             note(f"{KEYS}\n{self.where_inputs_are_kept()}", dim=False)
 
     def where_inputs_are_kept(self):
-        return f"What you type is kept in {display_path(self.history_file)}, for the arrow keys and Ctrl-R."
+        shown = display_path(self.history_file)
+        if not self.keyboard.keeps:
+            return f"{shown} cannot be written, so what you type is forgotten at the end."
+        return f"What you type is kept in {shown}, for the arrow keys and Ctrl-R."
 
     def do_system(self, argument):
         if argument:

@@ -411,7 +411,7 @@ def load_conversations(
             report.drop("duplicate", repeated.tolist())
         report.kept = len(conversations)
         if not report.kept:
-            raise UserError(f"{report.line()}; no row is left; mend them, or give others")
+            raise UserError(f"{report.line()}; no row is left, so mend these or give others")
         np.savez(folder / "index.npz", **conversations.index)
         (folder / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 

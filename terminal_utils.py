@@ -222,8 +222,10 @@ class Keyboard:
 
     def __init__(self, history_file, commands):
         """commands: {command: the words that may stand behind it, or FILES}."""
+        history = open_history(history_file)
+        self.keeps = isinstance(history, InputHistory)  # what is typed, beyond the end of the chat
         self.session = PromptSession(
-            history=open_history(history_file),
+            history=history,
             key_bindings=build_keys(),
             multiline=True,
             prompt_continuation=" " * len(YOU),

@@ -434,6 +434,18 @@ def test_a_color_that_is_pasted_is_left_out_of_the_input(tmp_path):
         assert Keyboard(tmp_path / "inputs", commands).read() == "a red word"
 
 
+def test_where_what_is_typed_cannot_be_kept_it_is_said(tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(chat_utils, "is_plain", lambda: False)
+    (tmp_path / "inputs").mkdir()
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        for name, said in [("new", "What you type is kept in"), ("new", ""), ("inputs", "cannot be written, so what")]:
+            chat = fake_chat(tokenizer, history_file=tmp_path / name)
+            assert said in (shown := capsys.readouterr().err)
+            assert bool(shown) is bool(said)
+    type_lines(chat, "/help")
+    assert "cannot be written, so what you type is forgotten at the end" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_bytes_that_are_no_text_are_refused_and_no_other_text_is_asked(chat, encoding, capsys, monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO("é 你好\n".encode() + b"caf\xe9\ntwo\n"), encoding=encoding)
@@ -561,7 +573,7 @@ def test_ctrl_z_gives_the_shell_its_terminal_and_typing_is_unseen_again_behind_i
 
     def modes():
         shell.sendline("stty -g | sed s/^/modes=/")
-        shell.expect(r"modes=([0-9a-f:]+)")
+        shell.expect(r"modes=([\w:=]+)")
         return shell.match[1]
 
     before = modes()
