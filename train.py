@@ -41,6 +41,7 @@ from message_utils import (
     counted,
     has_other_machines,
     is_first_on_machine,
+    is_first_process,
     note,
     printable,
     quiet_libraries,
@@ -156,11 +157,13 @@ def train(settings, dry_run=False, fresh=False):
     if not dry_run or arguments.world_size > 1:
         identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
         check_alike(identity)
+    if arguments.world_size > 1:
+        check_same_folder(lock.folder)
     if dry_run:
-        write_report(settings, rows.report, dry_run=True)
+        process_utils.from_first_process(write_report, settings, rows.report, True)
         rehearse(settings, base, data, rows, plan, started)
         return
-    with held_by_all(lock), StopAtOnce():
+    with held_for_all(lock), StopAtOnce():
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)
         trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started)
@@ -361,22 +364,33 @@ def check_alike(own):
             )
 
 
-@contextmanager
-def held_by_all(lock):
-    """Hold the OutputLock of the output folder, and raise UserError unless all processes see that one folder.
+def check_same_folder(folder):
+    """Raise UserError unless all processes see the first one's folder: on other machines another may have its name."""
+    mark = process_utils.from_first_process(leave_mark, folder)
+    try:
+        with process_utils.shared_errors():
+            if not (folder / mark).exists():
+                raise UserError(
+                    f"the machines do not share one {display_path(folder)}, in which all of them write and read"
+                    " checkpoints; give a folder that all of them see with --output_dir"
+                )
+    finally:
+        if is_first_process():
+            (folder / mark).rmdir()
 
-    On other machines another folder may have its name.
-    """
+
+def leave_mark(folder):
+    """Make an empty folder of a new name in a folder, and return its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=".seen-by-all-", dir=folder)).name
+
+
+@contextmanager
+def held_for_all(lock):
+    """Hold an OutputLock, which the first process takes; if it cannot, all raise its UserError."""
     with ExitStack() as held:
         with process_utils.shared_errors():
             held.enter_context(lock)
-        owner = process_utils.from_first_process(lock.read_owner)
-        with process_utils.shared_errors():
-            if lock.read_owner() != owner:
-                raise UserError(
-                    f"the machines do not share one {display_path(lock.folder)}, in which all of them write and read"
-                    " checkpoints; give a folder that all of them see with --output_dir"
-                )
         yield
 
 

@@ -158,7 +158,7 @@ def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run_t
 
 @pytest.fixture
 def two_machines(monkeypatch):
-    """two_machines(work) -> what work(0) and work(1) give or raise, called at once as if by processes of two machines."""
+    """two_machines(work) -> what work(0) and work(1) give or raise, called at once as by two machines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
