@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from message_utils import UserError, has_other_machines, is_first_on_machine, say, system_problem
-from script_utils import ECHO, STOPPING, SignalHandlers, detach_from_closed_terminal
+from script_utils import BEGUN, ECHO, STOPPING, SignalHandlers, detach_from_closed_terminal
 
 
 # ---- The processes of a launcher -------------------------------------------------------------------------------------
@@ -114,9 +114,15 @@ class Meeting:
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = torch.distributed.PrefixStore(f"meeting-{attempt}", self.server)
+        if self.store.add(f"started/{self.rank}", 1) > 1:
+            raise UserError(
+                f"process {self.rank} was started already; give each machine a --machine_rank of its own, and start all"
+                " machines again"
+            )
         self.turns, self.ended = itertools.count(), threading.Event()
         threading.Thread(target=self.give_signs, name="signs of life", daemon=True).start()
         atexit.register(self.leave)
+        BEGUN.append(self.leave)
 
     def give_signs(self):
         """Count up a number in the store until the group has formed, or the store is gone."""

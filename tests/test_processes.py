@@ -15,8 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import model_utils
 import process_utils
+import script_utils
 import train
-from conftest import PROJECT, adapter_bytes
+from conftest import PROJECT, adapter_bytes, refusal
 from message_utils import UserError
 from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
@@ -191,6 +192,15 @@ def two_machines(monkeypatch):
     yield two_machines
     for one in meetings:
         atexit.unregister(one.leave)
+        script_utils.BEGUN.remove(one.leave)
+
+
+def test_two_machines_of_one_rank_are_refused(two_machines, monkeypatch):
+    def work(rank):
+        monkeypatch.setenv("RANK", "1")
+        return refusal(process_utils.Meeting) if rank else None
+
+    assert two_machines(work)[1].startswith("process 1 was started already; give each machine a --machine_rank")
 
 
 def test_an_error_of_one_machine_is_said_on_both_before_they_form_a_group(two_machines):
