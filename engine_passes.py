@@ -264,10 +264,13 @@ def decoder_layers(model):
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def autocast(model):
-    """Compute in the model's half precision, as training does; this changes nothing for a float32 model."""
-    dtype = model.dtype
-    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+def autocast(model, cached=True):
+    """Compute in the model's half precision, as training does; this changes nothing for a float32 model.
+
+    cached: whether the adapter's copies in half precision are kept until the outermost autocast ends.
+    """
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(model.device.type, dtype=model.dtype, enabled=half, cache_enabled=cached)
 
 
 @contextlib.contextmanager
@@ -403,10 +406,12 @@ def mixes_rows(model, kernels, longest_row=1):
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def score_rows(model, rows, max_pass_tokens, kernels=PLAIN, before_pass=lambda: None, what="Evaluating"):
+def score_rows(
+    model, rows, max_pass_tokens, kernels=PLAIN, before_pass=lambda: None, what="Evaluating", compute=pass_losses
+):
     """Return [(negative log-likelihood in nats, trained tokens) for each row], however the rows are cut into passes.
 
-    what: the name under which its progress is shown.
+    what: the name under which its progress is shown. compute: what gives a pass's losses, called as pass_losses is.
     """
     scores = [None] * len(rows)
     model.eval()
@@ -415,7 +420,7 @@ def score_rows(model, rows, max_pass_tokens, kernels=PLAIN, before_pass=lambda: 
             before_pass()
             group = [rows[index] for index in indices]
             with autocast(model):
-                losses, row_of_target = pass_losses(model, group, kernels)
+                losses, row_of_target = compute(model, group, kernels)
             sums = torch.zeros(len(group), dtype=torch.float64)
             sums.index_add_(0, row_of_target.cpu(), losses.cpu().double())
             for index, row, total in zip(indices, group, sums.tolist(), strict=True):

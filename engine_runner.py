@@ -24,6 +24,7 @@ from engine_passes import (
     LinearCrossEntropy,
     Patches,
     attention_arguments,
+    autocast,
     block_mask_tokens,
     build_pass,
     chosen_attention,
@@ -98,18 +99,22 @@ class OffloadedInput:
 
 
 # ---- Recorded passes -------------------------------------------------------------------------------------------------
+SCORED_ROW_TOKENS = 16  # passes of rows that are shorter on average are scored without a recording
+
+
 class PassGraph:
     """Forward and backward of the decoder for passes of one length, recorded as CUDA graphs and replayed.
 
     A recorded pass costs the host a few launches instead of thousands. Shapes are fixed: a shorter pass is filled up
-    with more rows, from which nothing is learned. The output layer and the loss stay outside.
+    with more rows, from which nothing is learned. The output layer and the loss stay outside. `most_rows` is how many
+    rows a pass may have, and `trained` whether there is a backward pass.
     """
 
-    def __init__(self, runner, tokens):
+    def __init__(self, runner, tokens, most_rows, trained=True):
         base, recordings, parameters = runner.base, runner.recordings, runner.parameters
         self.tokens, device = tokens, base.device
         self.longest = longest = max(runner.plan.longest_row, GRAPH_TOKENS)
-        self.rows = rows = runner.plan.rows_a_step + math.ceil(tokens / longest)
+        self.rows = rows = most_rows + math.ceil(tokens / longest)
         self.ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self.starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device=device)
@@ -126,17 +131,19 @@ class PassGraph:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):  # compiles and loads what this length needs
             hidden = forward()
-            with torch.autograd.set_multithreading_enabled(False):  # another thread would not allocate in the pool
-                torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
+            if trained:
+                with torch.autograd.set_multithreading_enabled(False):  # another thread would not allocate in the pool
+                    torch.autograd.grad(hidden, parameters, torch.zeros_like(hidden))
         self.hidden, self.grad_hidden = recordings.buffers(hidden.detach())
         del hidden
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph() if trained else None
         how = {"pool": pool.id, "stream": stream, "capture_error_mode": "thread_local"}  # NCCL has a thread of its own
         with torch.cuda.graph(self.forward, **how):
             hidden = forward()
             self.hidden.copy_(hidden.detach())
-        with torch.cuda.graph(self.backward, **how):
-            torch._foreach_add_(runner.gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
+        if trained:
+            with torch.cuda.graph(self.backward, **how):
+                torch._foreach_add_(runner.gradients, list(torch.autograd.grad(hidden, parameters, self.grad_hidden)))
 
     def fill(self, batch):
         """Copy one pass's host tensors to the graph's inputs; what is left over becomes more rows."""
@@ -146,6 +153,11 @@ class PassGraph:
         self.ids[:, :count].copy_(batch["input_ids"].pin_memory(), non_blocking=True)
         self.positions[:, :count].copy_(batch["position_ids"].pin_memory(), non_blocking=True)
         self.positions[:, count:].zero_()  # rope_type "longrope" looks for the longest position of a pass
+
+    def reset(self):
+        for graph in (self.forward, self.backward):
+            if graph is not None:
+                graph.reset()
 
 
 def fill_up(row_starts, tokens, longest, rows):
@@ -161,10 +173,13 @@ def fill_up(row_starts, tokens, longest, rows):
 
 
 class Recordings:
-    """Passes recorded for a model, by their tokens, and what they share, since no two are in use at a time."""
+    """Passes recorded for a model, and what they share, since no two are in use at a time.
+
+    `graphs` are the trained ones by their tokens, `scores` those that are only scored.
+    """
 
     def __init__(self, device):
-        self.graphs = {}
+        self.graphs, self.scores = {}, {}
         gc.collect()  # an earlier model's pool must not go while this one's is in use
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
         self.hidden = self.grad_hidden = None
@@ -178,11 +193,15 @@ class Recordings:
 
     def release(self):
         """Give the memory back. PyTorch ends the process if the memory goes before the last graph that uses it."""
-        for graph in self.graphs.values():
-            graph.forward.reset()
-            graph.backward.reset()
-        self.graphs = {}
+        for graph in [*self.graphs.values(), *self.scores.values()]:
+            graph.reset()
+        self.graphs, self.scores = {}, {}
         self.pool = self.stream = self.hidden = self.grad_hidden = None
+
+
+def reason(error):
+    """The first line of an exception of another library, as it may be shown."""
+    return printable(f"{type(error).__name__}: {error}".split("\n")[0])
 
 
 def planned_length(plan, count):
@@ -196,8 +215,8 @@ def planned_length(plan, count):
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
-# what the longest pass takes: its tokens, its seconds, and those of the try before, which may compile and record
-Rehearsal = namedtuple("Rehearsal", "tokens seconds earlier_seconds")
+# the tokens of the longest pass, the seconds that it takes, and those that recording one more length takes
+Rehearsal = namedtuple("Rehearsal", "tokens seconds recording_seconds")
 
 
 class StepRunner:
@@ -213,6 +232,7 @@ class StepRunner:
         self.processes = accelerator.num_processes if accelerator else 1
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.flat = self.gradients = self.recordings = self.lora = None
+        self.recording_seconds = 0.0  # of the newest recorded pass
         self.patches = Patches()
         try:
             self._try_kernels()
@@ -276,8 +296,9 @@ class StepRunner:
         self.seeded_dropout = bool(self.lora and self.lora.covers_all) and not own_dropout(self.base)
         if self.plan.compiled == "auto" and not (self.lora and self.lora.covers_all and layers):
             say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
-            self.lower(compiled=False, recorded=False)
+            self.lower(compiled=False)
         self.lower(
+            scores_recorded=self.plan.scores_recorded and kernels.attention and kernels.loss,
             dequantized=self.plan.dequantized and self.lora is not None,
             recorded=self.plan.recorded and self.seeded_dropout and kernels == Kernels(True, True, True),
         )
@@ -415,20 +436,27 @@ class StepRunner:
 
     def _graph(self, count):
         """The recorded pass that serves so many tokens; it is recorded when the first pass of its length comes."""
-        tokens = planned_length(self.plan, count)
+        tokens, graphs = planned_length(self.plan, count), self._have_recordings().graphs
+        if tokens not in graphs:
+            graphs[tokens] = self._record(tokens, self.plan.rows_a_step)
+        return graphs[tokens]
+
+    def _have_recordings(self):
         if self.recordings is None:
             self.recordings = Recordings(self.base.device)
             weakref.finalize(self, self.recordings.release)  # garbage collection keeps to no order
-        graphs = self.recordings.graphs
-        if tokens not in graphs:
-            usual = torch.cuda.current_stream()
-            try:
-                graphs[tokens] = PassGraph(self, tokens)
-            except RuntimeError as error:  # a recording that breaks off leaves its stream in place and hides the reason
-                torch.cuda.set_stream(usual)
-                reason = error.__context__
-                raise reason if isinstance(reason, torch.OutOfMemoryError) else error from None
-        return graphs[tokens]
+        return self.recordings
+
+    def _record(self, tokens, most_rows, trained=True):
+        usual, started = torch.cuda.current_stream(), time.perf_counter()
+        try:
+            graph = PassGraph(self, tokens, most_rows, trained)
+            self.recording_seconds = time.perf_counter() - started
+            return graph
+        except RuntimeError as error:  # a recording that breaks off leaves its stream in place and hides the reason
+            torch.cuda.set_stream(usual)
+            hidden = error.__context__
+            raise hidden if isinstance(hidden, torch.OutOfMemoryError) else error from None
 
     # ---- Falling back ----
     def _simplify(self, error):
@@ -436,11 +464,11 @@ class StepRunner:
         what = "recorded" if self.plan.recorded else "compiled" if self.plan.compiled else None
         if what is None:
             return False
-        reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
         say(
-            f"This model's passes cannot be {what} ({reason}), which is slower and computes the same", each_process=True
+            f"This model's passes cannot be {what} ({reason(error)}), which is slower and computes the same",
+            each_process=True,
         )
-        self.lower(recorded=False, compiled=self.plan.compiled and what != "compiled")
+        self.lower(recorded=False, scores_recorded=False, compiled=self.plan.compiled and what != "compiled")
         self.release()
         return True
 
@@ -504,29 +532,33 @@ class StepRunner:
         """Compute the longest pass that these rows ask for, and leave no trace; returns what it takes, a Rehearsal.
 
         longest: the longest rows, as many as a step has. typical: rows of usual length, by whose gradients compiled
-        layers are compared with plain ones.
+        layers and recorded passes are compared with plain ones.
         """
         cuda = self.base.device.type == "cuda"
         if cuda:
             torch.cuda.empty_cache()  # what loading left
         with torch.random.fork_rng([self.base.device] if cuda else []):
-            if self.plan.compiled:
-                self._compare_with_plain_passes(typical)
-            again = (
-                self.plan.compiled or self.base.device.type != "cpu"
-            )  # the first try compiles, records, loads kernels
-            earlier_seconds = seconds = 0.0
-            while True:
-                before, started = self.plan, time.perf_counter()
-                group = longest_pass(longest, self.plan.max_pass_tokens)
-                self.forward_backward(group, 1e-3).item()
-                earlier_seconds, seconds = seconds, time.perf_counter() - started
-                lowered = before != self.plan
-                if not (again or lowered):
-                    break
-                again = lowered
+            rehearsal = self._rehearse_longest(longest)
+            if (self.plan.compiled or self.plan.recorded) and not self._computes_as_plain_passes(typical):
+                what = "Compiled layers" if self.plan.compiled else "Recorded passes"
+                say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
+                self.lower(compiled=False, recorded=False)
+                self.release()
+                rehearsal = self._rehearse_longest(longest)
         self.release_gradients()
-        return Rehearsal(count_tokens(group), seconds, earlier_seconds)
+        # of the last length, that of the typical rows, for which nothing had to be compiled or loaded any more
+        return rehearsal._replace(recording_seconds=self.recording_seconds)
+
+    def _rehearse_longest(self, rows):
+        again = self.plan.compiled or self.base.device.type != "cpu"  # the first try compiles, records, loads kernels
+        while True:
+            before, started = self.plan, time.perf_counter()
+            group = longest_pass(rows, self.plan.max_pass_tokens)
+            self.forward_backward(group, 1e-3).item()
+            seconds, lowered = time.perf_counter() - started, before != self.plan
+            if not (again or lowered):
+                return Rehearsal(count_tokens(group), seconds, 0.0)
+            again = lowered
 
     def time_passes(self, rows, enough):
         """(tokens, seconds) of passes over these rows, at least one, and more until `enough` seconds went by; no trace.
@@ -545,8 +577,8 @@ class StepRunner:
         self.release_gradients()
         return tokens, seconds
 
-    def _compare_with_plain_passes(self, rows):
-        """Do without compiled layers and recorded passes unless these rows' gradients are those of plain passes."""
+    def _computes_as_plain_passes(self, rows):
+        """Whether these rows' gradients are those of plain passes."""
 
         def gradient():
             torch.manual_seed(0)  # the same dropout
@@ -558,13 +590,8 @@ class StepRunner:
         found, used = gradient(), self.plan
         self.lower(compiled=False, recorded=False)
         expected = gradient()
-        if torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected):  # false for nan
-            self.lower(compiled=used.compiled, recorded=used.recorded)
-        else:
-            say(
-                "Compiled layers have other gradients than plain ones; none is used, which is slower", each_process=True
-            )
-        self.release()  # the longest pass is to be recorded first, whose memory then serves the others
+        self.lower(compiled=used.compiled, recorded=used.recorded)
+        return bool(torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected))  # nan: no
 
     # ---- Scores and clipping ----
     def score(self, rows, before_pass=lambda: None, max_pass_tokens=None, what="Evaluating", passes=0):
@@ -574,12 +601,39 @@ class StepRunner:
         often.
         """
         size = self.plan.max_pass_tokens if max_pass_tokens is None else max_pass_tokens
-        scores = score_rows(self.model, rows, size, self.plan.kernels, before_pass, what)
+        compute = partial(self._score_pass, size) if self.plan.scores_recorded and size else pass_losses
+        scores = score_rows(self.model, rows, size, self.plan.kernels, before_pass, what, compute)
         for _ in range(passes - len(cut_into_passes(rows, size))):
             before_pass()
             if self.plan.shards > 1:
                 score_rows(self.model, probe_rows(self.model)[:1], 0, self.plan.kernels)
         return scores
+
+    def _score_pass(self, size, model, rows, kernels):
+        """pass_losses, by the recorded pass of `size` tokens for a pass that takes at least half of them."""
+        tokens, count, most_rows = recorded_tokens(size), count_tokens(rows), size // SCORED_ROW_TOKENS
+        if not (self.plan.scores_recorded and count <= tokens <= 2 * count and len(rows) <= most_rows):
+            return pass_losses(model, rows, kernels)
+        scores, failure = self._have_recordings().scores, None
+        if tokens not in scores:
+            try:
+                # copies of the adapter that autocast kept from before would stay as they are now
+                with chosen_attention(self.base, kernels), autocast(model, cached=False):
+                    scores[tokens] = self._record(tokens, most_rows, trained=False)
+            except Exception as error:  # noqa: BLE001  whatever cannot be recorded
+                failure = reason(error)
+        if failure:  # outside `except`, where the failed recording's tensors are gone
+            say(f"This model's scores cannot be recorded ({failure}), which is slower and gives the same")
+            self.lower(scores_recorded=False)
+            self.release()
+            return pass_losses(model, rows, kernels)
+        batch = build_pass(rows)
+        scores[tokens].fill(batch)
+        scores[tokens].forward.replay()
+        on_device = to_device({name: batch[name] for name in ("predicting", "targets")}, self.base.device)
+        hidden = scores[tokens].hidden[0].index_select(0, on_device["predicting"])
+        weight = self.base.get_output_embeddings().weight
+        return LinearCrossEntropy.apply(hidden, weight, on_device["targets"]), batch["row_of_target"]
 
     def clip(self, max_norm):
         """Scale the gradients so that they are no longer than max_norm together; returns their norm before that."""

@@ -29,7 +29,10 @@ from message_utils import UserError, counted, say
 from model_utils import GIB, count_parameters
 from progress_utils import format_duration
 
-PASSES_WORTH_COMPILING = 200
+PASSES_WORTH_RECORDING = 20
+# Compiling takes so many seconds. It saves small kernels that read and write so many bytes for each hidden value of a
+# token in each layer, which is what a 7-billion and a 135-million model were measured to gain on an H200
+COMPILING_SECONDS, COMPILED_BYTES = 25, 700
 # What recording a pass costs in tokens that could be trained meanwhile, measured on an H100 whose host is slow
 LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
 GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
@@ -115,10 +118,11 @@ def choose_lengths(passes, price):
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
 class Gpu(NamedTuple):
-    """What a plan must know of a CUDA GPU: its memory in bytes, and which kernels it can run."""
+    """What a plan must know of a CUDA GPU: its memory in bytes and its speed, and which kernels it can run."""
 
     free: int
     total: int
+    bandwidth: float = 3.35e12  # bytes that its memory moves in a second, an H100's where a driver does not tell
     flash_attention: bool = True  # of the Ampere generation or newer
     triton: bool = True  # Triton, in which the fused kernels are written, is installed
 
@@ -127,11 +131,13 @@ def look_at_gpu(device):
     """The Gpu that a device is, or None where it is no CUDA GPU."""
     if device.type != "cuda":
         return None
-    newer = torch.cuda.get_device_capability(device)[0] >= 8
+    properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
     free = min(free, allowed - torch.cuda.memory_reserved(device))
-    return Gpu(free, allowed, flash_attention=newer, triton=triton is not None)
+    kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    bandwidth = 2 * 1000 * kilohertz * bits / 8 or Gpu._field_defaults["bandwidth"]  # two bits a line and cycle
+    return Gpu(free, allowed, bandwidth, flash_attention=properties.major >= 8, triton=triton is not None)
 
 
 class StepPlan(NamedTuple):
@@ -146,6 +152,7 @@ class StepPlan(NamedTuple):
     dequantized: bool = False  # frozen 4-bit weights stay dequantized
     compiled: bool | str = False  # decoder layers are compiled; "auto": only if the fused LoRA layers serve the model
     recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
+    scores_recorded: bool = False  # so are passes that are only scored, if they are about as long as passes may be
     lengths: tuple = ()  # of recorded passes, in tokens; a shorter pass is filled up to the next one
     max_pass_tokens: int = 0  # a pass holds at most so many tokens; 0: each row is a pass of its own
     rows_a_step: int = 1  # in each process
@@ -181,12 +188,21 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         return plan
     if shards:
         return plan_memory(plan, shapes, settings, dtype, rows, gpu)
-    passes = count_passes(rows, settings, max_pass_tokens, processes)
-    compiled = plan_compilation(shapes, settings, kernels, passes)
-    plan = plan_memory(plan._replace(compiled=compiled, recorded=bool(compiled)), shapes, settings, dtype, rows, gpu)
-    if not plan.recorded:
+    steps = count_steps(len(rows), settings, processes)
+    compiled = plan_compilation(shapes, settings, kernels, steps * tokens_a_step(rows, rows_a_step, processes), gpu)
+    worth = count_passes(rows, settings, max_pass_tokens, processes) >= PASSES_WORTH_RECORDING
+    recorded = bool(compiled) or (worth and all(kernels) and all_plain(shapes))
+    plan = plan_memory(plan._replace(compiled=compiled, recorded=recorded), shapes, settings, dtype, rows, gpu)
+    plan = plan_recorded_scores(plan, held_out, settings.eval_rows, count_rounds(steps, settings.eval_steps))
+    return plan._replace(lengths=plan_lengths(plan, shapes, rows, steps)) if plan.recorded else plan
+
+
+def plan_recorded_scores(plan, rows, most=0, times=1):
+    """Let a plan record the passes that score so many of these rows, 0 for all, so often, if they are many."""
+    if not (len(rows) and plan.max_pass_tokens and plan.kernels.attention and plan.kernels.loss):
         return plan
-    return plan._replace(lengths=plan_lengths(plan, shapes, rows, count_steps(len(rows), settings, processes)))
+    tokens = float(row_lengths(rows).mean()) * min(len(rows), most or len(rows))
+    return plan._replace(scores_recorded=times * tokens / plan.max_pass_tokens >= PASSES_WORTH_RECORDING)
 
 
 def plan_lengths(plan, shapes, rows, steps):
@@ -242,7 +258,8 @@ def plan_scores(model, settings, rows):
     """The StepPlan by which the rows of an evaluation are scored."""
     base, longest = transformers_model(model), longest_row(rows)
     kernels = plan_kernels(model, settings, model.dtype, look_at_gpu(base.device), longest)._replace(lora=False)
-    return StepPlan(kernels, max_pass_tokens=plan_pass_tokens(base, settings, kernels), longest_row=longest)
+    plan = StepPlan(kernels, max_pass_tokens=plan_pass_tokens(base, settings, kernels), longest_row=longest)
+    return plan_recorded_scores(plan, rows)
 
 
 def plan_pass_tokens(base, settings, kernels):
@@ -251,17 +268,19 @@ def plan_pass_tokens(base, settings, kernels):
     return ceiling if kernels.attention else min(ceiling, block_mask_tokens(base))
 
 
-def plan_compilation(shapes, settings, kernels, passes):
-    """StepPlan.compiled of a run of so many passes on a CUDA GPU; says why, unless the user decided it."""
+def plan_compilation(shapes, settings, kernels, tokens, gpu):
+    """StepPlan.compiled of a run that trains so many tokens on a CUDA GPU; says why, unless the user decided it."""
     if settings.torch_compile != "auto":
         return settings.torch_compile
     if not (kernels.lora and all_plain(shapes) and decoder_layers(shapes)):
         say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
         return False
-    if passes < PASSES_WORTH_COMPILING:
-        say(f"The layers are not compiled: {passes:,} passes would not repay it; --torch_compile true does it")
+    config = transformers_model(shapes).config.get_text_config()
+    saved = tokens * config.num_hidden_layers * config.hidden_size * COMPILED_BYTES / gpu.bandwidth
+    if saved < COMPILING_SECONDS:
+        say(f"The layers are not compiled: it takes {COMPILING_SECONDS} s and would save {format_duration(saved)}")
         return False
-    say(f"Compiling the layers takes half a minute or so, which {passes:,} passes repay")
+    say(f"Compiling the layers takes {COMPILING_SECONDS} s or so and saves about {format_duration(saved)}")
     return "auto"
 
 
@@ -312,7 +331,8 @@ def memory_ways(plan, shapes, settings, dtype, rows):
     def way(checkpointing, tokens, more=0):
         tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
         longest = longest_tokens(tried, rows)
-        peak = expected_peak(shapes, settings, dtype, longest, checkpointing, plan.compiled, plan.kernels.loss)
+        how = (plan.compiled, plan.recorded, plan.kernels.loss)
+        peak = expected_peak(shapes, settings, dtype, longest, checkpointing, *how)
         peak -= elsewhere
         return tried._replace(expected_bytes=peak + more), more
 
@@ -422,7 +442,7 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     filled = [recorded_tokens(size, plan.lengths) for size in passes.tolist()]
     longest = recorded_tokens(rehearsal.tokens, plan.lengths)
     training = tokens * sum(filled) / sum(passes) / longest * rehearsal.seconds
-    return training + len(set(filled) - {longest}) * max(0, rehearsal.earlier_seconds - rehearsal.seconds)
+    return training + len(set(filled) - {longest}) * rehearsal.recording_seconds
 
 
 def check_compiler(plan, device):
@@ -519,7 +539,7 @@ def dora_shapes(model):
     return outputs, weights, max((shape[1] for shape in shapes), default=0)
 
 
-def expected_peak(model, settings, dtype, tokens, checkpointing, compiled, fused_loss=True):
+def expected_peak(model, settings, dtype, tokens, checkpointing, compiled, recorded, fused_loss=True):
     """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
     It counts the weights; the adapter in float32 with its gradients, AdamW's two moments (a byte each in 8 bits) and
@@ -543,9 +563,9 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled, fused
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
     # a layer keeps two residuals; query, key, value and attention's output; gate and up
     kept = unit * (2 * hidden + 2 * (heads + groups) * width + 2 * inner)
-    if compiled:  # a recorded pass has gradients of its own, which are then added to the step's
+    if recorded:  # such a pass has gradients of its own, which are then added to the step's
         fixed += trainable * 4
-    else:  # norms and the product of gate and up, which compiled layers compute again; norms' copies are in float32
+    if not compiled:  # norms, copied in float32, and the product of gate and up: compiled layers compute them again
         kept += unit * (2 * hidden + inner) + 2 * (4 + unit) * hidden
     inputs, constant = unit * hidden, 0
     working = tokens * unit * (3 * inner + 3 * hidden)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 import engine_lora
 import engine_passes
 import generation_utils
+import plan_utils
 from conftest import PROJECT, TINY_BASE, small_run
 from engine_passes import Kernels, score_rows
 from engine_replies import Decoder
@@ -201,12 +202,17 @@ def test_dora_takes_varlen_attention_and_the_fused_loss(checkpointing):
         assert distance(step_gradients(runner, [rows[:3]]), expected) > 0.2  # the check can tell
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkpointing):
+ways = pytest.mark.parametrize(
+    ("checkpointing", "compiled"), [(False, False), (False, True), (True, False), (True, True)]
+)
+
+
+@ways
+def test_recorded_passes_have_the_gradients_of_passes_launched_one_by_one(checkpointing, compiled):
     model, rows = trained_model(), some_rows()
     with StepRunner(model, ALL) as runner:
         expected = step_gradients(runner, [rows])
-    runner = StepRunner(model, RECORDED._replace(checkpointing=checkpointing))
+    runner = StepRunner(model, RECORDED._replace(checkpointing=checkpointing, compiled=compiled))
     for groups in ([rows], [rows[:2], rows[2:]], [[row] for row in rows], [rows]):
         assert distance(step_gradients(runner, groups), expected) < 0.08
     assert runner.plan.recorded
@@ -227,8 +233,8 @@ def test_checkpoints_that_wait_on_the_host_change_no_gradient_and_take_less_memo
     assert less < more - 2 * 4000 * 256 * 2  # of the bundled base's eight inputs at least two
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_recorded_passes_draw_their_dropout_anew_each_time(checkpointing):
+@ways
+def test_recorded_passes_draw_their_dropout_anew_each_time(checkpointing, compiled):
     model, rows = trained_model(dropout=0.3), some_rows()
 
     def gradients(runner, seed):
@@ -237,7 +243,7 @@ def test_recorded_passes_draw_their_dropout_anew_each_time(checkpointing):
 
     with StepRunner(model, ALL) as plain:
         expected = [gradients(plain, seed) for seed in (1, 2, 1)]
-    recorded = StepRunner(model, RECORDED._replace(checkpointing=checkpointing))
+    recorded = StepRunner(model, RECORDED._replace(checkpointing=checkpointing, compiled=compiled))
     for seed, wanted in zip((1, 2, 1), expected, strict=True):
         assert distance(gradients(recorded, seed), wanted) < 0.08
     assert distance(gradients(recorded, 2), gradients(recorded, 1)) > 0.2  # the check can tell
@@ -254,6 +260,48 @@ def test_a_pass_of_short_rows_may_be_filled_up_by_more_tokens_than_any_row_has()
     runner = StepRunner(model, RECORDED._replace(longest_row=60, lengths=(1024,)))
     assert distance(step_gradients(runner, [rows]), expected) < 0.08
     assert list(runner.recordings.graphs) == [1024]
+
+
+@pytest.mark.parametrize("kernels", [Kernels(attention=True, loss=True), Kernels(True, True, True)])
+def test_recorded_scores_are_those_of_passes_launched_one_by_one_and_follow_the_adapter(kernels):
+    model, rows = trained_model(dropout=0.3), some_rows((60, 200, 17, 90, 150, 40, 33, 128, 77, 300))
+    plan = StepPlan(kernels, max_pass_tokens=512, longest_row=300)
+
+    def losses(runner):
+        return [nll for nll, _ in runner.score(rows)]
+
+    with StepRunner(model, plan._replace(scores_recorded=True)) as recorded:
+        found = []
+        for _ in range(2):
+            found.append(losses(recorded))
+            assert list(recorded.recordings.scores) == [512]
+            with StepRunner(model, plan) as plain:
+                assert found[-1] == pytest.approx(losses(plain), rel=0.01)
+            with torch.no_grad():  # as an optimizer does it
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.mul_(3)
+        assert found[1] != pytest.approx(found[0], rel=0.02)  # the check can tell
+        assert recorded.plan.scores_recorded
+
+
+def test_what_cannot_be_recorded_on_a_gpu_is_computed_without(capsys):
+    model, rows = trained_model(), some_rows()
+    plan = ALL._replace(rows_a_step=4, longest_row=200, max_pass_tokens=400)
+    with StepRunner(model, plan) as runner:
+        expected, scores = step_gradients(runner, [rows]), runner.score(rows)
+    layer = model.get_base_model().get_decoder().layers[1]
+    hook = layer.register_forward_pre_hook(lambda module, inputs: inputs[0].sum().item() and None)
+    with StepRunner(model, plan._replace(recorded=True, scores_recorded=True)) as runner:
+        assert [nll for nll, _ in runner.score(rows)] == pytest.approx([nll for nll, _ in scores], rel=0.01)
+        assert "This model's scores cannot be recorded (" in capsys.readouterr().err
+        runner.model.train()
+        runner.step(rows)
+        assert "This model's passes cannot be recorded (" in capsys.readouterr().err
+        assert not (runner.plan.recorded)
+        assert not (runner.plan.scores_recorded)
+        assert distance(step_gradients(runner, [rows]), expected) < 0.08
+    hook.remove()
 
 
 def test_varlen_attention_keeps_to_the_sliding_window():
@@ -332,9 +380,11 @@ def test_a_model_is_as_it_was_when_the_runner_is_closed(recorded):
 SMALL_RUN = {"device": "cuda", "use_4bit_quantization": True, "lora_target_modules": "all-linear", "num_epochs": 2}
 
 
-def test_a_compiled_run_evaluates_answers_stops_and_goes_on(dataset, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recorded_run_evaluates_answers_stops_and_goes_on(compiled, dataset, tmp_path, monkeypatch, capsys):
     original = LoraTrainer.training_step
-    options = SMALL_RUN | {"torch_compile": True}
+    options = SMALL_RUN | {"torch_compile": compiled}
+    monkeypatch.setattr(plan_utils, "PASSES_WORTH_RECORDING", 0)
 
     def last_loss(name):
         return json.loads((tmp_path / name / "out/lora-adapter/run.json").read_text())["last_loss"]

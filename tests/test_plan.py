@@ -66,15 +66,17 @@ def thirteen_billion():
 def test_the_expected_memory_is_within_a_tenth_of_what_an_h100_measured(
     seven_billion, tokens, checkpointing, dequantized, measured
 ):
-    peak = expected_peak(seven_billion, SETTINGS, torch.bfloat16, tokens, checkpointing, compiled=True)
+    peak = expected_peak(seven_billion, SETTINGS, torch.bfloat16, tokens, checkpointing, compiled=True, recorded=True)
     peak += dequantized_bytes(seven_billion, torch.bfloat16) if dequantized else 0
     assert peak / GIB == pytest.approx(measured, rel=0.1)  # benchmarks/README.md, 2026-11-28
 
 
 def test_so_is_that_of_a_larger_model_of_dora_and_of_layers_that_are_not_compiled(seven_billion, dora):
-    peak = expected_peak(thirteen_billion(), SETTINGS, torch.bfloat16, 2048, True, compiled=True)
+    peak = expected_peak(thirteen_billion(), SETTINGS, torch.bfloat16, 2048, True, compiled=True, recorded=True)
     assert peak / GIB == pytest.approx(10.48, rel=0.1)
-    peak = expected_peak(seven_billion, SETTINGS, torch.bfloat16, 2048, False, compiled=False)
+    recorded = expected_peak(seven_billion, SETTINGS, torch.bfloat16, 2048, True, compiled=False, recorded=True)
+    assert recorded / GIB == pytest.approx(6.53, rel=0.1)
+    peak = expected_peak(seven_billion, SETTINGS, torch.bfloat16, 2048, False, compiled=False, recorded=False)
     assert (peak + dequantized_bytes(seven_billion, torch.bfloat16)) / GIB == pytest.approx(29.19, rel=0.1)
     settings = SETTINGS._replace(use_dora=True)
     for checkpointing, dropout, measured in (
@@ -84,7 +86,7 @@ def test_so_is_that_of_a_larger_model_of_dora_and_of_layers_that_are_not_compile
         (True, 0.0, 8.29),
     ):
         changed = settings._replace(lora_dropout=dropout)
-        peak = expected_peak(dora, changed, torch.bfloat16, 2048, checkpointing, compiled=False)
+        peak = expected_peak(dora, changed, torch.bfloat16, 2048, checkpointing, compiled=False, recorded=False)
         assert peak / GIB == pytest.approx(measured, rel=0.1)
 
 
@@ -98,7 +100,7 @@ def test_the_weights_in_four_bits_take_what_was_measured(seven_billion):
 def expected_bytes(config, **changes):
     with torch.device("meta"):
         model = attach_lora(AutoModelForCausalLM.from_config(config), SETTINGS)
-    known = {"dtype": torch.bfloat16, "tokens": 2048, "checkpointing": False, "compiled": False}
+    known = {"dtype": torch.bfloat16, "tokens": 2048, "checkpointing": False, "compiled": False, "recorded": False}
     return expected_peak(model, SETTINGS, **(known | changes))
 
 
@@ -130,7 +132,8 @@ def test_a_row_longer_than_passes_is_a_pass_and_expected_to_be(seven_billion, ca
         changed = settings._replace(gradient_checkpointing=checkpointing)
         plan = plan_steps(seven_billion, changed, torch.bfloat16, rows_of(32_768, 700, 600), gpu)
         assert " passes of up to 32,768 tokens;" in capsys.readouterr().err
-        expected = expected_peak(seven_billion, changed, torch.bfloat16, 32_768, checkpointing, bool(plan.compiled))
+        known = (seven_billion, changed, torch.bfloat16, 32_768, checkpointing)
+        expected = expected_peak(*known, compiled=bool(plan.compiled), recorded=plan.recorded)
         assert plan.expected_bytes >= expected
 
 
@@ -152,9 +155,8 @@ def test_only_linear_layers_may_stay_dequantized():
 
 def test_what_saves_memory_is_expected_to(seven_billion):
     def peak(tokens=4096, checkpointing=False, compiled=True, **changes):
-        return expected_peak(
-            seven_billion, SETTINGS._replace(**changes), torch.bfloat16, tokens, checkpointing, compiled
-        )
+        how = (tokens, checkpointing, compiled, True)
+        return expected_peak(seven_billion, SETTINGS._replace(**changes), torch.bfloat16, *how)
 
     assert peak(checkpointing=True) < peak() / 2
     assert peak(optimizer="paged_adamw_8bit") < peak()
@@ -217,11 +219,11 @@ def allocator(monkeypatch, system):
 # ---- What is decided -------------------------------------------------------------------------------------------------
 def plan(shapes, rows=None, free=80, **changes):
     """The StepPlan of 40 rows of 512 tokens on an 80 GB GPU of which so many GiB are free."""
-    gpu = Gpu(
-        free * GIB, 80 * GIB, **{name: changes.pop(name) for name in ("triton", "flash_attention") if name in changes}
-    )
-    dtype = changes.pop("dtype", torch.bfloat16)
-    return plan_steps(shapes, SETTINGS._replace(**changes), dtype, rows or rows_of(*[512] * 40), gpu)
+    of_gpu = {name: changes.pop(name) for name in ("triton", "flash_attention", "bandwidth") if name in changes}
+    gpu, dtype = Gpu(free * GIB, 80 * GIB, **of_gpu), changes.pop("dtype", torch.bfloat16)
+    held_out = changes.pop("held_out", ())
+    rows = rows or rows_of(*[512] * 40)
+    return plan_steps(shapes, SETTINGS._replace(**changes), dtype, rows, gpu, held_out=held_out)
 
 
 @pytest.mark.parametrize(("free", "checkpointing"), [(80, False), (12, True)])
@@ -298,14 +300,13 @@ def test_kernels_are_planned_for_the_gpus_and_models_that_they_serve(seven_billi
     )
 
 
-def test_layers_are_compiled_and_recorded_where_the_run_repays_it_or_the_user_asks(seven_billion, dora, capsys):
-    many = rows_of(*[512] * 16 * plan_utils.PASSES_WORTH_COMPILING)  # three epochs of four passes a step
-    found = plan(seven_billion, many)
-    assert (found.compiled, found.recorded) == ("auto", True)
-    assert "2,400 passes repay" in capsys.readouterr().err
-    found = plan(seven_billion)
-    assert (found.compiled, found.recorded) == (False, False)
-    assert "36 passes would not repay it; --torch_compile true does it" in capsys.readouterr().err
+def test_layers_are_compiled_where_the_run_repays_it_or_the_user_asks(seven_billion, dora, capsys):
+    many = rows_of(*[512] * 1600)  # in three epochs 2.5 million tokens
+    assert plan(seven_billion, many).compiled == "auto"
+    assert "Compiling the layers takes 25 s or so and saves about 1 min 7 s" in capsys.readouterr().err
+    assert not plan(seven_billion, rows_of(*[512] * 500)).compiled
+    assert "The layers are not compiled: it takes 25 s and would save 21 s" in capsys.readouterr().err
+    assert plan(seven_billion, rows_of(*[512] * 500), bandwidth=1e12).compiled  # a slower GPU gains more
     for shapes, changes in ((dora, {"use_dora": True}), (seven_billion, {"triton": False})):
         assert not plan(shapes, many, **changes).compiled
         assert "which do not serve this model or GPU" in capsys.readouterr().err
@@ -315,6 +316,23 @@ def test_layers_are_compiled_and_recorded_where_the_run_repays_it_or_the_user_as
     kept = {"gradient_checkpointing": False}  # compiled layers keep less for their backward pass
     plain = plan(seven_billion, many, torch_compile=False, **kept)
     assert plan(seven_billion, many, **kept).expected_bytes < plain.expected_bytes
+
+
+def test_passes_are_recorded_compiled_or_not_unless_a_run_has_few(seven_billion, dora):
+    for compiled in (True, False):
+        assert plan(seven_billion, torch_compile=compiled).recorded
+    assert not plan(seven_billion, num_epochs=1, max_steps=2).recorded
+    for shapes, changes in ((dora, {"use_dora": True}), (seven_billion, {"triton": False})):
+        assert not plan(shapes, **changes).recorded
+
+
+def test_passes_that_are_only_scored_are_recorded_where_they_are_many(seven_billion):
+    one_round = {"max_steps": 10, "eval_steps": 10, "held_out": rows_of(*[512] * 100)}  # 25 passes
+    assert plan(seven_billion, **one_round).scores_recorded
+    assert not plan(seven_billion, **one_round, eval_rows=40).scores_recorded
+    assert plan(seven_billion, **one_round | {"eval_steps": 5}, eval_rows=40).scores_recorded
+    assert not plan(seven_billion, **one_round, flash_attention=False).scores_recorded
+    assert not plan(seven_billion).scores_recorded
 
 
 # ---- Rows and steps --------------------------------------------------------------------------------------------------
@@ -362,7 +380,7 @@ def test_a_run_records_the_more_lengths_the_longer_it_is_and_its_longest_pass(se
     assert short == plan(seven_billion, rows, torch_compile=True).lengths  # a run that goes on meets the same
     assert len(short) < len(plan(seven_billion, rows, torch_compile=True, num_epochs=50).lengths) <= 16
     assert short[-1] == 2048
-    assert plan(seven_billion, rows, torch_compile=False).lengths == ()
+    assert plan(seven_billion, rows, max_steps=2).lengths == ()
 
 
 def test_passes_hold_what_fills_a_gpu_where_no_pass_dequantizes(seven_billion):

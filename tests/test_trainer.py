@@ -137,7 +137,7 @@ def test_the_expected_time_counts_the_short_last_step_of_an_epoch():
 
 def test_the_expected_time_counts_the_lengths_of_pass_that_will_be_recorded():
     plan = StepPlan(rows_a_step=1, max_pass_tokens=512, recorded=True, lengths=(256, 512))
-    rehearsal = Rehearsal(300, 10.0, 100.0)  # of a pass that is filled up to 512 tokens
+    rehearsal = Rehearsal(300, 10.0, 90.0)  # of a pass that is filled up to 512 tokens
     seconds = plan_utils.expected_seconds(plan, rehearsal, make_rows((20,) * 8), steps=8)
     assert seconds == pytest.approx(8 * 5 + 90)  # eight passes of 256 tokens, and what the first of them takes more
 
