@@ -108,7 +108,8 @@ class Meeting:
             os.environ["MASTER_ADDR"],
             int(os.environ.get("MASTER_PORT", "29500")),
             is_master=not of_launcher and self.rank == 0,
-            timeout=timedelta(seconds=SILENCE),
+            # a launcher's server stood before this process was started, and is gone if it does not answer
+            timeout=timedelta(seconds=3 * SIGN if of_launcher else SILENCE),
             wait_for_workers=False,
             multi_tenant=True,
         )

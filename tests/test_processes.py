@@ -215,6 +215,14 @@ def test_an_error_of_one_machine_is_said_on_both_before_they_form_a_group(two_ma
     assert two_machines(work) == [f"on {host} (process 1): {message}", message]
 
 
+@pytest.mark.parametrize("mistake", [("--lora", "8"), ("--custom_dataset_path", "none.json")])  # before and in train()
+def test_a_mistake_in_the_command_of_one_machine_ends_both(two_machines, tmp_path, mistake):
+    places = "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--logs_dir", str(tmp_path / "logs")
+    first, second = two_machines(lambda rank: train.main([*places, *(mistake if rank else ())]))
+    assert any(word in second for word in mistake)
+    assert first == f"on {socket.gethostname()} (process 1): {second}"
+
+
 def test_a_machine_whose_process_has_ended_is_not_waited_for(two_machines):
     found = two_machines(lambda rank: rank or process_utils.from_all_processes("here"))
     assert found == ["process 1 has ended; mend what its machine says, and start all machines again", 1]
