@@ -116,7 +116,10 @@ def errors_of_all_machines():
 
     The processes of one machine meet the same errors, and their launcher ends them together.
     """
-    return process_utils.shared_errors() if has_other_machines() else nullcontext()
+    if not has_other_machines():
+        return nullcontext()
+    process_utils.meeting()  # from here on the others hear of it if this process ends
+    return process_utils.shared_errors()
 
 
 def check_places(settings):
