@@ -357,7 +357,7 @@ def check_alike(own):
         if changed := checkpoint_utils.differences(first, found):
             raise UserError(
                 f"process {rank} on {host} would not train like the first one ({', '.join(changed)}); give the same"
-                " command, config.py and data on all machines"
+                " command, config.py, base model and data on all machines"
             )
     for rank, (host, found) in enumerate(others, start=1):
         if changed := checkpoint_utils.version_differences(first, found):
