@@ -248,6 +248,14 @@ def test_a_machine_that_is_silent_ends_the_run(two_machines, monkeypatch):
     assert "process 1 has given no sign of life for " in found[0]
 
 
+def test_an_output_folder_that_the_first_process_does_not_see_is_refused(monkeypatch, tmp_path):
+    train.check_same_folder(tmp_path / "shared")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(process_utils, "from_first_process", lambda *call: ".seen-by-all-elsewhere")
+    assert "the machines do not share one " in refusal(train.check_same_folder, tmp_path / "own")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "shared"]
+
+
 def alike(first, other):
     """What check_alike raises where the second process has `other` instead of `first`, or None."""
     with pytest.MonkeyPatch.context() as patch:
