@@ -285,23 +285,35 @@ def test_recorded_scores_are_those_of_passes_launched_one_by_one_and_follow_the_
         assert recorded.plan.scores_recorded
 
 
-def test_what_cannot_be_recorded_on_a_gpu_is_computed_without(capsys):
+def compute_what_waits_for_the_gpu():
+    """Passes and scores of a model in which the host waits for the GPU, by a plan that records them, and without."""
     model, rows = trained_model(), some_rows()
     plan = ALL._replace(rows_a_step=4, longest_row=200, max_pass_tokens=400)
     with StepRunner(model, plan) as runner:
-        expected, scores = step_gradients(runner, [rows]), runner.score(rows)
+        expected, scores = step_gradients(runner, [rows]), [nll for nll, _ in runner.score(rows)]
     layer = model.get_base_model().get_decoder().layers[1]
-    hook = layer.register_forward_pre_hook(lambda module, inputs: inputs[0].sum().item() and None)
+    layer.register_forward_pre_hook(lambda module, inputs: inputs[0].sum().item() and None)
     with StepRunner(model, plan._replace(recorded=True, scores_recorded=True)) as runner:
-        assert [nll for nll, _ in runner.score(rows)] == pytest.approx([nll for nll, _ in scores], rel=0.01)
-        assert "This model's scores cannot be recorded (" in capsys.readouterr().err
+        found = [nll for nll, _ in runner.score(rows)]
         runner.model.train()
         runner.step(rows)
-        assert "This model's passes cannot be recorded (" in capsys.readouterr().err
-        assert not (runner.plan.recorded)
-        assert not (runner.plan.scores_recorded)
-        assert distance(step_gradients(runner, [rows]), expected) < 0.08
-    hook.remove()
+        plain = not (runner.plan.recorded or runner.plan.scores_recorded)
+        print(json.dumps([plain, found, scores, distance(step_gradients(runner, [rows]), expected)]))
+
+
+def test_what_cannot_be_recorded_on_a_gpu_is_computed_without():
+    code = "import test_gpu; test_gpu.compute_what_waits_for_the_gpu()"
+    # in a process of its own: PyTorch 2.11 leaves its memory pools unusable when a recording breaks off
+    path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert "This model's scores cannot be recorded (" in done.stderr
+    assert "This model's passes cannot be recorded (" in done.stderr
+    launched_one_by_one, found, scores, apart = json.loads(done.stdout.splitlines()[-1])
+    assert launched_one_by_one
+    assert found == pytest.approx(scores, rel=0.01)
+    assert apart < 0.08
 
 
 def test_varlen_attention_keeps_to_the_sliding_window():
