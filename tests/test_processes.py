@@ -18,7 +18,7 @@ import process_utils
 import script_utils
 import train
 from conftest import PROJECT, adapter_bytes, refusal
-from message_utils import UserError
+from message_utils import Stopped, UserError
 from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
 
@@ -285,13 +285,21 @@ def test_each_machine_may_have_its_own_places_and_what_a_training_does_not_use()
     assert "learning_rate" in first
 
 
-def test_the_report_of_a_launcher_names_the_mistake(monkeypatch, tmp_path):
-    def mistaken(argv):
-        raise UserError("3 rows were found, expected 4; add one")
+ENDS = [
+    (UserError("3 rows were found, expected 4; add one"), 2, "error: 3 rows were found, expected 4; add one"),
+    (Stopped(signal.SIGTERM, "Stopped at step 4 of 16"), 143, "Stopped at step 4 of 16"),  # by another machine's signal
+]
+
+
+@pytest.mark.parametrize(("end", "code", "line"), ENDS, ids=["mistake", "signal"])
+def test_the_report_of_a_launcher_names_what_ended_it(end, code, line, monkeypatch, tmp_path):
+    def ended(argv):
+        raise end
 
     path = str(tmp_path / "error.json")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path)
-    assert run_script(mistaken, []) == 2
-    report = str(ChildFailedError("train.py", {0: ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=path)}))
-    assert "error: 3 rows were found, expected 4; add one" in report
+    assert run_script(ended, []) == code
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=path)
+    report = str(ChildFailedError("train.py", {0: failure}))
+    assert line in report
     assert "To enable traceback" not in report
