@@ -20,7 +20,6 @@ from engine_lora import FastLora, try_lora
 from engine_passes import (
     GRAPH_TOKENS,
     PLAIN,
-    Kernels,
     LinearCrossEntropy,
     Patches,
     attention_arguments,
@@ -297,10 +296,12 @@ class StepRunner:
         if self.plan.compiled == "auto" and not (self.lora and self.lora.covers_all and layers):
             say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
             self.lower(compiled=False)
+        recorded = self.plan.recorded and self.seeded_dropout and all(kernels)
+        as_planned = recorded == self.plan.recorded and kernels.attention and kernels.loss
         self.lower(
-            scores_recorded=self.plan.scores_recorded and kernels.attention and kernels.loss,
             dequantized=self.plan.dequantized and self.lora is not None,
-            recorded=self.plan.recorded and self.seeded_dropout and kernels == Kernels(True, True, True),
+            recorded=recorded,
+            scores_recorded=self.plan.scores_recorded and as_planned,
         )
         if self.plan.checkpointing or self.plan.compiled:
             for layer in layers:

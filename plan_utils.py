@@ -193,8 +193,11 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     worth = count_passes(rows, settings, max_pass_tokens, processes) >= PASSES_WORTH_RECORDING
     recorded = bool(compiled) or (worth and all(kernels) and all_plain(shapes))
     plan = plan_memory(plan._replace(compiled=compiled, recorded=recorded), shapes, settings, dtype, rows, gpu)
+    if not plan.recorded:
+        return plan
+    # in the memory of recorded passes there is room for those that are only scored
     plan = plan_recorded_scores(plan, held_out, settings.eval_rows, count_rounds(steps, settings.eval_steps))
-    return plan._replace(lengths=plan_lengths(plan, shapes, rows, steps)) if plan.recorded else plan
+    return plan._replace(lengths=plan_lengths(plan, shapes, rows, steps))
 
 
 def plan_recorded_scores(plan, rows, most=0, times=1):
