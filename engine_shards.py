@@ -117,9 +117,12 @@ def check_fsdp():
             "accelerate launch is to keep the shards in the host's memory, which is not supported; write"
             " fsdp_offload_params: false into its configuration"
         )
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper()
     # else all layers would be gathered at once: a size is that of their list, which FSDP2 refuses, or of no layer
-    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() in ("NO_WRAP", "SIZE_BASED_WRAP"):
+    if policy in ("NO_WRAP", "SIZE_BASED_WRAP"):
         os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    if policy == "SIZE_BASED_WRAP":
+        say("accelerate launch asks for SIZE_BASED_WRAP, which is not used: here each decoder layer is wrapped")
 
 
 def check_deepspeed():
@@ -238,8 +241,10 @@ def check_options(kind, options):
     """Raise UserError unless the options make up a kind of DeepSpeed's configurations, which are pydantic's models."""
     try:
         kind(**options)
-    except ValueError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    except (ValueError, AssertionError) as error:
+        wrong = str(error)  # of an option that is given by its old name too
+        if isinstance(error, ValueError):
+            wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise UserError(
             f"DeepSpeed's configuration has options in zero_optimization that do not serve ({wrong}); correct them in"
             " the file that deepspeed_config_file names"

@@ -91,6 +91,12 @@ def is_first_on_machine():
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def has_other_machines():
+    """Whether a launcher started processes on other machines too, or does not say how many it started on this one."""
+    number = os.environ.get("WORLD_SIZE", "1")
+    return int(number) > 1 and os.environ.get("LOCAL_WORLD_SIZE") != number
+
+
 class Voice:
     """What say() does beside printing; the rooms whose matter it is set `aside` and `note`."""
 

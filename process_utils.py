@@ -1,15 +1,23 @@
 """Processes: what the first one does for all, errors that they share, and the signals that end a training."""
 
+import atexit
 import contextlib
+import functools
+import itertools
 import os
+import pickle
 import signal
+import socket
+import threading
 import time
+from datetime import timedelta
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from message_utils import UserError, say
-from script_utils import ECHO, STOPPING, SignalHandlers, detach_from_closed_terminal
+from message_utils import UserError, has_other_machines, is_first_on_machine, say, system_problem
+from script_utils import BEGUN, ECHO, STOPPING, SignalHandlers, detach_from_closed_terminal
 
 
 # ---- The processes of a launcher -------------------------------------------------------------------------------------
@@ -42,15 +50,136 @@ def first_process_first():
 
 @contextlib.contextmanager
 def shared_errors():
-    """If the block raises a UserError in any process, all of them raise the first one. All must execute the block."""
+    """If the block raises a UserError in any process, those without one of their own raise the first one.
+
+    All must execute the block. What the machine of one process refuses, such as a folder, is shared like a UserError.
+    """
     met = None
     try:
         yield
-    except UserError as error:
-        met = error
-    for error in gather_object([met]):
+    except (UserError, OSError) as error:
+        met = error if isinstance(error, UserError) else system_problem(error)
+        if met is None:
+            raise
+        if met is not error:
+            met.__cause__ = error
+    told = from_all_processes(met and (socket.gethostname(), str(met)))
+    if met:
+        raise met
+    for rank, error in enumerate(told):
         if error is not None:
-            raise error
+            host, message = error
+            raise UserError(f"on {host} (process {rank}): {message}")
+
+
+def from_all_processes(item):
+    """Each process's item in order of rank; all of them must call this.
+
+    Before PyTorch's process group has formed, the processes of several machines have a Meeting. Those of one machine
+    do without: their launcher ends them together, and each gets its own item alone.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return gather_object([item])
+    return meeting().exchange(item) if has_other_machines() else [item]
+
+
+# ---- Several machines, before PyTorch's process group forms ----------------------------------------------------------
+SILENCE = 300  # seconds without a sign of life after which a process is taken for lost
+SIGN = 10  # seconds between two signs of life
+UNSAID = 5  # seconds of waiting until it is said
+
+
+@functools.cache
+def meeting():
+    return Meeting()
+
+
+class Meeting:
+    """Where the processes of several machines tell each other how it went, before PyTorch's process group forms.
+
+    Forming that group waits half an hour in C code for a process that has ended by an error of its machine alone. This
+    uses the store by which the group will form: a server of the launcher, or of the first process where there is none.
+    """
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.server = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ.get("MASTER_PORT", "29500")),
+            is_master=not of_launcher and self.rank == 0,
+            # a launcher's server stood before this process was started, and is gone if it does not answer
+            timeout=timedelta(seconds=3 * SIGN if of_launcher else SILENCE),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = torch.distributed.PrefixStore(f"meeting-{attempt}", self.server)
+        if self.store.add(f"started/{self.rank}", 1) > 1:
+            raise UserError(
+                f"process {self.rank} was started already; give each machine a --machine_rank of its own, and start all"
+                " machines again"
+            )
+        self.turns, self.ended = itertools.count(), threading.Event()
+        threading.Thread(target=self.give_signs, name="signs of life", daemon=True).start()
+        atexit.register(self.leave)
+        BEGUN.append(self.leave)
+
+    def give_signs(self):
+        """Count up a number in the store until the group has formed, or the store is gone."""
+        with contextlib.suppress(torch.distributed.DistError):
+            while not (torch.distributed.is_initialized() or self.ended.is_set()):
+                self.store.add(f"signs/{self.rank}", 1)
+                self.ended.wait(SIGN)
+
+    def leave(self):
+        """Tell that this process ends."""
+        self.ended.set()
+        if not torch.distributed.is_initialized():
+            with contextlib.suppress(torch.distributed.DistError):
+                self.store.set(f"left/{self.rank}", "")
+
+    def exchange(self, item):
+        """Each process's item in order of rank. Raises UserError for a process that has ended or is lost."""
+        turn = next(self.turns)
+        self.store.set(f"{turn}/{self.rank}", pickle.dumps(item))
+        self.wait_for_all(turn)
+        items = [pickle.loads(self.store.get(f"{turn}/{rank}")) for rank in range(self.size)]
+        with contextlib.suppress(torch.distributed.DistError):  # the first machine's processes may end with the store
+            self.store.add(f"{turn}/read", 1)
+            patience = time.monotonic() + SIGN
+            while self.store.add(f"{turn}/read", 0) < self.size and time.monotonic() < patience:
+                time.sleep(0.1)
+        return items
+
+    def wait_for_all(self, turn):
+        """Wait until all processes have given their item of a turn, and say so where it takes long."""
+        began, said, heard = time.monotonic(), False, {}  # {rank: (number of its signs, when it was a new one)}
+        while missing := [rank for rank in range(self.size) if not self.store.check([f"{turn}/{rank}"])]:
+            now = time.monotonic()
+            for rank in missing:
+                # asked in this order, since a process may give its item and end in between
+                if self.store.check([f"left/{rank}"]) and not self.store.check([f"{turn}/{rank}"]):
+                    raise UserError(
+                        f"process {rank} has ended; mend what its machine says, and start all machines again"
+                    )
+                signs = self.store.add(f"signs/{rank}", 0)
+                if signs != heard.setdefault(rank, (signs, now))[0]:
+                    heard[rank] = signs, now
+                if now - heard[rank][1] > SILENCE:
+                    raise UserError(
+                        f"process {rank} has given no sign of life for {SILENCE // 60} minutes; see what its machine"
+                        " says and whether it can be reached, and start all machines again"
+                    )
+            if not said and now - began > UNSAID and is_first_on_machine():
+                said = True
+                names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+                say(
+                    f"Waiting for the other machines: {self.size - len(missing)} of {self.size} processes are as far as"
+                    f" this one, not yet {names}; one that is silent for {SILENCE // 60} minutes ends the run",
+                    each_process=True,
+                )
+            time.sleep(0.2)
 
 
 # ---- Signals ---------------------------------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ import traceback
 from message_utils import (
     Stopped,
     UserError,
+    is_first_on_machine,
     is_first_process,
     let_libraries_print_safely,
     say,
     say_error,
     system_problem,
+    tell_launcher,
 )
 
 BEGUN = []  # functions that undo what was begun and is not ended yet, for an end that runs no `except` or `finally`
@@ -252,7 +254,8 @@ def end_by(stop):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if isinstance(stop, Stopped):
         leave_process_group()
-        say(str(stop))
+        say(str(stop), each_process=is_first_on_machine())
+        tell_launcher(str(stop))
         return stop.exit_code
     say(CTRL_C)
     return 130

@@ -17,11 +17,12 @@ import os
 import platform
 import random
 import shlex
+import socket
 import sys
 import tempfile
 import time
 from collections import namedtuple
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -35,7 +36,18 @@ from file_utils import (
     storage_errors,
     write_json,
 )
-from message_utils import UserError, counted, is_first_on_machine, note, printable, quiet_libraries, say
+from message_utils import (
+    UserError,
+    counted,
+    has_other_machines,
+    is_first_on_machine,
+    is_first_process,
+    note,
+    printable,
+    quiet_libraries,
+    say,
+    say_once,
+)
 from progress_utils import format_duration
 from run_utils import (
     ADAPTER,
@@ -50,7 +62,7 @@ from run_utils import (
     set_aside,
 )
 from script_utils import LateImport, StopAtOnce, run_script, start_garbage_collection
-from settings_utils import DEFAULTS, build_parser, make_settings, parse_command_line
+from settings_utils import DEFAULTS, NOT_FOR_TRAINING, build_parser, make_settings, parse_command_line
 
 # These rooms import torch or other libraries, which takes seconds: --help, a mistyped flag and a faulty row come first.
 board_utils = LateImport("board_utils")
@@ -80,16 +92,34 @@ Plan = namedtuple("Plan", "arguments steps")  # the Trainer's arguments, and a S
 
 
 def main(argv):
+    quiet_libraries()
+    with errors_of_all_machines():
+        settings, options = read_command_line(argv)
+    train(settings, options.dry_run, options.fresh)
+
+
+def read_command_line(argv):
+    """The settings of a command line, and its options beside them, which are checked as far as they can be by now."""
     parser = build_parser("train.py", __doc__)
     parser.add_argument("--dry_run", action="store_true", help="print the data report and the plan, then stop")
     parser.add_argument("--fresh", action="store_true", help="set an interrupted run aside instead of going on with it")
     options, given = parse_command_line(parser, argv)
-    quiet_libraries()
     settings = make_settings(given)
     check_writable(resolve_path(settings.output_dir), "--output_dir")
     check_writable(resolve_path(settings.logs_dir), "--logs_dir")
     check_places(settings)
-    train(settings, options.dry_run, options.fresh)
+    return settings, options
+
+
+def errors_of_all_machines():
+    """process_utils.shared_errors, whose libraries take seconds to load, where a launcher uses several machines.
+
+    The processes of one machine meet the same errors, and their launcher ends them together.
+    """
+    if not has_other_machines():
+        return nullcontext()
+    process_utils.meeting()  # from here on the others hear of it if this process ends
+    return process_utils.shared_errors()
 
 
 def check_places(settings):
@@ -106,32 +136,37 @@ def check_places(settings):
 def train(settings, dry_run=False, fresh=False):
     """The phases of a run: data, base model, rows, plan, and the run itself."""
     started, log = time.time(), RunLog()
-    data = load_data(settings)
-    settings = settle_system_text(settings, data)
     lock = OutputLock(resolve_path(settings.output_dir))
-    if not dry_run:
-        lock.check()
-    if is_first_on_machine():
-        hub_utils.read_ahead(settings.base_model_name, settings.models_dir)
-    base = model_utils.find_base(settings)
+    with errors_of_all_machines():
+        data = load_data(settings)
+        settings = settle_system_text(settings, data)
+        if not dry_run:
+            lock.check()
+        if is_first_on_machine():
+            hub_utils.read_ahead(settings.base_model_name, settings.models_dir)
+        base = model_utils.find_base(settings)
+        base = base._replace(shards=engine_shards.find_engine(base.dtype))  # before the Trainer looks for it
+    check_alike(shaping_settings(settings, base) | {"dry_run": dry_run, "fresh": fresh})
     folder = resolve_path(settings.output_dir) / CHECKPOINTS
-    base = base._replace(shards=engine_shards.find_engine(base.dtype))  # before the Trainer looks for it
     arguments = training_utils.build_training_arguments(
         settings, folder, base.device, base.dtype, bool(data.validation)
     )
     start_garbage_collection()
     date = process_utils.from_first_process(checkpoint_utils.run_date, resolve_path(settings.output_dir), fresh)
     prompt_utils.set_date(base.tokenizer, date)
-    rows = prepare_rows(settings, base, data)
-    plan = make_plan(settings, base, rows, arguments)
+    with process_utils.shared_errors():
+        rows = prepare_rows(settings, base, data)
+        plan = make_plan(settings, base, rows, arguments)
+    if not dry_run or arguments.world_size > 1:
+        identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
+        check_alike(identity)
+    if arguments.world_size > 1:
+        check_same_folder(lock.folder)
     if dry_run:
-        write_report(settings, rows.report, dry_run=True)
+        process_utils.from_first_process(write_report, settings, rows.report, True)
         rehearse(settings, base, data, rows, plan, started)
         return
-    identity = checkpoint_utils.training_identity(settings, base, rows, arguments)
-    check_same_settings(settings, identity)
-    with lock, StopAtOnce():
-        check_same_folder(lock)
+    with held_for_all(lock), StopAtOnce():
         checkpoints = open_checkpoints(settings, base, identity, fresh)
         model, base = model_utils.load_for_training(settings, base)
         trainer = prepare_trainer(settings, base, data, rows, plan, model, checkpoints, log, started)
@@ -296,34 +331,70 @@ def open_checkpoints(settings, base, identity, fresh):
     return checkpoints
 
 
-def check_same_settings(settings, identity):
-    """Raise UserError unless all processes train alike: on other machines config.py or the data may be others.
+def shaping_settings(settings, base):
+    """What all processes must have alike before they compute anything together, as {name: value}.
 
-    Each steps its own copy of the adapter, which would then part from the first one's without a word.
+    Where the files lie may differ from machine to machine; what the data are is known once they are tokenized.
     """
-    local = (*checkpoint_utils.PLACES, "base_model_name", "custom_dataset_path", "validation_dataset_path")
-    own = {name: value for name, value in settings._asdict().items() if name not in local} | identity
-    first = process_utils.from_first_process(lambda: own)
-    with process_utils.shared_errors():
-        if changed := checkpoint_utils.differences(first, own):
+    files = ("base_model_name", "custom_dataset_path", "validation_dataset_path")
+    left_out = {*checkpoint_utils.PLACES, *files, *NOT_FOR_TRAINING}
+    return {name: value for name, value in settings._asdict().items() if name not in left_out} | {
+        "device": base.device.type,
+        "number_format": str(base.dtype).removeprefix("torch."),
+        "shards": base.shards and base.shards.name,
+        "versions": {name: version(name) for name in checkpoint_utils.LIBRARIES},
+    }
+
+
+def check_alike(own):
+    """Raise UserError unless {name: value} are the first process's in all; on another machine config.py may be another.
+
+    Each process steps its own copy of the adapter, which would then part from the first one's without a word. Other
+    "versions" of the libraries are told of.
+    """
+    (_, first), *others = process_utils.from_all_processes((socket.gethostname(), own))
+    for rank, (host, found) in enumerate(others, start=1):
+        if changed := checkpoint_utils.differences(first, found):
             raise UserError(
-                f"the processes do not train alike, expected the first one's settings and data in all"
-                f" ({', '.join(changed)}); give the same command, config.py and files on all machines"
+                f"process {rank} on {host} would not train like the first one ({', '.join(changed)}); give the same"
+                " command, config.py, base model and data on all machines"
+            )
+    for rank, (host, found) in enumerate(others, start=1):
+        if changed := checkpoint_utils.version_differences(first, found):
+            say_once(
+                f"process {rank} on {host} has other versions than the first one ({', '.join(changed)}), which may"
+                " compute or talk to each other otherwise; install the same ones on all machines"
             )
 
 
-def check_same_folder(lock):
-    """Raise UserError unless all processes see the first one's output folder: on other machines it may be another one.
+def check_same_folder(folder):
+    """Raise UserError unless all processes see the first one's folder: on other machines another may have its name."""
+    mark = process_utils.from_first_process(leave_mark, folder)
+    try:
+        with process_utils.shared_errors():
+            if not (folder / mark).exists():
+                raise UserError(
+                    f"the machines do not share one {display_path(folder)}, in which all of them write and read"
+                    " checkpoints; give a folder that all of them see with --output_dir"
+                )
+    finally:
+        if is_first_process():
+            (folder / mark).rmdir()
 
-    lock: the OutputLock, which the first process holds.
-    """
-    owner = process_utils.from_first_process(lock.read_owner)
-    with process_utils.shared_errors():
-        if lock.read_owner() != owner:
-            raise UserError(
-                f"the processes do not share one {display_path(lock.folder)}, in which all of them write and read"
-                " checkpoints; give a folder that all machines see with --output_dir"
-            )
+
+def leave_mark(folder):
+    """Make an empty folder of a new name in a folder, and return its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=".seen-by-all-", dir=folder)).name
+
+
+@contextmanager
+def held_for_all(lock):
+    """Hold an OutputLock, which the first process takes; if it cannot, all raise its UserError."""
+    with ExitStack() as held:
+        with process_utils.shared_errors():
+            held.enter_context(lock)
+        yield
 
 
 def choose_run_name(settings, resumption):

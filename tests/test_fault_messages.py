@@ -14,7 +14,6 @@ import signal
 import subprocess
 import time
 from collections import namedtuple
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -965,12 +964,6 @@ def a_single_process_that_is_to_share_a_model(place):
     place.patch.setenv("ACCELERATE_USE_FSDP", "true")
     place.patch.setenv("FSDP_VERSION", "2")
     return {"dry_run": None}
-
-
-@fault("the processes do not share one ", "give a folder that all machines see with --output_dir")
-def an_output_folder_on_each_machine(place):
-    owners = count()
-    place.patch.setattr(OutputLock, "read_owner", lambda lock: {"pid": next(owners), "host": "", "since": ""})
 
 
 # ---- The test --------------------------------------------------------------------------------------------------------

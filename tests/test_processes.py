@@ -1,16 +1,24 @@
 """Two processes of a launcher train like one, whatever differs between them, and end together."""
 
+import atexit
 import json
 import shutil
 import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import model_utils
 import process_utils
+import script_utils
 import train
 from conftest import PROJECT, adapter_bytes, refusal
-from message_utils import UserError
+from message_utils import Stopped, UserError
 from script_utils import run_script
 from settings_utils import DEFAULTS, Settings
 
@@ -149,29 +157,149 @@ def test_a_save_that_fails_in_one_of_two_processes_ends_both_with_its_line(run_t
     assert not list((places[1] / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "gradient_checkpointing", "training_data"])
-def test_a_process_that_trains_otherwise_than_the_first_one_is_refused(name, monkeypatch):
-    settings, identity = Settings(**DEFAULTS), {"training_data": "49 rows 0123", "versions": {}}
-    monkeypatch.setattr(process_utils, "from_first_process", lambda facts: facts() | {name: "other"})
-    assert f"({name} other -> " in refusal(train.check_same_settings, settings, identity)
+@pytest.fixture
+def two_machines(monkeypatch):
+    """two_machines(work) -> what work(0) and work(1) give or raise, called at once as by two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    facts = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in facts.items():
+        monkeypatch.setenv(name, value)
+    mine, meetings = threading.local(), []
+
+    def meet(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        meetings.append(process_utils.Meeting())
+        return meetings[rank]
+
+    def two_machines(work):
+        def alone(rank):
+            mine.meeting = found[rank]
+            try:
+                return work(rank)
+            except UserError as error:
+                return str(error)
+            finally:
+                mine.meeting.leave()
+
+        found = [meet(rank) for rank in range(2)]
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(alone, range(2)))
+
+    monkeypatch.setattr(process_utils, "meeting", lambda: mine.meeting)
+    monkeypatch.setattr(process_utils, "SIGN", 0.05)
+    yield two_machines
+    for one in meetings:
+        atexit.unregister(one.leave)
+        script_utils.BEGUN.remove(one.leave)
 
 
-def test_each_process_may_have_its_own_places(monkeypatch):
-    settings, seen = Settings(**DEFAULTS), []
-    monkeypatch.setattr(process_utils, "from_first_process", lambda facts: seen.append(facts()) or seen[0])
-    for folder in ("here", "there"):
-        places = dict.fromkeys(("output_dir", "base_model_name", "custom_dataset_path"), folder)
-        train.check_same_settings(settings._replace(**places), {"versions": {"torch": folder}})
-    assert len(seen) == 2
+def test_two_machines_of_one_rank_are_refused(two_machines, monkeypatch):
+    def work(rank):
+        monkeypatch.setenv("RANK", "1")
+        return refusal(process_utils.Meeting) if rank else None
+
+    assert two_machines(work)[1].startswith("process 1 was started already; give each machine a --machine_rank")
 
 
-def test_the_report_of_a_launcher_names_the_mistake(monkeypatch, tmp_path):
-    def mistaken(argv):
-        raise UserError("3 rows were found, expected 4; add one")
+def test_an_error_of_one_machine_is_said_on_both_before_they_form_a_group(two_machines):
+    def work(rank):
+        for turn in range(2):
+            with process_utils.shared_errors():
+                if (rank, turn) == (1, 1):
+                    raise UserError("rows.json does not exist; give another")
+
+    host = socket.gethostname()
+    message = "rows.json does not exist; give another"
+    assert two_machines(work) == [f"on {host} (process 1): {message}", message]
+
+
+@pytest.mark.parametrize("mistake", [("--lora", "8"), ("--custom_dataset_path", "none.json")])  # before and in train()
+def test_a_mistake_in_the_command_of_one_machine_ends_both(two_machines, tmp_path, mistake):
+    places = "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--logs_dir", str(tmp_path / "logs")
+    first, second = two_machines(lambda rank: train.main([*places, *(mistake if rank else ())]))
+    assert any(word in second for word in mistake)
+    assert first == f"on {socket.gethostname()} (process 1): {second}"
+
+
+def test_a_machine_whose_process_has_ended_is_not_waited_for(two_machines):
+    found = two_machines(lambda rank: rank or process_utils.from_all_processes("here"))
+    assert found == ["process 1 has ended; mend what its machine says, and start all machines again", 1]
+
+
+def test_a_machine_is_waited_for_as_long_as_it_gives_signs_of_life(two_machines, monkeypatch, capsys):
+    monkeypatch.setattr(process_utils, "UNSAID", 0.1)
+    monkeypatch.setattr(process_utils, "SILENCE", 0.5)
+
+    def slow(rank):
+        time.sleep(rank)  # twice as long as a silent one is waited for
+        return process_utils.from_all_processes(rank)
+
+    assert two_machines(slow) == [[0, 1], [0, 1]]
+    said = capsys.readouterr().err
+    assert said.count("Waiting for the other machines: 1 of 2 processes are as far as this one, not yet 1") == 1
+
+
+def test_a_machine_that_is_silent_ends_the_run(two_machines, monkeypatch):
+    monkeypatch.setattr(process_utils, "SILENCE", 0.3)
+    monkeypatch.setattr(process_utils.Meeting, "give_signs", lambda meeting: None)
+    found = two_machines(lambda rank: time.sleep(1) if rank else process_utils.from_all_processes(rank))
+    assert "process 1 has given no sign of life for " in found[0]
+
+
+def test_an_output_folder_that_the_first_process_does_not_see_is_refused(monkeypatch, tmp_path):
+    train.check_same_folder(tmp_path / "shared")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(process_utils, "from_first_process", lambda *call: ".seen-by-all-elsewhere")
+    assert "the machines do not share one " in refusal(train.check_same_folder, tmp_path / "own")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "shared"]
+
+
+def alike(first, other):
+    """What check_alike raises where the second process has `other` instead of `first`, or None."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_utils, "from_all_processes", lambda own: [("here", first), ("there", other)])
+        try:
+            train.check_alike(first)
+        except UserError as error:
+            return str(error)
+
+
+def test_a_process_that_trains_otherwise_than_the_first_one_is_refused():
+    found = alike({"learning_rate": 1, "training_data": "49 rows"}, {"learning_rate": 2, "training_data": "49 rows"})
+    assert found.startswith("process 1 on there would not train like the first one (learning_rate 1 -> 2);")
+
+
+def test_other_versions_on_another_machine_are_a_notice(capsys):
+    assert alike({"versions": {"torch": "1"}}, {"versions": {"torch": "2"}}) is None
+    assert "process 1 on there has other versions than the first one (torch 1 -> 2)" in capsys.readouterr().err
+
+
+def test_each_machine_may_have_its_own_places_and_what_a_training_does_not_use():
+    base = model_utils.Base("path", "models", model_utils.CPU, torch.float32, None, None)
+    settings = Settings(**DEFAULTS)
+    changes = dict.fromkeys(("output_dir", "base_model_name", "custom_dataset_path", "device", "temperature"), "there")
+    first, other = (train.shaping_settings(some, base) for some in (settings, settings._replace(**changes)))
+    assert first == other
+    assert "learning_rate" in first
+
+
+ENDS = [
+    (UserError("3 rows were found, expected 4; add one"), 2, "error: 3 rows were found, expected 4; add one"),
+    (Stopped(signal.SIGTERM, "Stopped at step 4 of 16"), 143, "Stopped at step 4 of 16"),  # by another machine's signal
+]
+
+
+@pytest.mark.parametrize(("end", "code", "line"), ENDS, ids=["mistake", "signal"])
+def test_the_report_of_a_launcher_names_what_ended_it(end, code, line, monkeypatch, tmp_path):
+    def ended(argv):
+        raise end
 
     path = str(tmp_path / "error.json")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path)
-    assert run_script(mistaken, []) == 2
-    report = str(ChildFailedError("train.py", {0: ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=path)}))
-    assert "error: 3 rows were found, expected 4; add one" in report
+    assert run_script(ended, []) == code
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=path)
+    report = str(ChildFailedError("train.py", {0: failure}))
+    assert line in report
     assert "To enable traceback" not in report

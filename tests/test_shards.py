@@ -122,11 +122,12 @@ def test_of_deepspeed_only_the_third_stage_in_the_memory_of_gpu_or_host_serves(z
 
 
 @pytest.mark.parametrize("policy", ["NO_WRAP", "SIZE_BASED_WRAP"])
-def test_decoder_layers_are_wrapped_whatever_a_launcher_says(policy, launcher):
+def test_decoder_layers_are_wrapped_whatever_a_launcher_says(policy, launcher, capsys):
     launcher(FSDP2 | {"FSDP_AUTO_WRAP_POLICY": policy, "FSDP_MIN_NUM_PARAMS": "1000000"})
     plugin = find_engine(torch.float32).plugin
     plugin.set_auto_wrap_policy(torch.nn.Linear(1, 1))
     assert plugin.auto_wrap_policy.func is transformer_auto_wrap_policy
+    assert ("asks for SIZE_BASED_WRAP, which is not used" in capsys.readouterr().err) == (policy == "SIZE_BASED_WRAP")
 
 
 @pytest.mark.parametrize("prefix", ["", "stage3_"])  # DeepSpeed knows both names, and refuses them together
@@ -146,6 +147,11 @@ def test_options_that_deepspeed_refuses_are_one_line():
     engine_shards.check_options(Options, {"stage": 3})
     assert "(stage: Input should be a valid integer" in refusal(engine_shards.check_options, Options, {"stage": {}})
     assert "(stagee: Extra inputs" in refusal(engine_shards.check_options, Options, {"stagee": 3})
+
+    def refuse(**options):  # as DeepSpeed does it
+        assert not options, "Cannot provide deprecated parameter"
+
+    assert "(Cannot provide deprecated" in refusal(engine_shards.check_options, refuse, {"stage": 3})
 
 
 def test_what_a_launcher_and_the_settings_both_decide_the_settings_do_and_say_so(launcher, capsys):
