@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import pickle
+import re
 import signal
 import socket
 import threading
@@ -53,6 +54,7 @@ def shared_errors():
     """If the block raises a UserError in any process, those without one of their own raise the first one.
 
     All must execute the block. What the machine of one process refuses, such as a folder, is shared like a UserError.
+    In the block nothing may raise before a call in which all take part, where the other processes would wait for ever.
     """
     met = None
     try:
@@ -94,6 +96,55 @@ def meeting():
     return Meeting()
 
 
+def open_store(rank, of_launcher):
+    """The TCPStore at MASTER_ADDR and MASTER_PORT, whose server is in the launcher or, where it has none, in rank 0."""
+    host, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "29500")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise UserError(f"MASTER_PORT is set to {port!r}, expected a number from 1 to 65535; correct it or unset it")
+    is_server = not of_launcher and rank == 0
+    if not is_server:
+        # a launcher's server stood before this process was started, and is gone if it does not answer
+        wait_for_server(host, int(port), 3 * SIGN if of_launcher else SILENCE)
+    try:
+        return torch.distributed.TCPStore(
+            host,
+            int(port),
+            is_master=is_server,
+            timeout=timedelta(seconds=30),  # it has answered already
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except torch.distributed.DistError as error:
+        if is_server:
+            problem = f"port {port} cannot be opened on this machine, where the others look for it"
+        else:
+            problem = f"what listens at {host}:{port} is not the first machine of this run"
+        raise UserError(
+            f"{problem} ({str(error).splitlines()[0]}); give all machines a free one (MASTER_PORT, or a launcher's"
+            " --main_process_port)"
+        ) from error
+
+
+def wait_for_server(host, port, patience):
+    """Wait until something listens there; UserError after so many seconds. In C code no Ctrl-C would end the wait."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=SIGN).close()
+            return
+        except OSError as error:
+            waited, problem = time.monotonic() - began, error.strerror or str(error)
+        if waited > patience:
+            raise UserError(
+                f"no first machine answers at {host}:{port} ({problem}); see that it runs, that the address is its own"
+                " (MASTER_ADDR and MASTER_PORT) and the port open, and start all machines again"
+            )
+        if not said and waited > UNSAID and is_first_on_machine():
+            said = True
+            say(f"Waiting for the first machine at {host}:{port} ({problem})", each_process=True)
+        time.sleep(0.2)
+
+
 class Meeting:
     """Where the processes of several machines tell each other how it went, before PyTorch's process group forms.
 
@@ -103,16 +154,7 @@ class Meeting:
 
     def __init__(self):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.server = torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ.get("MASTER_PORT", "29500")),
-            is_master=not of_launcher and self.rank == 0,
-            # a launcher's server stood before this process was started, and is gone if it does not answer
-            timeout=timedelta(seconds=3 * SIGN if of_launcher else SILENCE),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        self.server = open_store(self.rank, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = torch.distributed.PrefixStore(f"meeting-{attempt}", self.server)
         if self.store.add(f"started/{self.rank}", 1) > 1:

@@ -203,6 +203,27 @@ def test_two_machines_of_one_rank_are_refused(two_machines, monkeypatch):
     assert two_machines(work)[1].startswith("process 1 was started already; give each machine a --machine_rank")
 
 
+@pytest.mark.parametrize(("rank", "port", "found"), [(0, None, "cannot be opened"), (1, "x", "MASTER_PORT is set to")])
+def test_a_port_at_which_no_machine_can_be_met_is_named(rank, port, found, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port or str(taken.getsockname()[1]))
+        assert found in refusal(process_utils.open_store, rank, False)
+
+
+def test_a_first_machine_that_does_not_answer_is_said_and_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(process_utils, "UNSAID", 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nothing listens there
+        port = free.getsockname()[1]
+        assert f"no first machine answers at 127.0.0.1:{port} (" in refusal(
+            process_utils.wait_for_server, "127.0.0.1", port, 0.1
+        )
+    assert f"Waiting for the first machine at 127.0.0.1:{port} (" in capsys.readouterr().err
+
+
 def test_an_error_of_one_machine_is_said_on_both_before_they_form_a_group(two_machines):
     def work(rank):
         for turn in range(2):
