@@ -97,7 +97,8 @@ def whole_file(path):
             yield file
         put_in_place(unfinished, Path(path))
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # a disk that is full does not say of which file
+        # a disk that is full does not say of which file, and the unfinished one's name is not what the user gave
+        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
             error.filename = str(path)
         with contextlib.suppress(OSError):
             unfinished.unlink()

@@ -434,6 +434,12 @@ def test_a_color_that_is_pasted_is_left_out_of_the_input(tmp_path):
         assert Keyboard(tmp_path / "inputs", commands).read() == "a red word"
 
 
+def test_a_file_that_cannot_be_made_is_named_as_it_was_given(chat, tmp_path, capsys):
+    type_lines(chat, "one", f"/save {tmp_path}/none/chat.jsonl")
+    line = f"error: No such file or directory: {tmp_path}/none/chat.jsonl; mend that and try again\n"
+    assert capsys.readouterr().err == line
+
+
 def test_where_what_is_typed_cannot_be_kept_it_is_said(tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(chat_utils, "is_plain", lambda: False)
     (tmp_path / "inputs").mkdir()
