@@ -288,6 +288,8 @@ LIBRARY_BARS = {
 def quiet_libraries():
     """Silence notices of the libraries that need no action of the user; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if it is not set, tokenizers warns at every fork
+    # a connection that is lost is an exception too, which is told; PyTorch's warning of it has frames of its C++ code
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # the project has bars of its own, and none where nobody looks
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

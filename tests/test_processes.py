@@ -5,6 +5,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -222,6 +224,26 @@ def test_a_first_machine_that_does_not_answer_is_said_and_given_up(monkeypatch, 
             process_utils.wait_for_server, "127.0.0.1", port, 0.1
         )
     assert f"Waiting for the first machine at 127.0.0.1:{port} (" in capsys.readouterr().err
+
+
+LOSES_A_STORE = """
+import message_utils
+message_utils.quiet_libraries()
+from torch import distributed
+server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+client = distributed.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+del server
+try:
+    client.check(["left"])
+except distributed.DistError as error:
+    message_utils.say_error(message_utils.system_problem(error))
+"""
+
+
+def test_a_lost_connection_to_the_first_machine_is_one_line():
+    found = subprocess.run([sys.executable, "-c", LOSES_A_STORE], cwd=PROJECT, capture_output=True, text=True)
+    assert found.stderr.startswith("error: another process of this run ended, or cannot be reached any more; ")
+    assert found.stderr.count("\n") == 1
 
 
 def test_an_error_of_one_machine_is_said_on_both_before_they_form_a_group(two_machines):
