@@ -543,7 +543,7 @@ class StepRunner:
             if (self.plan.compiled or self.plan.recorded) and not self._computes_as_plain_passes(typical):
                 what = "Compiled layers" if self.plan.compiled else "Recorded passes"
                 say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
-                self.lower(compiled=False, recorded=False)
+                self.lower(compiled=False, recorded=False, scores_recorded=False)
                 self.release()
                 rehearsal = self._rehearse_longest(longest)
         self.release_gradients()
