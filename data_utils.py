@@ -194,9 +194,8 @@ def read_unanswered(dataset, mapping, cache_dir):
     for place, nested in read_rows(paths, name, [], known, PROMPTS_EXPECTED):
         where = f"dataset {name}, row {place}"
         for row in expand_instances(nested, where):
-            columns = find_columns(
-                list(row), mapping, f"{name}, row {place}", True, or_usual_names=True, answered=False
-            )
+            how = {"chosen_only": True, "or_usual_names": True, "answered": False}
+            columns = find_columns(list(row), mapping, f"{name}, row {place}", **how)
             check_media({key: value for key, value in row.items() if key not in columns.values()}, where)
             answered = "instruction" not in columns or row.get(columns.get("response")) is not None
             if not answered:

@@ -109,7 +109,7 @@ class PassGraph:
     rows a pass may have, and `trained` whether there is a backward pass.
     """
 
-    def __init__(self, runner, tokens, most_rows, trained=True):
+    def __init__(self, runner, tokens, most_rows, trained):
         base, recordings, parameters = runner.base, runner.recordings, runner.parameters
         self.tokens, device = tokens, base.device
         self.longest = longest = max(runner.plan.longest_row, GRAPH_TOKENS)
@@ -198,7 +198,7 @@ class Recordings:
         self.pool = self.stream = self.hidden = self.grad_hidden = None
 
 
-def reason(error):
+def first_line(error):
     """The first line of an exception of another library, as it may be shown."""
     return printable(f"{type(error).__name__}: {error}".split("\n")[0])
 
@@ -423,17 +423,22 @@ class StepRunner:
     def _replay(self, rows, scale):
         batch = build_pass(rows)
         graph = self._graph(batch["input_ids"].shape[1])
+        hidden, losses = self._replayed_losses(graph, batch)
+        loss = losses.sum() * scale
+        self._backward(loss)
+        graph.grad_hidden.copy_(hidden.grad)
+        graph.backward.replay()
+        return loss.detach()
+
+    def _replayed_losses(self, graph, batch):
+        """The hidden states of a pass by a recorded one, (1, tokens, width), as a leaf, and its losses, (targets,)."""
         graph.fill(batch)
         graph.forward.replay()
         batch = to_device({name: batch[name] for name in ("predicting", "targets")}, self.base.device)
         hidden = graph.hidden.detach().requires_grad_()
         weight = self.base.get_output_embeddings().weight
         losses = LinearCrossEntropy.apply(hidden[0].index_select(0, batch["predicting"]), weight, batch["targets"])
-        loss = losses.sum() * scale
-        self._backward(loss)
-        graph.grad_hidden.copy_(hidden.grad)
-        graph.backward.replay()
-        return loss.detach()
+        return hidden, losses
 
     def _graph(self, count):
         """The recorded pass that serves so many tokens; it is recorded when the first pass of its length comes."""
@@ -456,8 +461,8 @@ class StepRunner:
             return graph
         except RuntimeError as error:  # a recording that breaks off leaves its stream in place and hides the reason
             torch.cuda.set_stream(usual)
-            hidden = error.__context__
-            raise hidden if isinstance(hidden, torch.OutOfMemoryError) else error from None
+            reason = error.__context__
+            raise reason if isinstance(reason, torch.OutOfMemoryError) else error from None
 
     # ---- Falling back ----
     def _simplify(self, error):
@@ -466,7 +471,7 @@ class StepRunner:
         if what is None:
             return False
         say(
-            f"This model's passes cannot be {what} ({reason(error)}), which is slower and computes the same",
+            f"This model's passes cannot be {what} ({first_line(error)}), which is slower and computes the same",
             each_process=True,
         )
         self.lower(recorded=False, scores_recorded=False, compiled=self.plan.compiled and what != "compiled")
@@ -539,18 +544,19 @@ class StepRunner:
         if cuda:
             torch.cuda.empty_cache()  # what loading left
         with torch.random.fork_rng([self.base.device] if cuda else []):
-            rehearsal = self._rehearse_longest(longest)
+            tokens, seconds = self._rehearse_longest(longest)
             if (self.plan.compiled or self.plan.recorded) and not self._computes_as_plain_passes(typical):
                 what = "Compiled layers" if self.plan.compiled else "Recorded passes"
                 say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
                 self.lower(compiled=False, recorded=False, scores_recorded=False)
                 self.release()
-                rehearsal = self._rehearse_longest(longest)
+                tokens, seconds = self._rehearse_longest(longest)
         self.release_gradients()
-        # of the last length, that of the typical rows, for which nothing had to be compiled or loaded any more
-        return rehearsal._replace(recording_seconds=self.recording_seconds)
+        # recorded last was the length of the typical rows, for which nothing had to be compiled or loaded any more
+        return Rehearsal(tokens, seconds, self.recording_seconds)
 
     def _rehearse_longest(self, rows):
+        """The tokens of the longest pass, and the seconds that it takes once nothing is left to be made ready."""
         again = self.plan.compiled or self.base.device.type != "cpu"  # the first try compiles, records, loads kernels
         while True:
             before, started = self.plan, time.perf_counter()
@@ -558,7 +564,7 @@ class StepRunner:
             self.forward_backward(group, 1e-3).item()
             seconds, lowered = time.perf_counter() - started, before != self.plan
             if not (again or lowered):
-                return Rehearsal(count_tokens(group), seconds, 0.0)
+                return count_tokens(group), seconds
             again = lowered
 
     def time_passes(self, rows, enough):
@@ -622,19 +628,15 @@ class StepRunner:
                 with chosen_attention(self.base, kernels), autocast(model, cached=False):
                     scores[tokens] = self._record(tokens, most_rows, trained=False)
             except Exception as error:  # noqa: BLE001  whatever cannot be recorded
-                failure = reason(error)
+                failure = first_line(error)
         if failure:  # outside `except`, where the failed recording's tensors are gone
             say(f"This model's scores cannot be recorded ({failure}), which is slower and gives the same")
             self.lower(scores_recorded=False)
             self.release()
             return pass_losses(model, rows, kernels)
         batch = build_pass(rows)
-        scores[tokens].fill(batch)
-        scores[tokens].forward.replay()
-        on_device = to_device({name: batch[name] for name in ("predicting", "targets")}, self.base.device)
-        hidden = scores[tokens].hidden[0].index_select(0, on_device["predicting"])
-        weight = self.base.get_output_embeddings().weight
-        return LinearCrossEntropy.apply(hidden, weight, on_device["targets"]), batch["row_of_target"]
+        _, losses = self._replayed_losses(scores[tokens], batch)
+        return losses, batch["row_of_target"]
 
     def clip(self, max_norm):
         """Scale the gradients so that they are no longer than max_norm together; returns their norm before that."""

@@ -97,6 +97,9 @@ def is_blank(path, name):
     """Whether a file holds nothing, or a file of text nothing but blanks."""
     if path.suffix.lower() == ".parquet":
         return path.stat().st_size == 0
+    with open(path, "rb") as file:  # the first line of a file may be all of it
+        if file.read(READ_BYTES).decode("utf-8-sig", errors="ignore").strip():
+            return False
     return not any(text.strip() for _, text in read_lines(path, name))
 
 
