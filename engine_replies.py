@@ -4,9 +4,8 @@ Everything here changes the speed of replies and nothing else: the tokens are th
 rounding. A model that it does not fit is found by trying, and transformers generates instead.
 """
 
-import sys
 from collections import deque, namedtuple
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import MethodType
 from weakref import WeakKeyDictionary
 
@@ -15,12 +14,12 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AttentionInterface, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface
 
+from engine_blocks import fuse_blocks
 from engine_lora import FastLora, few_rows_linear, frozen_tensors
-from engine_passes import VARLEN, Patches, decoder_layers, probe_rows, transformers_model
+from engine_passes import VARLEN, Patches, probe_rows, transformers_model
 
 try:
     import triton
@@ -133,68 +132,6 @@ if triton:
         inside = span < WIDTH
         tl.store(keys + at, tl.load(key + row * key_row + head * key_head + span, mask=inside), mask=inside)
         tl.store(values + at, tl.load(value + row * value_row + head * value_head + span, mask=inside), mask=inside)
-
-    @triton.jit
-    def _rotate_kernel(
-        query,
-        key,
-        cos,
-        sin,
-        query_out,
-        key_out,
-        query_row,
-        query_head,
-        query_token,
-        key_row,
-        key_head,
-        key_token,
-        angle_row,
-        angle_token,
-        tokens,
-        HEADS: tl.constexpr,
-        KEY_HEADS: tl.constexpr,
-        HALF: tl.constexpr,
-        SPAN: tl.constexpr,
-    ):
-        # rounds where transformers rounds, so that the results are the same to the bit
-        row, token, head = tl.program_id(0) // tokens, tl.program_id(0) % tokens, tl.program_id(1)
-        span = tl.arange(0, SPAN)
-        inside = span < HALF
-        if head < HEADS:
-            source = query + row * query_row + head * query_head + token * query_token
-            target = query_out + ((row * HEADS + head) * tokens + token) * 2 * HALF
-        else:
-            source = key + row * key_row + (head - HEADS) * key_head + token * key_token
-            target = key_out + ((row * KEY_HEADS + head - HEADS) * tokens + token) * 2 * HALF
-        angle = row * angle_row + token * angle_token + span
-        kind = query_out.dtype.element_ty
-        first, second = tl.load(source + span, mask=inside), tl.load(source + HALF + span, mask=inside)
-        for half in tl.static_range(2):
-            c, s = tl.load(cos + angle + half * HALF, mask=inside), tl.load(sin + angle + half * HALF, mask=inside)
-            here, other = (first, -second) if half == 0 else (second, first)
-            turned = (here * c).to(kind).to(tl.float32) + (other * s).to(kind).to(tl.float32)
-            tl.store(target + half * HALF + span, turned.to(kind), mask=inside)
-
-    @triton.jit
-    def _norm_kernel(x, weight, out, eps, more, WIDTH: tl.constexpr, SPAN: tl.constexpr):
-        # rounds where transformers' Llama rounds; more: what is added to the weight
-        kind = out.dtype.element_ty
-        at, row = tl.arange(0, SPAN), tl.program_id(0).to(tl.int64) * WIDTH
-        inside = at < WIDTH
-        value = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
-        value = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
-        scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + more
-        tl.store(out + row + at, (value.to(kind).to(tl.float32) * scale).to(kind), mask=inside)
-
-    @triton.jit
-    def _gate_kernel(gate, up, out, count, SPAN: tl.constexpr):
-        # silu(gate) * up, rounded where transformers rounds
-        at = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
-        inside, kind = at < count, out.dtype.element_ty
-        value = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-        value = (value * tl.sigmoid(value)).to(kind).to(tl.float32)
-        value *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, value.to(kind), mask=inside)
 
 
 # ---- The cache -------------------------------------------------------------------------------------------------------
@@ -340,23 +277,11 @@ AttentionMaskInterface.register(SLOTS, lambda *args, **kwargs: None)
 
 # ---- Fewer kernels a step --------------------------------------------------------------------------------------------
 def simplify(base, patches):
-    """Let norms, gates, rotations and 4-bit layers compute in one kernel each, where that is the same: it is tried."""
-    x = random_tensor(2, 1, base.config.get_text_config().hidden_size).to(base.device, base.dtype)
-    fused = {}  # the forward of each kind of norm and gated MLP, or None
+    """Let norms, gates, rotations and 4-bit layers compute in one kernel each."""
+    fuse_blocks(base, patches, trained=False)
     for module in base.modules():
-        kind = type(module)
-        if kind not in fused and kind.__name__.endswith("RMSNorm"):
-            fused[kind] = fused_norm(module)
-        elif kind not in fused and isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation)):
-            fused[kind] = fused_mlp(module, x)
-        if fused.get(kind):
-            patches.set(module, "forward", partial(fused[kind], module))
-        elif isinstance(module, Linear4bit) and len(frozen_tensors(module) or []) > 1:
+        if isinstance(module, Linear4bit) and len(frozen_tensors(module) or []) > 1:
             patches.set(module, "forward", MethodType(frozen_forward, module))
-    for name in {type(module).__module__ for layer in decoder_layers(base) for module in layer.modules()}:
-        rotate = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
-        if rotate and rotates_halves(rotate, base):
-            patches.set(sys.modules[name], "apply_rotary_pos_emb", partial(fused_rotation, rotate))
 
 
 def frozen_forward(layer, x):
@@ -364,103 +289,6 @@ def frozen_forward(layer, x):
     rows = x.reshape(-1, x.shape[-1])
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return few_rows_linear(rows, [(frozen_tensors(layer), bias, None, None)])[0].view(*x.shape[:-1], -1)
-
-
-@torch.no_grad()
-def fused_norm(norm):
-    """A forward of an RMSNorm module in one kernel, or None where none of the known formulas is its own."""
-    weight = getattr(norm, "weight", None)
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if weight is None or weight.dim() != 1 or not isinstance(eps, float):
-        return None
-    x = 3 * random_tensor(4, len(weight)).to(weight)
-    wanted = norm(x)
-    for more in (0.0, 1.0):
-        found = scaled_norm(eps, more, norm, x)
-        if found.dtype == wanted.dtype and is_near(found, wanted):
-            return partial(scaled_norm, eps, more)
-    return None
-
-
-def scaled_norm(eps, more, norm, x):
-    """x, (..., width), over the root of its mean square, times the module's weight + more."""
-    if x.dtype != norm.weight.dtype:
-        return type(norm).forward(norm, x)
-    x, out, width = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[-1]
-    span = triton.next_power_of_2(width)
-    warps = min(8, max(1, span // 256))
-    _norm_kernel[(x.numel() // width,)](x, norm.weight, out, eps, more, WIDTH=width, SPAN=span, num_warps=warps)
-    return out
-
-
-@torch.no_grad()
-def fused_mlp(mlp, x):
-    """gated_mlp, or None where a module with SiLU gives something else for x, or has other projections."""
-    try:
-        wanted = mlp(x)
-        return gated_mlp if is_near(gated_mlp(mlp, x), wanted) else None
-    except Exception:  # noqa: BLE001  a module that takes other inputs
-        return None
-
-
-def gated_mlp(mlp, x):
-    """The down projection of silu(gate) * up, x (..., width)."""
-    gate, up = mlp.gate_proj(x).contiguous(), mlp.up_proj(x).contiguous()
-    hidden, count = torch.empty_like(gate), gate.numel()
-    _gate_kernel[(triton.cdiv(count, 1024),)](gate, up, hidden, count, SPAN=1024, num_warps=4)
-    return mlp.down_proj(hidden)
-
-
-def fused_rotation(plain, q, k, cos, sin, *args, **kwargs):
-    """transformers' apply_rotary_pos_emb in one kernel: q and k, (batch, heads, tokens, width) each, are turned."""
-    batch, heads, tokens, width = q.shape
-    fits = cos.shape == sin.shape and cos.dim() == 3 and cos.shape[-1] == width and cos.dtype == q.dtype == k.dtype
-    fits = fits and cos.is_contiguous() and sin.is_contiguous() and q.stride(-1) == k.stride(-1) == 1
-    if not fits or args or kwargs:
-        return plain(q, k, cos, sin, *args, **kwargs)
-    query_out, key_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    angle_row = cos.stride(0) if cos.shape[0] == batch else 0
-    _rotate_kernel[(batch * tokens, heads + k.shape[1])](
-        q,
-        k,
-        cos,
-        sin,
-        query_out,
-        key_out,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        angle_row,
-        cos.stride(1),
-        tokens,
-        HEADS=heads,
-        KEY_HEADS=k.shape[1],
-        HALF=width // 2,
-        SPAN=triton.next_power_of_2(width // 2),
-        num_warps=1,
-    )
-    return query_out, key_out
-
-
-def is_near(found, wanted):
-    """Whether what a kernel gives for random numbers is what it stands for, but for rounding."""
-    return (found - wanted).abs().max() <= 0.02 * wanted.abs().max()
-
-
-@torch.no_grad()
-def rotates_halves(plain, base):
-    """Whether a module's apply_rotary_pos_emb computes what fused_rotation does."""
-    shapes = (2, 4, 3, 16), (2, 2, 3, 16), (2, 3, 16), (2, 3, 16)
-    q, k, cos, sin = (random_tensor(*shape).to(base.device, base.dtype) for shape in shapes)
-    try:
-        pairs = zip(fused_rotation(plain, q, k, cos, sin), plain(q, k, cos, sin), strict=True)
-        return all((found - wanted).abs().max() <= 0.02 for found, wanted in pairs)
-    except Exception:  # noqa: BLE001  a function of the same name with other arguments
-        return False
-
-
-def random_tensor(*shape):
-    """Random numbers that leave those alone from which a run draws its dropout."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------------------

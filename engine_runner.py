@@ -9,6 +9,7 @@ import math
 import time
 import weakref
 from collections import namedtuple
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 
@@ -16,6 +17,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
+from engine_blocks import KeepLittle, fuse_blocks
 from engine_lora import FastLora, try_lora
 from engine_passes import (
     GRAPH_TOKENS,
@@ -63,7 +65,8 @@ def layer_forward(layer, runner):
         inner = compiled if runner.plan.compiled else plain
         with KEEP_LITTLE():
             if not runner.plan.checkpointing:
-                return inner(*args, **kwargs)
+                with KeepLittle() if runner.fused_blocks else nullcontext():
+                    return inner(*args, **kwargs)
             how = {"use_reentrant": False, "preserve_rng_state": not runner.seeded_dropout}
             if not (runner.plan.offloaded and args):
                 return checkpoint(inner, *args, **how, **kwargs)
@@ -303,7 +306,14 @@ class StepRunner:
             recorded=recorded,
             scores_recorded=self.plan.scores_recorded and as_planned,
         )
-        if self.plan.checkpointing or self.plan.compiled:
+        on_gpu = self.base.device.type == "cuda"
+        self.fused_blocks = on_gpu and kernels.lora and not self.plan.compiled and self.plan.shards == 1
+        if self.fused_blocks:
+            training = self.model.training
+            self.model.eval()
+            fuse_blocks(self.base, self.patches, trained=True)
+            self.model.train(training)
+        if self.plan.checkpointing or self.plan.compiled or self.fused_blocks:
             for layer in layers:
                 self.patches.set(layer, "forward", layer_forward(layer, self))
         if self.plan.checkpointing and not layers:  # transformers' own way is left

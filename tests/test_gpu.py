@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
+import engine_blocks
 import engine_lora
 import engine_passes
 import generation_utils
@@ -174,6 +175,52 @@ def test_tritons_cross_entropy_has_torchs_losses_and_gradient(words, dtype):
     assert torch.equal(logits, before)
     torch.testing.assert_close(engine_passes.cross_entropy_(logits, targets, True), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, gradient.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+
+
+def norm_of(x, more=0.0):
+    weight = torch.linspace(0.5, 1.5, x.shape[-1], device=CUDA, dtype=x.dtype)
+    values = x.float()
+    normed = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return engine_blocks.ScaledNorm.apply(x, weight, 1e-6, more), normed * (weight + more)
+
+
+def gate_of(x):
+    gate, up = x[..., ::2], x[..., 1::2]
+    return engine_blocks.Gate.apply(gate, up), F.silu(gate) * up
+
+
+def rotation_of(x, heads=6):
+    """Six of eight heads are the query's, two the key's; laid as attention has them."""
+    q, k = x.view(2, 25, 8, 40).transpose(1, 2).split([heads, 8 - heads], 1)
+    angles = torch.linspace(0, 9, 50, device=CUDA).view(2, 25, 1) * torch.linspace(1, 0.1, 40, device=CUDA)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    def turned(part):
+        halves = torch.cat([-part[..., 20:], part[..., :20]], -1)
+        return part * cos[:, None] + halves * sin[:, None]
+
+    return torch.cat(engine_blocks.Rotation.apply(q, k, cos, sin), 1), torch.cat([turned(q), turned(k)], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [norm_of, partial(norm_of, more=1.0), gate_of, rotation_of])
+def test_fused_blocks_have_torchs_outputs_and_gradients(block, dtype):
+    x = torch.randn(2, 25, 320, device=CUDA).to(dtype).requires_grad_()
+    found, wanted = block(x)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(found, wanted, **close)
+    upper = torch.randn_like(found)
+    gradients = [torch.autograd.grad(out, x, upper, retain_graph=True)[0] for out in (found, wanted)]
+    torch.testing.assert_close(*gradients, **close)
+
+
+def test_a_runner_fuses_the_blocks_of_a_model_that_it_does_not_compile():
+    for compiled in (False, True):
+        model = trained_model()
+        with StepRunner(model, ALL._replace(compiled=compiled)):
+            changed = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+        assert any(name.endswith("RMSNorm") for name in changed) is not compiled
+        assert any(name.endswith("MLP") for name in changed) is not compiled
 
 
 ALL = StepPlan(Kernels(attention=True, loss=True, lora=True), max_pass_tokens=4096)

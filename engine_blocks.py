@@ -1,0 +1,346 @@
+"""Blocks: norms, gates and rotations that compute in one kernel each, forward and backward, where that is the same.
+
+Whether it is the same is tried for each kind of module. Weights of norms are frozen, so that no gradient is theirs.
+"""
+
+import sys
+from functools import partial
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.activations import SiLUActivation
+
+from engine_passes import decoder_layers
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of PyTorch, Windows or macOS
+    triton = None
+
+SPAN = 1024  # elements of a gate that a program computes
+
+if triton:
+
+    @triton.jit
+    def _norm_kernel(x, weight, out, eps, more, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+        # rounds where transformers' Llama rounds; more: what is added to the weight
+        kind = out.dtype.element_ty
+        at, row = tl.arange(0, SPAN), tl.program_id(0).to(tl.int64) * WIDTH
+        inside = at < WIDTH
+        value = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+        value = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+        scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + more
+        tl.store(out + row + at, (value.to(kind).to(tl.float32) * scale).to(kind), mask=inside)
+
+    @triton.jit
+    def _norm_backward_kernel(x, weight, grad, grad_x, eps, more, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+        at, row = tl.arange(0, SPAN), tl.program_id(0).to(tl.int64) * WIDTH
+        inside = at < WIDTH
+        value = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+        value *= factor
+        scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + more
+        upper = tl.load(grad + row + at, mask=inside, other=0.0).to(tl.float32) * scale
+        found = factor * (upper - value * (tl.sum(upper * value, 0) / WIDTH))
+        tl.store(grad_x + row + at, found.to(grad_x.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _gate_kernel(gate, up, out, count, SPAN: tl.constexpr):
+        # silu(gate) * up, rounded where transformers rounds
+        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+        inside, kind = at < count, out.dtype.element_ty
+        value = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+        value = (value * tl.sigmoid(value)).to(kind).to(tl.float32)
+        value *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, value.to(kind), mask=inside)
+
+    @triton.jit
+    def _gate_backward_kernel(gate, up, grad, grad_gate, grad_up, count, SPAN: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+        inside, kind = at < count, grad_gate.dtype.element_ty
+        value = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+        upper = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+        share = tl.sigmoid(value)
+        tl.store(grad_up + at, (upper * value * share).to(kind), mask=inside)
+        tl.store(grad_gate + at, (upper * other * share * (1 + value * (1 - share))).to(kind), mask=inside)
+
+    @triton.jit
+    def _rotate_kernel(
+        query,
+        key,
+        cos,
+        sin,
+        query_out,
+        key_out,
+        query_row,
+        query_head,
+        query_token,
+        key_row,
+        key_head,
+        key_token,
+        angle_row,
+        angle_token,
+        tokens,
+        HEADS: tl.constexpr,
+        KEY_HEADS: tl.constexpr,
+        HALF: tl.constexpr,
+        SPAN: tl.constexpr,
+        BACK: tl.constexpr,
+    ):
+        # rounds where transformers rounds, so that the results are the same to the bit; BACK: turned the other way.
+        # The outputs lie as (rows, tokens, heads, width)
+        row, token, head = tl.program_id(0) // tokens, tl.program_id(0) % tokens, tl.program_id(1)
+        span = tl.arange(0, SPAN)
+        inside, place = span < HALF, tl.program_id(0).to(tl.int64)
+        if head < HEADS:
+            source = query + row.to(tl.int64) * query_row + head * query_head + token.to(tl.int64) * query_token
+            target = query_out + (place * HEADS + head) * 2 * HALF
+        else:
+            source = key + row.to(tl.int64) * key_row + (head - HEADS) * key_head + token.to(tl.int64) * key_token
+            target = key_out + (place * KEY_HEADS + head - HEADS) * 2 * HALF
+        angle = row * angle_row + token * angle_token + span
+        kind = query_out.dtype.element_ty
+        first = tl.load(source + span, mask=inside).to(tl.float32)
+        second = tl.load(source + HALF + span, mask=inside).to(tl.float32)
+        for half in tl.static_range(2):
+            other_half = 1 - half if BACK else half
+            c = tl.load(cos + angle + half * HALF, mask=inside).to(tl.float32)
+            s = tl.load(sin + angle + other_half * HALF, mask=inside).to(tl.float32)
+            here, other = (first, second) if half == 0 else (second, first)
+            other = -other if (half == 0) != BACK else other
+            turned = (here * c).to(kind).to(tl.float32) + (other * s).to(kind).to(tl.float32)
+            tl.store(target + half * HALF + span, turned.to(kind), mask=inside)
+
+
+def fuse_blocks(base, patches, trained):
+    """Let the norms, gates and rotations of a model in eval mode compute in one kernel each, where that is the same.
+
+    patches: what the modules are changed through. trained: whether gradients are to be the same too.
+    """
+    x = random_tensor(2, 1, base.config.get_text_config().hidden_size).to(base.device, base.dtype)
+    fused = {}  # the forward of each kind of norm and gated MLP, or None
+    for module in base.modules():
+        kind = type(module)
+        if kind not in fused and kind.__name__.endswith("RMSNorm"):
+            fused[kind] = fused_norm(module, trained)
+        elif kind not in fused and isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation)):
+            fused[kind] = fused_mlp(module, x, trained)
+        if fused.get(kind):
+            patches.set(module, "forward", partial(fused[kind], module))
+    for name in {type(module).__module__ for layer in decoder_layers(base) for module in layer.modules()}:
+        rotate = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
+        if rotate and rotates_halves(rotate, base, trained):
+            patches.set(sys.modules[name], "apply_rotary_pos_emb", partial(fused_rotation, rotate))
+
+
+# ---- What is kept for the backward pass ------------------------------------------------------------------------------
+recipes = WeakIdKeyDictionary()  # of the outputs of norms and gates: what computes them again
+
+
+class KeepLittle(torch.autograd.graph.saved_tensors_hooks):
+    """A context in which outputs of norms and gates are not kept for the backward pass, which computes them again.
+
+    Of the 136 KB that a layer of Mistral-7B would keep of each token these are 44; what they are computed from is kept
+    in any case.
+    """
+
+    def __init__(self):
+        # an output that were kept as it is would know its node of the graph, and neither would ever go
+        super().__init__(
+            lambda tensor: recipes.get(tensor) or tensor.detach(), lambda kept: kept() if callable(kept) else kept
+        )
+
+
+# ---- Norms -----------------------------------------------------------------------------------------------------------
+class ScaledNorm(torch.autograd.Function):
+    """x, (..., width), over the root of its mean square, times weight + more, (width,)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, more):
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.constants = eps, more
+        return norm(x, weight, eps, more)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        launch_norm(_norm_backward_kernel, x.shape, x, weight, grad.contiguous(), grad_x, *ctx.constants)
+        return grad_x, None, None, None
+
+
+def norm(x, weight, eps, more):
+    out = torch.empty_like(x)
+    launch_norm(_norm_kernel, x.shape, x, weight, out, eps, more)
+    return out
+
+
+def launch_norm(kernel, shape, *arguments):
+    width, rows = shape[-1], shape[:-1].numel()
+    span = triton.next_power_of_2(width)
+    kernel[(rows,)](*arguments, WIDTH=width, SPAN=span, num_warps=min(8, max(1, span // 256)))
+
+
+def scaled_norm(eps, more, module, x):
+    """The forward of an RMSNorm module by ScaledNorm, or its own for another number format than its weight's."""
+    if x.dtype != module.weight.dtype:
+        return type(module).forward(module, x)
+    out = ScaledNorm.apply(x, module.weight, eps, more)
+    recipes[out] = partial(norm, x.detach().contiguous(), module.weight, eps, more)
+    return out
+
+
+def fused_norm(module, trained):
+    """A forward of an RMSNorm module in one kernel, or None where none of the known formulas is its own."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight is None or weight.dim() != 1 or weight.requires_grad or not isinstance(eps, float):
+        return None
+    x = 3 * random_tensor(4, len(weight)).to(weight)
+    for more in (0.0, 1.0):
+        if computes_alike(partial(scaled_norm, eps, more, module), partial(type(module).forward, module), x, trained):
+            return partial(scaled_norm, eps, more)
+    return None
+
+
+# ---- Gates -----------------------------------------------------------------------------------------------------------
+class Gate(torch.autograd.Function):
+    """silu(gate) * up, of one shape."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+        arguments = gate, up, grad.contiguous(), grad_gate, grad_up, count
+        _gate_backward_kernel[(triton.cdiv(count, SPAN),)](*arguments, SPAN=SPAN, num_warps=4)
+        return grad_gate, grad_up
+
+
+def gated(gate, up):
+    out, count = torch.empty_like(gate), gate.numel()
+    _gate_kernel[(triton.cdiv(count, SPAN),)](gate, up, out, count, SPAN=SPAN, num_warps=4)
+    return out
+
+
+def gated_mlp(mlp, x):
+    """The down projection of silu(gate) * up, x (..., width)."""
+    gate, up = mlp.gate_proj(x).contiguous(), mlp.up_proj(x).contiguous()
+    hidden = Gate.apply(gate, up)
+    recipes[hidden] = partial(gated, gate.detach(), up.detach())
+    return mlp.down_proj(hidden)
+
+
+def fused_mlp(mlp, x, trained):
+    """gated_mlp, or None where a module with SiLU gives something else for x, or has other projections."""
+    plain = partial(type(mlp).forward, mlp)
+    try:
+        return gated_mlp if computes_alike(partial(gated_mlp, mlp), plain, x, trained) else None
+    except Exception:  # noqa: BLE001  a module that takes other inputs
+        return None
+
+
+# ---- Rotations -------------------------------------------------------------------------------------------------------
+class Rotation(torch.autograd.Function):
+    """q and k, (batch, heads, tokens, width) each, turned by cos and sin of angles, (batch or 1, tokens, width)."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(q, k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        return *turn(*map(with_rows, (grad_q, grad_k)), *ctx.saved_tensors, back=True), None, None
+
+
+def with_rows(grad):
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+def turn(q, k, cos, sin, back=False):
+    batch, heads, tokens, width = q.shape
+    outputs = [x.new_empty(batch, tokens, x.shape[1], width).transpose(1, 2) for x in (q, k)]
+    angle_row = cos.stride(0) if cos.shape[0] == batch else 0
+    _rotate_kernel[(batch * tokens, heads + k.shape[1])](
+        q,
+        k,
+        cos,
+        sin,
+        *outputs,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        angle_row,
+        cos.stride(1),
+        tokens,
+        HEADS=heads,
+        KEY_HEADS=k.shape[1],
+        HALF=width // 2,
+        SPAN=triton.next_power_of_2(width // 2),
+        BACK=back,
+        num_warps=1,
+    )
+    return tuple(outputs)
+
+
+def fused_rotation(plain, q, k, cos, sin, *args, **kwargs):
+    """transformers' apply_rotary_pos_emb in one kernel, where its arguments are those that Rotation takes."""
+    width = q.shape[-1]
+    fits = cos.shape == sin.shape and cos.dim() == 3 and cos.shape[-1] == width and cos.dtype == q.dtype == k.dtype
+    fits = fits and cos.is_contiguous() and sin.is_contiguous() and q.stride(-1) == k.stride(-1) == 1
+    if not fits or args or kwargs:
+        return plain(q, k, cos, sin, *args, **kwargs)
+    return Rotation.apply(q, k, cos, sin)
+
+
+def rotates_halves(plain, base, trained):
+    """Whether a module's apply_rotary_pos_emb computes what fused_rotation does."""
+    shapes = (2, 4, 3, 16), (2, 2, 3, 16), (2, 3, 16), (2, 3, 16)
+    q, k, cos, sin = (random_tensor(*shape).to(base.device, base.dtype) for shape in shapes)
+
+    def turned_by(rotate):
+        return lambda x: torch.cat(rotate(x[:, :4], x[:, 4:], cos, sin), 1)
+
+    try:
+        return computes_alike(
+            turned_by(partial(fused_rotation, plain)), turned_by(plain), torch.cat([q, k], 1), trained
+        )
+    except Exception:  # noqa: BLE001  a function of the same name with other arguments
+        return False
+
+
+# ---- Trying ----------------------------------------------------------------------------------------------------------
+def computes_alike(function, wanted_function, x, trained):
+    """Whether two functions give the same for x, and the same gradient of x where it is trained, but for rounding."""
+    found, wanted = results(function, x, trained), results(wanted_function, x, trained)
+    return all(
+        one.dtype == other.dtype and bool((one - other).abs().max() <= 0.02 * other.abs().max())
+        for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def results(function, x, trained):
+    """[what a function gives for x], and the gradient of x where random numbers are that of the result."""
+    with torch.set_grad_enabled(trained):
+        x = x.detach().requires_grad_(trained)
+        out = function(x)
+        # other numbers than x has: a norm's gradient along x is zero
+        gradients = torch.autograd.grad(out, x, random_tensor(*out.shape, seed=1).to(out)) if trained else ()
+    return [out.detach(), *gradients]
+
+
+def random_tensor(*shape, seed=0):
+    """Random numbers that leave those alone from which a run draws its dropout."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
