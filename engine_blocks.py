@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
 
 from engine_passes import decoder_layers
 
@@ -47,25 +47,36 @@ if triton:
         tl.store(grad_x + row + at, found.to(grad_x.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _gate_kernel(gate, up, out, count, SPAN: tl.constexpr):
-        # silu(gate) * up, rounded where transformers rounds
+    def _exponent(value, GELU: tl.constexpr):
+        # both functions are value * sigmoid(exponent); the exponent, and its derivative
+        if GELU:
+            square = 0.044715 * value * value
+            return 1.5957691216057308 * value * (1 + square), 1.5957691216057308 * (1 + 3 * square)  # 2 sqrt(2 / pi)
+        else:
+            return value, 1.0
+
+    @triton.jit
+    def _gate_kernel(gate, up, out, count, GELU: tl.constexpr, SPAN: tl.constexpr):
+        # silu(gate) * up, or gelu(gate) * up by tanh, rounded where transformers rounds
         at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
         inside, kind = at < count, out.dtype.element_ty
         value = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-        value = (value * tl.sigmoid(value)).to(kind).to(tl.float32)
+        exponent, _ = _exponent(value, GELU)
+        value = (value * tl.sigmoid(exponent)).to(kind).to(tl.float32)
         value *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at, value.to(kind), mask=inside)
 
     @triton.jit
-    def _gate_backward_kernel(gate, up, grad, grad_gate, grad_up, count, SPAN: tl.constexpr):
+    def _gate_backward_kernel(gate, up, grad, grad_gate, grad_up, count, GELU: tl.constexpr, SPAN: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
         inside, kind = at < count, grad_gate.dtype.element_ty
         value = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
         upper = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         other = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-        share = tl.sigmoid(value)
+        exponent, slope = _exponent(value, GELU)
+        share = tl.sigmoid(exponent)
         tl.store(grad_up + at, (upper * value * share).to(kind), mask=inside)
-        tl.store(grad_gate + at, (upper * other * share * (1 + value * (1 - share))).to(kind), mask=inside)
+        tl.store(grad_gate + at, (upper * other * share * (1 + value * (1 - share) * slope)).to(kind), mask=inside)
 
     @triton.jit
     def _rotate_kernel(
@@ -126,7 +137,9 @@ def fuse_blocks(base, patches, trained):
         kind = type(module)
         if kind not in fused and kind.__name__.endswith("RMSNorm"):
             fused[kind] = fused_norm(module, trained)
-        elif kind not in fused and isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation)):
+        elif kind not in fused and isinstance(
+            getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation, GELUTanh)
+        ):
             fused[kind] = fused_mlp(module, x, trained)
         if fused.get(kind):
             patches.set(module, "forward", partial(fused[kind], module))
@@ -210,13 +223,14 @@ def fused_norm(module, trained):
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
 class Gate(torch.autograd.Function):
-    """silu(gate) * up, of one shape."""
+    """silu(gate) * up, or with gelu by tanh in place of silu, of one shape."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, gelu):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return gated(gate, up)
+        ctx.gelu = gelu
+        return gated(gate, up, gelu)
 
     @staticmethod
     @once_differentiable
@@ -224,29 +238,29 @@ class Gate(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
         arguments = gate, up, grad.contiguous(), grad_gate, grad_up, count
-        _gate_backward_kernel[(triton.cdiv(count, SPAN),)](*arguments, SPAN=SPAN, num_warps=4)
-        return grad_gate, grad_up
+        _gate_backward_kernel[(triton.cdiv(count, SPAN),)](*arguments, GELU=ctx.gelu, SPAN=SPAN, num_warps=4)
+        return grad_gate, grad_up, None
 
 
-def gated(gate, up):
+def gated(gate, up, gelu):
     out, count = torch.empty_like(gate), gate.numel()
-    _gate_kernel[(triton.cdiv(count, SPAN),)](gate, up, out, count, SPAN=SPAN, num_warps=4)
+    _gate_kernel[(triton.cdiv(count, SPAN),)](gate, up, out, count, GELU=gelu, SPAN=SPAN, num_warps=4)
     return out
 
 
-def gated_mlp(mlp, x):
-    """The down projection of silu(gate) * up, x (..., width)."""
+def gated_mlp(gelu, mlp, x):
+    """The down projection of a Gate, x (..., width)."""
     gate, up = mlp.gate_proj(x).contiguous(), mlp.up_proj(x).contiguous()
-    hidden = Gate.apply(gate, up)
-    recipes[hidden] = partial(gated, gate.detach(), up.detach())
+    hidden = Gate.apply(gate, up, gelu)
+    recipes[hidden] = partial(gated, gate.detach(), up.detach(), gelu)
     return mlp.down_proj(hidden)
 
 
 def fused_mlp(mlp, x, trained):
-    """gated_mlp, or None where a module with SiLU gives something else for x, or has other projections."""
-    plain = partial(type(mlp).forward, mlp)
+    """gated_mlp, or None where a module with such a function gives something else for x, or has other projections."""
+    fused, plain = partial(gated_mlp, isinstance(mlp.act_fn, GELUTanh)), partial(type(mlp).forward, mlp)
     try:
-        return gated_mlp if computes_alike(partial(gated_mlp, mlp), plain, x, trained) else None
+        return fused if computes_alike(partial(fused, mlp), plain, x, trained) else None
     except Exception:  # noqa: BLE001  a module that takes other inputs
         return None
 

@@ -184,9 +184,9 @@ def norm_of(x, more=0.0):
     return engine_blocks.ScaledNorm.apply(x, weight, 1e-6, more), normed * (weight + more)
 
 
-def gate_of(x):
+def gate_of(x, gelu=False):
     gate, up = x[..., ::2], x[..., 1::2]
-    return engine_blocks.Gate.apply(gate, up), F.silu(gate) * up
+    return engine_blocks.Gate.apply(gate, up, gelu), (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
 
 def rotation_of(x, heads=6):
@@ -203,7 +203,9 @@ def rotation_of(x, heads=6):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block", [norm_of, partial(norm_of, more=1.0), gate_of, rotation_of])
+@pytest.mark.parametrize(
+    "block", [norm_of, partial(norm_of, more=1.0), gate_of, partial(gate_of, gelu=True), rotation_of]
+)
 def test_fused_blocks_have_torchs_outputs_and_gradients(block, dtype):
     x = torch.randn(2, 25, 320, device=CUDA).to(dtype).requires_grad_()
     found, wanted = block(x)
