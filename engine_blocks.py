@@ -56,27 +56,52 @@ if triton:
             return value, 1.0
 
     @triton.jit
-    def _gate_kernel(gate, up, out, count, GELU: tl.constexpr, SPAN: tl.constexpr):
-        # silu(gate) * up, or gelu(gate) * up by tanh, rounded where transformers rounds
-        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-        inside, kind = at < count, out.dtype.element_ty
-        value = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    def _gate_kernel(gate, up, out, stride, width, GELU: tl.constexpr, SPAN: tl.constexpr):
+        # silu(gate) * up, or gelu(gate) * up by tanh, rounded where transformers rounds; stride: from row to row
+        at, row = tl.program_id(1) * SPAN + tl.arange(0, SPAN), tl.program_id(0).to(tl.int64)
+        inside = at < width
+        kind = out.dtype.element_ty
+        value = tl.load(gate + row * stride + at, mask=inside, other=0.0).to(tl.float32)
         exponent, _ = _exponent(value, GELU)
         value = (value * tl.sigmoid(exponent)).to(kind).to(tl.float32)
-        value *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, value.to(kind), mask=inside)
+        value *= tl.load(up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * width + at, value.to(kind), mask=inside)
 
     @triton.jit
-    def _gate_backward_kernel(gate, up, grad, grad_gate, grad_up, count, GELU: tl.constexpr, SPAN: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-        inside, kind = at < count, grad_gate.dtype.element_ty
-        value = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-        upper = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        other = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    def _gate_backward_kernel(
+        gate, up, grad, grad_gate, grad_up, stride, width, GELU: tl.constexpr, SPAN: tl.constexpr
+    ):
+        at, row = tl.program_id(1) * SPAN + tl.arange(0, SPAN), tl.program_id(0).to(tl.int64)
+        inside = at < width
+        kind = grad_gate.dtype.element_ty
+        value = tl.load(gate + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+        upper = tl.load(grad + row * width + at, mask=inside, other=0.0).to(tl.float32)
         exponent, slope = _exponent(value, GELU)
         share = tl.sigmoid(exponent)
-        tl.store(grad_up + at, (upper * value * share).to(kind), mask=inside)
-        tl.store(grad_gate + at, (upper * other * share * (1 + value * (1 - share) * slope)).to(kind), mask=inside)
+        tl.store(grad_up + row * stride + at, (upper * value * share).to(kind), mask=inside)
+        grad_value = upper * other * share * (1 + value * (1 - share) * slope)
+        tl.store(grad_gate + row * stride + at, grad_value.to(kind), mask=inside)
+
+    @triton.jit
+    def _turn_heads(source, head, target, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr):
+        # all heads of one token, which lie `head` elements apart in the source and one behind the other in the target
+        heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
+        span = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+        inside = (heads < HEADS) & (span < HALF)
+        kind = target.dtype.element_ty
+        source += heads * head + span
+        target += heads * 2 * HALF + span
+        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+        for half in tl.static_range(2):
+            other_half = 1 - half if BACK else half
+            c = tl.load(cos + half * HALF + span, mask=span < HALF, other=0.0).to(tl.float32)
+            s = tl.load(sin + other_half * HALF + span, mask=span < HALF, other=0.0).to(tl.float32)
+            here, other = (first, second) if half == 0 else (second, first)
+            other = -other if (half == 0) != BACK else other
+            turned = (here * c).to(kind).to(tl.float32) + (other * s).to(kind).to(tl.float32)
+            tl.store(target + half * HALF, turned.to(kind), mask=inside)
 
     @triton.jit
     def _rotate_kernel(
@@ -98,32 +123,37 @@ if triton:
         HEADS: tl.constexpr,
         KEY_HEADS: tl.constexpr,
         HALF: tl.constexpr,
-        SPAN: tl.constexpr,
         BACK: tl.constexpr,
     ):
         # rounds where transformers rounds, so that the results are the same to the bit; BACK: turned the other way.
         # The outputs lie as (rows, tokens, heads, width)
-        row, token, head = tl.program_id(0) // tokens, tl.program_id(0) % tokens, tl.program_id(1)
-        span = tl.arange(0, SPAN)
-        inside, place = span < HALF, tl.program_id(0).to(tl.int64)
-        if head < HEADS:
-            source = query + row.to(tl.int64) * query_row + head * query_head + token.to(tl.int64) * query_token
-            target = query_out + (place * HEADS + head) * 2 * HALF
-        else:
-            source = key + row.to(tl.int64) * key_row + (head - HEADS) * key_head + token.to(tl.int64) * key_token
-            target = key_out + (place * KEY_HEADS + head - HEADS) * 2 * HALF
-        angle = row * angle_row + token * angle_token + span
-        kind = query_out.dtype.element_ty
-        first = tl.load(source + span, mask=inside).to(tl.float32)
-        second = tl.load(source + HALF + span, mask=inside).to(tl.float32)
-        for half in tl.static_range(2):
-            other_half = 1 - half if BACK else half
-            c = tl.load(cos + angle + half * HALF, mask=inside).to(tl.float32)
-            s = tl.load(sin + angle + other_half * HALF, mask=inside).to(tl.float32)
-            here, other = (first, second) if half == 0 else (second, first)
-            other = -other if (half == 0) != BACK else other
-            turned = (here * c).to(kind).to(tl.float32) + (other * s).to(kind).to(tl.float32)
-            tl.store(target + half * HALF + span, turned.to(kind), mask=inside)
+        place = tl.program_id(0).to(tl.int64)
+        row, token = place // tokens, place % tokens
+        angle = row * angle_row + token * angle_token
+        cos += angle
+        sin += angle
+        query += row * query_row + token * query_token
+        key += row * key_row + token * key_token
+        _turn_heads(query, query_head, query_out + place * HEADS * 2 * HALF, cos, sin, HEADS, HALF, BACK)
+        _turn_heads(key, key_head, key_out + place * KEY_HEADS * 2 * HALF, cos, sin, KEY_HEADS, HALF, BACK)
+
+
+def has_blocks(model):
+    """Whether a model, with or without weights, has norms and gates of which fuse_blocks may serve some."""
+    return any(map(is_norm, model.modules())) and any(map(is_gated, model.modules()))
+
+
+def is_norm(module):
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def is_gated(module):
+    return isinstance(activation(module), (torch.nn.SiLU, SiLUActivation, GELUTanh))
+
+
+def activation(mlp):
+    """The function of a gated MLP, by either of the names that transformers has for it, or None."""
+    return getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
 
 
 def fuse_blocks(base, patches, trained):
@@ -135,11 +165,9 @@ def fuse_blocks(base, patches, trained):
     fused = {}  # the forward of each kind of norm and gated MLP, or None
     for module in base.modules():
         kind = type(module)
-        if kind not in fused and kind.__name__.endswith("RMSNorm"):
+        if kind not in fused and is_norm(module):
             fused[kind] = fused_norm(module, trained)
-        elif kind not in fused and isinstance(
-            getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation, GELUTanh)
-        ):
+        elif kind not in fused and is_gated(module):
             fused[kind] = fused_mlp(module, x, trained)
         if fused.get(kind):
             patches.set(module, "forward", partial(fused[kind], module))
@@ -223,42 +251,55 @@ def fused_norm(module, trained):
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
 class Gate(torch.autograd.Function):
-    """silu(gate) * up, or with gelu by tanh in place of silu, of one shape."""
+    """silu(gate) * up, (..., width), or with gelu by tanh in place of silu.
+
+    They are given as [gate, up], or as [both], (..., 2 * width), in which up lies behind gate.
+    """
 
     @staticmethod
-    def forward(ctx, gate, up, gelu):
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
+    def forward(ctx, gelu, *inputs):
+        ctx.save_for_backward(*inputs)
         ctx.gelu = gelu
-        return gated(gate, up, gelu)
+        return gated(gelu, *inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        arguments = gate, up, grad.contiguous(), grad_gate, grad_up, count
-        _gate_backward_kernel[(triton.cdiv(count, SPAN),)](*arguments, GELU=ctx.gelu, SPAN=SPAN, num_warps=4)
-        return grad_gate, grad_up, None
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in inputs]
+        launch_gate(_gate_backward_kernel, ctx.gelu, *halves(inputs), grad.contiguous(), *halves(gradients))
+        return None, *gradients
 
 
-def gated(gate, up, gelu):
-    out, count = torch.empty_like(gate), gate.numel()
-    _gate_kernel[(triton.cdiv(count, SPAN),)](gate, up, out, count, GELU=gelu, SPAN=SPAN, num_warps=4)
+def gated(gelu, *inputs):
+    gate, up = halves(inputs)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    launch_gate(_gate_kernel, gelu, gate, up, out)
     return out
+
+
+def halves(inputs):
+    return inputs if len(inputs) == 2 else inputs[0].chunk(2, -1)
+
+
+def launch_gate(kernel, gelu, gate, *others):
+    width, rows = gate.shape[-1], gate.shape[:-1].numel()
+    grid = rows, triton.cdiv(width, SPAN)
+    kernel[grid](gate, *others, gate.stride(-2), width, GELU=gelu, SPAN=SPAN, num_warps=4)
 
 
 def gated_mlp(gelu, mlp, x):
     """The down projection of a Gate, x (..., width)."""
-    gate, up = mlp.gate_proj(x).contiguous(), mlp.up_proj(x).contiguous()
-    hidden = Gate.apply(gate, up, gelu)
-    recipes[hidden] = partial(gated, gate.detach(), up.detach(), gelu)
+    both = getattr(mlp, "gate_up_proj", None)
+    inputs = [project(x).contiguous() for project in ([both] if both is not None else [mlp.gate_proj, mlp.up_proj])]
+    hidden = Gate.apply(gelu, *inputs)
+    recipes[hidden] = partial(gated, gelu, *(part.detach() for part in inputs))
     return mlp.down_proj(hidden)
 
 
 def fused_mlp(mlp, x, trained):
     """gated_mlp, or None where a module with such a function gives something else for x, or has other projections."""
-    fused, plain = partial(gated_mlp, isinstance(mlp.act_fn, GELUTanh)), partial(type(mlp).forward, mlp)
+    fused, plain = partial(gated_mlp, isinstance(activation(mlp), GELUTanh)), partial(type(mlp).forward, mlp)
     try:
         return fused if computes_alike(partial(fused, mlp), plain, x, trained) else None
     except Exception:  # noqa: BLE001  a module that takes other inputs
@@ -288,7 +329,7 @@ def turn(q, k, cos, sin, back=False):
     batch, heads, tokens, width = q.shape
     outputs = [x.new_empty(batch, tokens, x.shape[1], width).transpose(1, 2) for x in (q, k)]
     angle_row = cos.stride(0) if cos.shape[0] == batch else 0
-    _rotate_kernel[(batch * tokens, heads + k.shape[1])](
+    _rotate_kernel[(batch * tokens,)](
         q,
         k,
         cos,
@@ -302,9 +343,8 @@ def turn(q, k, cos, sin, back=False):
         HEADS=heads,
         KEY_HEADS=k.shape[1],
         HALF=width // 2,
-        SPAN=triton.next_power_of_2(width // 2),
         BACK=back,
-        num_warps=1,
+        num_warps=4,
     )
     return tuple(outputs)
 

@@ -65,7 +65,7 @@ def layer_forward(layer, runner):
         inner = compiled if runner.plan.compiled else plain
         with KEEP_LITTLE():
             if not runner.plan.checkpointing:
-                with KeepLittle() if runner.fused_blocks else nullcontext():
+                with KeepLittle() if runner.plan.blocks else nullcontext():
                     return inner(*args, **kwargs)
             how = {"use_reentrant": False, "preserve_rng_state": not runner.seeded_dropout}
             if not (runner.plan.offloaded and args):
@@ -306,14 +306,13 @@ class StepRunner:
             recorded=recorded,
             scores_recorded=self.plan.scores_recorded and as_planned,
         )
-        on_gpu = self.base.device.type == "cuda"
-        self.fused_blocks = on_gpu and kernels.lora and not self.plan.compiled and self.plan.shards == 1
-        if self.fused_blocks:
+        self.lower(blocks=self.plan.blocks and kernels.lora and not self.plan.compiled)
+        if self.plan.blocks:
             training = self.model.training
             self.model.eval()
             fuse_blocks(self.base, self.patches, trained=True)
             self.model.train(training)
-        if self.plan.checkpointing or self.plan.compiled or self.fused_blocks:
+        if self.plan.checkpointing or self.plan.compiled or self.plan.blocks:
             for layer in layers:
                 self.patches.set(layer, "forward", layer_forward(layer, self))
         if self.plan.checkpointing and not layers:  # transformers' own way is left

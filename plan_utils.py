@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import TorchDynamoException
 
 from checkpoint_utils import output_bytes
+from engine_blocks import has_blocks
 from engine_lora import all_plain, triton
 from engine_passes import (
     GRAPH_TOKENS,
@@ -151,6 +152,7 @@ class StepPlan(NamedTuple):
     offloaded: bool = False  # what checkpointing keeps of each layer, its input, waits on the host
     dequantized: bool = False  # frozen 4-bit weights stay dequantized
     compiled: bool | str = False  # decoder layers are compiled; "auto": only if the fused LoRA layers serve the model
+    blocks: bool = False  # norms, gates and rotations compute in one kernel each, if layers are not compiled
     recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
     scores_recorded: bool = False  # so are passes that are only scored, if they are about as long as passes may be
     lengths: tuple = ()  # of recorded passes, in tokens; a shorter pass is filled up to the next one
@@ -192,7 +194,10 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     compiled = plan_compilation(shapes, settings, kernels, steps * tokens_a_step(rows, rows_a_step, processes), gpu)
     worth = count_passes(rows, settings, max_pass_tokens, processes) >= PASSES_WORTH_RECORDING
     recorded = bool(compiled) or (worth and all(kernels) and all_plain(shapes))
-    plan = plan_memory(plan._replace(compiled=compiled, recorded=recorded), shapes, settings, dtype, rows, gpu)
+    plan = plan._replace(
+        compiled=compiled, recorded=recorded, blocks=kernels.lora and not compiled and has_blocks(shapes)
+    )
+    plan = plan_memory(plan, shapes, settings, dtype, rows, gpu)
     if not plan.recorded:
         return plan
     # in the memory of recorded passes there is room for those that are only scored
@@ -334,7 +339,7 @@ def memory_ways(plan, shapes, settings, dtype, rows):
     def way(checkpointing, tokens, more=0):
         tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
         longest = longest_tokens(tried, rows)
-        how = (plan.compiled, plan.recorded, plan.kernels.loss)
+        how = (bool(plan.compiled) or plan.blocks, plan.recorded, plan.kernels.loss)
         peak = expected_peak(shapes, settings, dtype, longest, checkpointing, *how)
         peak -= elsewhere
         return tried._replace(expected_bytes=peak + more), more
@@ -542,7 +547,7 @@ def dora_shapes(model):
     return outputs, weights, max((shape[1] for shape in shapes), default=0)
 
 
-def expected_peak(model, settings, dtype, tokens, checkpointing, compiled, recorded, fused_loss=True):
+def expected_peak(model, settings, dtype, tokens, checkpointing, lean, recorded, fused_loss=True):
     """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
     It counts the weights; the adapter in float32 with its gradients, AdamW's two moments (a byte each in 8 bits) and
@@ -568,7 +573,7 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, compiled, recor
     kept = unit * (2 * hidden + 2 * (heads + groups) * width + 2 * inner)
     if recorded:  # such a pass has gradients of its own, which are then added to the step's
         fixed += trainable * 4
-    if not compiled:  # norms, copied in float32, and the product of gate and up: compiled layers compute them again
+    if not lean:  # norms, copied in float32, and the product of gate and up
         kept += unit * (2 * hidden + inner) + 2 * (4 + unit) * hidden
     inputs, constant = unit * hidden, 0
     working = tokens * unit * (3 * inner + 3 * hidden)

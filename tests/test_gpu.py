@@ -184,9 +184,11 @@ def norm_of(x, more=0.0):
     return engine_blocks.ScaledNorm.apply(x, weight, 1e-6, more), normed * (weight + more)
 
 
-def gate_of(x, gelu=False):
-    gate, up = x[..., ::2], x[..., 1::2]
-    return engine_blocks.Gate.apply(gate, up, gelu), (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+def gate_of(x, gelu=False, joint=False):
+    gate, up = x.chunk(2, -1)
+    inputs = [x] if joint else [gate.contiguous(), up.contiguous()]
+    wanted = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+    return engine_blocks.Gate.apply(gelu, *inputs), wanted
 
 
 def rotation_of(x, heads=6):
@@ -204,7 +206,15 @@ def rotation_of(x, heads=6):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "block", [norm_of, partial(norm_of, more=1.0), gate_of, partial(gate_of, gelu=True), rotation_of]
+    "block",
+    [
+        norm_of,
+        partial(norm_of, more=1.0),
+        gate_of,
+        partial(gate_of, gelu=True),
+        partial(gate_of, joint=True),
+        rotation_of,
+    ],
 )
 def test_fused_blocks_have_torchs_outputs_and_gradients(block, dtype):
     x = torch.randn(2, 25, 320, device=CUDA).to(dtype).requires_grad_()
@@ -225,7 +235,7 @@ def test_a_runner_fuses_the_blocks_of_a_model_that_it_does_not_compile():
         assert any(name.endswith("MLP") for name in changed) is not compiled
 
 
-ALL = StepPlan(Kernels(attention=True, loss=True, lora=True), max_pass_tokens=4096)
+ALL = StepPlan(Kernels(attention=True, loss=True, lora=True), blocks=True, max_pass_tokens=4096)
 RECORDED = ALL._replace(compiled=True, recorded=True, rows_a_step=4, longest_row=200)
 
 
