@@ -42,7 +42,7 @@ WEIGHT_DECAY = 0.0  # AdamW's decay of the adapter's weights; 0.01 regularises a
 MAX_GRAD_NORM = 1.0  # gradients longer than this are scaled down to it; 0 switches clipping off
 MAX_STEPS = 0  # stop after this many optimizer steps, whatever NUM_EPOCHS says; 0: no limit
 GRADIENT_CHECKPOINTING = True  # much less memory, a third or more slower: activations are recomputed; "auto": if needed
-TORCH_COMPILE = "auto"  # compile the layers; "auto": on CUDA, if the run is so long that it saves more than it takes
+TORCH_COMPILE = False  # compile the decoder layers: half a minute, and no faster where norms and gates are fused
 OPTIMIZER = "adamw_torch"  # adamw_torch, or paged_adamw_8bit (less memory; moved out of a full GPU)
 SEED = 42  # fixes the split, the order of rows, the adapter's first weights and dropout
 

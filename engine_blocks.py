@@ -1,6 +1,7 @@
 """Blocks: norms, gates and rotations that compute in one kernel each, forward and backward, where that is the same.
 
-Whether it is the same is tried for each kind of module. Weights of norms are frozen, so that no gradient is theirs.
+Whether it is the same is tried for each kind of module; any other keeps its own forward. Weights of norms are frozen,
+so that no gradient is theirs. It gains what compiling the layers would, from the first step on.
 """
 
 import sys

@@ -296,9 +296,6 @@ class StepRunner:
             self.lora = FastLora(self.model, compute_once, self.patches)
         # whether seeds that are drawn before a pass decide all of its dropout, and not PyTorch's random state
         self.seeded_dropout = bool(self.lora and self.lora.covers_all) and not own_dropout(self.base)
-        if self.plan.compiled == "auto" and not (self.lora and self.lora.covers_all and layers):
-            say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
-            self.lower(compiled=False)
         recorded = self.plan.recorded and self.seeded_dropout and all(kernels)
         as_planned = recorded == self.plan.recorded and kernels.attention and kernels.loss
         self.lower(

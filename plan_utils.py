@@ -31,9 +31,6 @@ from model_utils import GIB, count_parameters
 from progress_utils import format_duration
 
 PASSES_WORTH_RECORDING = 20
-# Compiling takes so many seconds. It saves small kernels that read and write so many bytes for each hidden value of a
-# token in each layer, which is what a 7-billion and a 135-million model were measured to gain on an H200
-COMPILING_SECONDS, COMPILED_BYTES = 25, 700
 # What recording a pass costs in tokens that could be trained meanwhile, measured on an H100 whose host is slow
 LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
 GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
@@ -119,11 +116,10 @@ def choose_lengths(passes, price):
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
 class Gpu(NamedTuple):
-    """What a plan must know of a CUDA GPU: its memory in bytes and its speed, and which kernels it can run."""
+    """What a plan must know of a CUDA GPU: its memory in bytes, and which kernels it can run."""
 
     free: int
     total: int
-    bandwidth: float = 3.35e12  # bytes that its memory moves in a second, an H100's where a driver does not tell
     flash_attention: bool = True  # of the Ampere generation or newer
     triton: bool = True  # Triton, in which the fused kernels are written, is installed
 
@@ -136,9 +132,7 @@ def look_at_gpu(device):
     free, total = torch.cuda.mem_get_info(device)
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
     free = min(free, allowed - torch.cuda.memory_reserved(device))
-    kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
-    bandwidth = 2 * 1000 * kilohertz * bits / 8 or Gpu._field_defaults["bandwidth"]  # two bits a line and cycle
-    return Gpu(free, allowed, bandwidth, flash_attention=properties.major >= 8, triton=triton is not None)
+    return Gpu(free, allowed, flash_attention=properties.major >= 8, triton=triton is not None)
 
 
 class StepPlan(NamedTuple):
@@ -151,7 +145,7 @@ class StepPlan(NamedTuple):
     checkpointing: bool = False  # the activations of a decoder layer are computed again in the backward pass
     offloaded: bool = False  # what checkpointing keeps of each layer, its input, waits on the host
     dequantized: bool = False  # frozen 4-bit weights stay dequantized
-    compiled: bool | str = False  # decoder layers are compiled; "auto": only if the fused LoRA layers serve the model
+    compiled: bool = False  # decoder layers are compiled
     blocks: bool = False  # norms, gates and rotations compute in one kernel each, if layers are not compiled
     recorded: bool = False  # passes are recorded as CUDA graphs, one for each length
     scores_recorded: bool = False  # so are passes that are only scored, if they are about as long as passes may be
@@ -177,7 +171,7 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     plan = StepPlan(
         kernels,
         checkpointing=settings.gradient_checkpointing is True,
-        compiled=settings.torch_compile is True,
+        compiled=settings.torch_compile,
         max_pass_tokens=max_pass_tokens,
         rows_a_step=rows_a_step,
         longest_row=longest,
@@ -191,11 +185,10 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     if shards:
         return plan_memory(plan, shapes, settings, dtype, rows, gpu)
     steps = count_steps(len(rows), settings, processes)
-    compiled = plan_compilation(shapes, settings, kernels, steps * tokens_a_step(rows, rows_a_step, processes), gpu)
     worth = count_passes(rows, settings, max_pass_tokens, processes) >= PASSES_WORTH_RECORDING
-    recorded = bool(compiled) or (worth and all(kernels) and all_plain(shapes))
+    fused = kernels.lora and all_plain(shapes)
     plan = plan._replace(
-        compiled=compiled, recorded=recorded, blocks=kernels.lora and not compiled and has_blocks(shapes)
+        recorded=worth and fused and all(kernels), blocks=fused and not plan.compiled and has_blocks(shapes)
     )
     plan = plan_memory(plan, shapes, settings, dtype, rows, gpu)
     if not plan.recorded:
@@ -240,7 +233,7 @@ def say_shards(shapes, settings, dtype, shards, gpu):
     )
     if gpu and not shards.whole_layers:
         say(f"{shards.name} takes memory of its own beside what is expected, 3 GiB at 7 billion parameters")
-    if gpu or settings.torch_compile is True:
+    if gpu or settings.torch_compile:
         fused = "" if shards.whole_layers else "fused nor "
         say(f"The layers are neither {fused}compiled nor recorded, since their weights come and go, which is slower")
 
@@ -274,22 +267,6 @@ def plan_pass_tokens(base, settings, kernels):
     """The tokens that a pass may hold: those of a padded batch, or fewer where a block mask must keep rows apart."""
     ceiling = settings.batch_size * settings.max_seq_length
     return ceiling if kernels.attention else min(ceiling, block_mask_tokens(base))
-
-
-def plan_compilation(shapes, settings, kernels, tokens, gpu):
-    """StepPlan.compiled of a run that trains so many tokens on a CUDA GPU; says why, unless the user decided it."""
-    if settings.torch_compile != "auto":
-        return settings.torch_compile
-    if not (kernels.lora and all_plain(shapes) and decoder_layers(shapes)):
-        say("The layers are not compiled: that pays with the fused kernels, which do not serve this model or GPU")
-        return False
-    config = transformers_model(shapes).config.get_text_config()
-    saved = tokens * config.num_hidden_layers * config.hidden_size * COMPILED_BYTES / gpu.bandwidth
-    if saved < COMPILING_SECONDS:
-        say(f"The layers are not compiled: it takes {COMPILING_SECONDS} s and would save {format_duration(saved)}")
-        return False
-    say(f"Compiling the layers takes {COMPILING_SECONDS} s or so and saves about {format_duration(saved)}")
-    return "auto"
 
 
 def plan_memory(plan, shapes, settings, dtype, rows, gpu):
@@ -339,7 +316,7 @@ def memory_ways(plan, shapes, settings, dtype, rows):
     def way(checkpointing, tokens, more=0):
         tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
         longest = longest_tokens(tried, rows)
-        how = (bool(plan.compiled) or plan.blocks, plan.recorded, plan.kernels.loss)
+        how = (plan.compiled or plan.blocks, plan.recorded, plan.kernels.loss)
         peak = expected_peak(shapes, settings, dtype, longest, checkpointing, *how)
         peak -= elsewhere
         return tried._replace(expected_bytes=peak + more), more
@@ -462,7 +439,7 @@ def check_compiler(plan, device):
     except TorchDynamoException as error:
         raise UserError(
             "--torch_compile true needs a working C++ compiler on a CPU, and PyTorch found none; install one (g++ or"
-            " clang), or leave it at auto, which compiles on CUDA only"
+            " clang), or leave it at false"
         ) from error
     say("The layers will be compiled, half a minute or so, which seldom pays on a CPU (--torch_compile false: no)")
 

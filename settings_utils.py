@@ -107,9 +107,18 @@ RANGES = {
 
 REQUIRED_TEXTS = ("base_model_name", "lora_target_modules", "output_dir", "logs_dir", "models_dir")
 OPTIONAL_TEXTS = ("custom_dataset_path", "validation_dataset_path", "run_name", "system_prompt")  # None stands for none
-AUTO_SWITCHES = ("gradient_checkpointing", "torch_compile")  # True, False or "auto"
+AUTO_SWITCHES = ("gradient_checkpointing",)  # True, False or "auto"
 
-SWITCHES = ("chosen_only", "use_4bit_quantization", "use_fp16", "use_rslora", "use_dora", "do_sample", *AUTO_SWITCHES)
+SWITCHES = (
+    "chosen_only",
+    "use_4bit_quantization",
+    "use_fp16",
+    "use_rslora",
+    "use_dora",
+    "torch_compile",
+    "do_sample",
+    *AUTO_SWITCHES,
+)
 CHOICES = {
     "answer_check": ("auto", "number", "choice", "json", "off"),
     "device": ("cuda", "cpu"),

@@ -108,7 +108,6 @@ def build_parser():
     for command in (run, measure):
         command.add_argument("--steps", type=int, default=20, help="optimizer steps, with those of the warm-up")
         command.add_argument("--warmup", type=int, default=10, help="steps that are not timed")
-        command.add_argument("--as_planned", action="store_true", help="ours compiles only if these steps repay it")
         command.add_argument("--out", type=Path, default=Path("results.jsonl"))
     plot.add_argument("results", type=Path)
     plot.add_argument("chart", type=Path)
@@ -193,7 +192,6 @@ def run_one(program, name, options, turn=None):
     flags |= {"turn": turn} if turn else {}
     command = [sys.executable, str(Path(__file__).resolve()), "measure", program, name]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    command += ["--as_planned"] if options.as_planned else []
     failed, timeout = missing(program, options.device), options.timeout * (10 if turn else 1)
     if not failed:
         with open(log, "w", encoding="utf-8") as file:
@@ -361,8 +359,6 @@ def build_settings(configuration, base, options):
         "use_fp16": True,
         "lora_dropout": configuration.dropout,
         "gradient_checkpointing": configuration.checkpointing,
-        # else compiled on a GPU, as "auto" does in a run longer than this
-        "torch_compile": "auto" if options.as_planned else options.device == "cuda",
         "batch_size": configuration.batch_size,
         "gradient_accumulation_steps": configuration.rows_a_step // configuration.batch_size,
         "max_seq_length": configuration.length,

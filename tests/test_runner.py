@@ -68,18 +68,6 @@ def test_a_planned_kernel_that_does_not_serve_is_left_out():
     assert runner.plan.max_pass_tokens == 64  # what a block mask allows a layer of width 32
 
 
-def test_layers_are_compiled_unasked_only_where_all_lora_layers_are_plain(capsys):
-    for changes, expected in (({}, "auto"), ({"use_dora": True}, False)):
-        plan = LONG._replace(kernels=Kernels(lora=True), compiled="auto", recorded=True)
-        runner = StepRunner(bundled_model(**changes), plan)
-        assert runner.plan.compiled == expected
-        assert not runner.plan.recorded  # which takes all three kernels
-        assert ("The layers are not compiled" in capsys.readouterr().err) is not expected
-    runner = StepRunner(bundled_model(), LONG._replace(compiled="auto"))
-    assert runner.plan.compiled is False
-
-
-# ---- Compiled and recorded passes ------------------------------------------------------------------------------------
 def compile_to(monkeypatch, factor=1.0):
     """Let torch.compile return the layer's own forward, whose output is multiplied; returns a list of its calls."""
     calls = []

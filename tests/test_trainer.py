@@ -142,7 +142,7 @@ def test_the_expected_time_counts_the_lengths_of_pass_that_will_be_recorded():
     assert seconds == pytest.approx(8 * 5 + 90)  # eight passes of 256 tokens, and what the first of them takes more
 
 
-@pytest.mark.parametrize(("wish", "shards"), [("auto", None), (False, None), (True, ShardEngine("FSDP2", 2, None))])
+@pytest.mark.parametrize(("wish", "shards"), [(False, None), (True, ShardEngine("FSDP2", 2, None))])
 def test_only_a_plan_that_compiles_asks_for_a_compiler(wish, shards, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", None)
     model, settings = make_model("llama"), SETTINGS._replace(torch_compile=wish)
