@@ -4,6 +4,7 @@ Whether it is the same is tried for each kind of module; any other keeps its own
 so that no gradient is theirs. It gains what compiling the layers would, from the first step on.
 """
 
+import copy
 import sys
 from functools import partial
 
@@ -91,7 +92,7 @@ if triton:
         span = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
         inside = (heads < HEADS) & (span < HALF)
         kind = target.dtype.element_ty
-        source += heads * head + span
+        source += heads.to(tl.int64) * head + span
         target += heads * 2 * HALF + span
         first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -165,17 +166,27 @@ def fuse_blocks(base, patches, trained):
     x = random_tensor(2, 1, base.config.get_text_config().hidden_size).to(base.device, base.dtype)
     fused = {}  # the forward of each kind of norm and gated MLP, or None
     for module in base.modules():
-        kind = type(module)
-        if kind not in fused and is_norm(module):
-            fused[kind] = fused_norm(module, trained)
-        elif kind not in fused and is_gated(module):
-            fused[kind] = fused_mlp(module, x, trained)
-        if fused.get(kind):
+        if not (is_norm(module) or is_gated(module)):
+            continue
+        kind = kind_of(module)
+        if kind not in fused:
+            fused[kind] = fused_norm(module, trained) if is_norm(module) else fused_mlp(module, x, trained)
+        if fused[kind]:
             patches.set(module, "forward", partial(fused[kind], module))
     for name in {type(module).__module__ for layer in decoder_layers(base) for module in layer.modules()}:
         rotate = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
         if rotate and rotates_halves(rotate, base, trained):
             patches.set(sys.modules[name], "apply_rotary_pos_emb", partial(fused_rotation, rotate))
+
+
+def kind_of(module):
+    """What modules have in common that compute alike but for the numbers of their weights.
+
+    One class is not enough: some norms of a model have no weight, and some MLPs an activation that others lack.
+    """
+    settings = {(name, value) for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    weights = {(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters(recurse=False)}
+    return type(module), type(activation(module)), frozenset(settings), frozenset(weights)
 
 
 # ---- What is kept for the backward pass ------------------------------------------------------------------------------
@@ -241,11 +252,17 @@ def fused_norm(module, trained):
     """A forward of an RMSNorm module in one kernel, or None where none of the known formulas is its own."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if weight is None or weight.dim() != 1 or weight.requires_grad or not isinstance(eps, float):
+    if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 1 or weight.requires_grad:
         return None
+    if not isinstance(eps, float):
+        return None
+    # tried with other weights than its own, of which the largest may be so large that one more is but rounding
+    twin = copy.copy(module)
+    known = torch.linspace(0.5, 1.5, len(weight)).to(weight)
+    twin._parameters = module._parameters | {"weight": torch.nn.Parameter(known, requires_grad=False)}
     x = 3 * random_tensor(4, len(weight)).to(weight)
     for more in (0.0, 1.0):
-        if computes_alike(partial(scaled_norm, eps, more, module), partial(type(module).forward, module), x, trained):
+        if computes_alike(partial(scaled_norm, eps, more, twin), partial(type(twin).forward, twin), x, trained):
             return partial(scaled_norm, eps, more)
     return None
 
@@ -268,14 +285,14 @@ class Gate(torch.autograd.Function):
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
-        launch_gate(_gate_backward_kernel, ctx.gelu, *halves(inputs), grad.contiguous(), *halves(gradients))
+        launch_gate(_gate_backward_kernel, ctx.gelu, inputs, grad.contiguous(), *halves(gradients))
         return None, *gradients
 
 
 def gated(gelu, *inputs):
-    gate, up = halves(inputs)
+    gate, _ = halves(inputs)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    launch_gate(_gate_kernel, gelu, gate, up, out)
+    launch_gate(_gate_kernel, gelu, inputs, out)
     return out
 
 
@@ -283,10 +300,13 @@ def halves(inputs):
     return inputs if len(inputs) == 2 else inputs[0].chunk(2, -1)
 
 
-def launch_gate(kernel, gelu, gate, *others):
+def launch_gate(kernel, gelu, inputs, *others):
+    gate, up = halves(inputs)
     width, rows = gate.shape[-1], gate.shape[:-1].numel()
     grid = rows, triton.cdiv(width, SPAN)
-    kernel[grid](gate, *others, gate.stride(-2), width, GELU=gelu, SPAN=SPAN, num_warps=4)
+    # the inputs are contiguous; what PyTorch calls the stride of a dimension of size 1 says nothing
+    stride = inputs[0].shape[-1]
+    kernel[grid](gate, up, *others, stride, width, GELU=gelu, SPAN=SPAN, num_warps=4)
 
 
 def gated_mlp(gelu, mlp, x):
@@ -301,10 +321,7 @@ def gated_mlp(gelu, mlp, x):
 def fused_mlp(mlp, x, trained):
     """gated_mlp, or None where a module with such a function gives something else for x, or has other projections."""
     fused, plain = partial(gated_mlp, isinstance(activation(mlp), GELUTanh)), partial(type(mlp).forward, mlp)
-    try:
-        return fused if computes_alike(partial(fused, mlp), plain, x, trained) else None
-    except Exception:  # noqa: BLE001  a module that takes other inputs
-        return None
+    return fused if computes_alike(partial(fused, mlp), plain, x, trained) else None
 
 
 # ---- Rotations -------------------------------------------------------------------------------------------------------
@@ -353,7 +370,8 @@ def turn(q, k, cos, sin, back=False):
 def fused_rotation(plain, q, k, cos, sin, *args, **kwargs):
     """transformers' apply_rotary_pos_emb in one kernel, where its arguments are those that Rotation takes."""
     width = q.shape[-1]
-    fits = cos.shape == sin.shape and cos.dim() == 3 and cos.shape[-1] == width and cos.dtype == q.dtype == k.dtype
+    fits = q.dim() == k.dim() == 4 and cos.dtype == sin.dtype == q.dtype == k.dtype and cos.shape == sin.shape
+    fits = fits and cos.shape in ((len(q), q.shape[2], width), (1, q.shape[2], width))
     fits = fits and cos.is_contiguous() and sin.is_contiguous() and q.stride(-1) == k.stride(-1) == 1
     if not fits or args or kwargs:
         return plain(q, k, cos, sin, *args, **kwargs)
@@ -368,18 +386,21 @@ def rotates_halves(plain, base, trained):
     def turned_by(rotate):
         return lambda x: torch.cat(rotate(x[:, :4], x[:, 4:], cos, sin), 1)
 
-    try:
-        return computes_alike(
-            turned_by(partial(fused_rotation, plain)), turned_by(plain), torch.cat([q, k], 1), trained
-        )
-    except Exception:  # noqa: BLE001  a function of the same name with other arguments
-        return False
+    return computes_alike(turned_by(partial(fused_rotation, plain)), turned_by(plain), torch.cat([q, k], 1), trained)
 
 
 # ---- Trying ----------------------------------------------------------------------------------------------------------
 def computes_alike(function, wanted_function, x, trained):
-    """Whether two functions give the same for x, and the same gradient of x where it is trained, but for rounding."""
-    found, wanted = results(function, x, trained), results(wanted_function, x, trained)
+    """Whether two functions give the same for x, and the same gradient of x where it is trained, but for rounding.
+
+    One that takes other arguments, or is no function of its input, does not.
+    """
+    try:
+        found, wanted = results(function, x, trained), results(wanted_function, x, trained)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001  a module or a function of the same name that takes other arguments
+        return False
     return all(
         one.dtype == other.dtype and bool((one - other).abs().max() <= 0.02 * other.abs().max())
         for one, other in zip(found, wanted, strict=True)

@@ -68,6 +68,7 @@ def test_a_planned_kernel_that_does_not_serve_is_left_out():
     assert runner.plan.max_pass_tokens == 64  # what a block mask allows a layer of width 32
 
 
+# ---- Compiled and recorded passes ------------------------------------------------------------------------------------
 def compile_to(monkeypatch, factor=1.0):
     """Let torch.compile return the layer's own forward, whose output is multiplied; returns a list of its calls."""
     calls = []
