@@ -1,7 +1,7 @@
 """Blocks: norms, gates and rotations that compute in one kernel each, forward and backward, where that is the same.
 
-Whether it is the same is tried for each kind of module; any other keeps its own forward. Weights of norms are frozen,
-so that no gradient is theirs. It gains what compiling the layers would, from the first step on.
+Whether it is the same is tried for each kind of module; any other keeps its own forward, as does a norm whose weight is
+trained. It gains about what compiling the layers would, from the first step on.
 """
 
 import copy
@@ -201,7 +201,7 @@ class KeepLittle(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self):
-        # an output that were kept as it is would know its node of the graph, and neither would ever go
+        # detached, since an output and the node of the graph that keeps it would hold each other in memory for ever
         super().__init__(
             lambda tensor: recipes.get(tensor) or tensor.detach(), lambda kept: kept() if callable(kept) else kept
         )
@@ -393,7 +393,7 @@ def rotates_halves(plain, base, trained):
 def computes_alike(function, wanted_function, x, trained):
     """Whether two functions give the same for x, and the same gradient of x where it is trained, but for rounding.
 
-    One that takes other arguments, or is no function of its input, does not.
+    One that fails, as with other arguments than x, does not.
     """
     try:
         found, wanted = results(function, x, trained), results(wanted_function, x, trained)

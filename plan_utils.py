@@ -530,9 +530,10 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, lean, recorded,
     It counts the weights; the adapter in float32 with its gradients, AdamW's two moments (a byte each in 8 bits) and
     the copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing each
     layer's input and one layer whole; the largest weight dequantized; and a chunk of logits, or all of them where the
-    loss is not fused with the output layer. peft's DoRA computes in float32, keeps more of each output, keeps each
-    weight dequantized where there is dropout, and multiplies with unit matrices. The allocator rounds up and leaves
-    gaps.
+    loss is not fused with the output layer. lean: whether outputs of norms and gates are computed again in the backward
+    pass, as compiled layers and engine_blocks do, and not kept. peft's DoRA computes in float32, keeps more of each
+    output, keeps each weight dequantized where there is dropout, and multiplies with unit matrices. The allocator
+    rounds up and leaves gaps.
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
