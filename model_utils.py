@@ -57,7 +57,7 @@ from prompt_utils import (
     set_thinking,
 )
 from run_utils import MERGE_RECORD, RUN_RECORD, TRAINER_STATE
-from settings_utils import DEFAULTS, Settings, check_settings, make_settings
+from settings_utils import DEFAULTS, make_settings, settings_of_record
 
 try:
     import resource
@@ -532,8 +532,7 @@ def read_training(folder):
     """(the settings that an adapter was trained with, what run.json holds of its run); None and {} where unknown."""
     files = [Path(folder) / SETTINGS_FILE, Path(folder) / RUN_RECORD]
     recorded, record = (read_json_if_any(file, "the adapter's record") for file in files)
-    known = {name: value for name, value in recorded.items() if name in DEFAULTS}
-    return check_settings(Settings(**(DEFAULTS | known))) if known else None, record
+    return settings_of_record(recorded) if DEFAULTS.keys() & recorded else None, record
 
 
 def write_recorded_settings(adapter_path, settings):

@@ -129,6 +129,9 @@ CHOICES = {
 # All settings, be config.py as it may
 KNOWN = {*RANGES, *SWITCHES, *CHOICES, *REQUIRED_TEXTS, *OPTIONAL_TEXTS, "dataset_columns"}
 
+# Values that earlier versions recorded beside an adapter and that are none any more, and what stands for them now
+FORMER_VALUES = {("torch_compile", "auto"): False}
+
 # What config.py ships with of the settings that CPU_DEMO replaces: another value was set by the user, and wins over it
 SHIPPED = {
     "base_model_name": "mistralai/Mistral-7B-v0.1",
@@ -422,6 +425,19 @@ def check_settings(settings):
     for name, value in settings._asdict().items():
         check_value(name, value, f"--{name}")
     return settings
+
+
+def settings_of_record(recorded):
+    """The Settings of an adapter's record, {name: value}, also of an earlier version's; defaults stand for the others.
+
+    Raises UserError for a value of another type or out of its range.
+    """
+    known = {name: value for name, value in recorded.items() if name in DEFAULTS}
+    for name, value in known.items():
+        if isinstance(value, str):
+            known[name] = value = FORMER_VALUES.get((name, value), value)
+        check_value(name, value, f"the adapter's settings.json: {name}")
+    return Settings(**(DEFAULTS | known))
 
 
 def check_value(name, value, shown):

@@ -13,7 +13,7 @@ import pytest
 import evaluate
 import merge
 import model_utils
-from conftest import PROJECT, TINY_BASE
+from conftest import PROJECT, TINY_BASE, refusal
 from export_utils import hub_id, ollama_template, write_adapter_card, write_merged_card, write_modelfile
 from message_utils import UserError
 from model_utils import Merge, load_tokenizer, read_training, tuned_and_base
@@ -210,6 +210,14 @@ def test_merge_py_reads_the_settings_that_it_offers(undisturbed, tmp_path, monke
         ]
     )
     assert set(USED_SETTINGS["merge.py"]) <= read | {"output_dir"}
+
+
+def test_what_an_earlier_version_recorded_is_read_and_what_no_version_did_is_named(tmp_path):
+    (tmp_path / "settings.json").write_text('{"torch_compile": "auto", "lora_r": 4}')
+    settings, _ = read_training(tmp_path)
+    assert (settings.torch_compile, settings.lora_r) == (False, 4)
+    (tmp_path / "settings.json").write_text('{"torch_compile": "maybe"}')
+    assert "the adapter's settings.json: torch_compile is 'maybe'" in refusal(read_training, tmp_path)
 
 
 def test_merge_py_scores_on_no_row_that_was_trained_on(undisturbed, tmp_path, capsys):
