@@ -3,7 +3,8 @@
 import contextlib
 import inspect
 import math
-from functools import partial
+from functools import lru_cache, partial
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ except ImportError:  # a CPU build of PyTorch, Windows or macOS
 
 
 GRAPH_TOKENS = 128  # recorded passes have a multiple of this many tokens; GPUs multiply in tiles of so many rows
+PASS_TOKENS = 320  # a pass takes the time of so many tokens more than it has, as measured at 7B's shape on an H200
+LAST_PASSES = 3  # of a step: those whose lengths are chosen from all combinations
 
 
 # ---- Rows laid end to end --------------------------------------------------------------------------------------------
@@ -46,9 +49,57 @@ def pack_rows(lengths, max_tokens):
     return passes
 
 
-def cut_into_passes(rows, max_tokens):
-    """pack_rows of rows themselves: lists of their indices, one for each pass."""
-    return pack_rows([len(row["input_ids"]) for row in rows], max_tokens)
+def fit_rows(lengths, sizes):
+    """Lay rows into passes of these sizes, in tokens; returns lists of indices, or None where some row finds no room.
+
+    Best-fit decreasing.
+    """
+    passes, room = [[] for _ in sizes], list(sizes)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [number for number, free in enumerate(room) if lengths[index] <= free]
+        if not fitting:
+            return None
+        chosen = min(fitting, key=room.__getitem__)
+        passes[chosen].append(index)
+        room[chosen] -= lengths[index]
+    return [group for group in passes if group]
+
+
+def cost_of(sizes):
+    """The time that passes of these sizes take together, in tokens."""
+    return sum(sizes) + PASS_TOKENS * len(sizes)
+
+
+@lru_cache
+def combinations_of(sizes):
+    """All that the last passes of a step may be: tuples of sizes, the cheapest first."""
+    found = [some for count in range(1, LAST_PASSES + 1) for some in combinations_with_replacement(sizes[::-1], count)]
+    return sorted(found, key=cost_of)
+
+
+def cut_step(lengths, max_tokens, sizes=()):
+    """pack_rows, or the cheapest passes that are found where they are filled up to one of these sizes.
+
+    sizes: in tokens, a tuple in ascending order, none larger than max_tokens.
+    """
+    usual = pack_rows(lengths, max_tokens)
+    if not sizes or max(lengths) > sizes[-1]:
+        return usual
+    tokens = sum(lengths)
+    usual_cost = cost_of([recorded_tokens(sum(lengths[index] for index in group), sizes) for group in usual])
+    whole = (sizes[-1],) * max(0, math.ceil(tokens / sizes[-1]) - LAST_PASSES)
+    for last in combinations_of(sizes):
+        filled = whole + last
+        if cost_of(filled) >= usual_cost:
+            break
+        if sum(filled) >= tokens and (found := fit_rows(lengths, filled)):
+            return found
+    return usual
+
+
+def cut_into_passes(rows, max_tokens, sizes=()):
+    """cut_step of rows themselves: lists of their indices, one for each pass."""
+    return cut_step([len(row["input_ids"]) for row in rows], max_tokens, sizes)
 
 
 def build_pass(rows):

@@ -9,7 +9,7 @@ import math
 import time
 import weakref
 from collections import namedtuple
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 
@@ -29,6 +29,7 @@ from engine_passes import (
     block_mask_tokens,
     build_pass,
     chosen_attention,
+    cost_of,
     count_tokens,
     count_trained_tokens,
     cut_into_passes,
@@ -212,11 +213,18 @@ def planned_length(plan, count):
     Of those, the memory ran out with the ones that are longer than passes may be; only a row that is longer itself, and
     is a pass of its own, is served by them.
     """
+    lengths = plan.lengths if count > recorded_tokens(plan.max_pass_tokens) else lengths_in_use(plan)
+    return recorded_tokens(count, lengths)
+
+
+def lengths_in_use(plan):
+    """The plan's lengths of recorded passes but those that the memory ran out with; () where none is recorded."""
     longest = recorded_tokens(plan.max_pass_tokens)
-    return recorded_tokens(count, [length for length in plan.lengths if length <= longest or count > longest])
+    return tuple(length for length in plan.lengths if length <= longest) if plan.recorded else ()
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
+HOST_SHARE = 0.7  # of a pass's time on the GPU that the host may take to launch it, without the GPU waiting
 # the tokens of the longest pass, the seconds that it takes, and those that recording one more length takes
 Rehearsal = namedtuple("Rehearsal", "tokens seconds recording_seconds")
 
@@ -378,7 +386,7 @@ class StepRunner:
     def _run_passes(self, rows, scale, passes=0):
         self.begin()
         loss = torch.zeros((), device=self.base.device)
-        groups = cut_into_passes(rows, self.plan.max_pass_tokens)
+        groups = cut_into_passes(rows, self.plan.max_pass_tokens, lengths_in_use(self.plan))
         for indices in groups:
             loss += self.run_pass([rows[index] for index in indices], scale)
         for _ in range(passes - len(groups)):
@@ -540,26 +548,58 @@ class StepRunner:
             torch.cuda.empty_cache()
 
     # ---- Before the first step ----
-    def rehearse(self, longest, typical):
+    def rehearse(self, longest, usual, recorded=None):
         """Compute the longest pass that these rows ask for, and leave no trace; returns what it takes, a Rehearsal.
 
-        longest: the longest rows, as many as a step has. typical: rows of usual length, by whose gradients compiled
-        layers and recorded passes are compared with plain ones.
+        longest: the longest rows, as many as a step has. usual: the rows of a step. By the gradients of two of them
+        compiled layers and recorded passes are compared with plain ones. recorded: whether a run that goes on had
+        recorded its passes; None: what is faster.
         """
         cuda = self.base.device.type == "cuda"
         if cuda:
             torch.cuda.empty_cache()  # what loading left
+        if recorded is False:
+            self._record_nothing()
         with torch.random.fork_rng([self.base.device] if cuda else []):
             tokens, seconds = self._rehearse_longest(longest)
-            if (self.plan.compiled or self.plan.recorded) and not self._computes_as_plain_passes(typical):
+            tried = self.plan.compiled or self.plan.recorded
+            if tried and not self._computes_as_plain_passes(usual[:2]):
                 what = "Compiled layers" if self.plan.compiled else "Recorded passes"
                 say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
-                self.lower(compiled=False, recorded=False, scores_recorded=False)
-                self.release()
+                self.lower(compiled=False)
+                self._record_nothing()
+                tokens, seconds = self._rehearse_longest(longest)
+            elif self.plan.recorded and recorded is None and self._is_launched_in_time(usual, tokens, seconds):
+                self._record_nothing()
                 tokens, seconds = self._rehearse_longest(longest)
         self.release_gradients()
-        # recorded last was the length of the typical rows, for which nothing had to be compiled or loaded any more
+        # recorded last was the length of two usual rows, for which nothing had to be compiled or loaded any more
         return Rehearsal(tokens, seconds, self.recording_seconds)
+
+    def _record_nothing(self):
+        self.lower(recorded=False, scores_recorded=False)
+        self.release()
+
+    def _is_launched_in_time(self, usual, tokens, seconds):
+        """Whether the host launches plain passes faster than the GPU computes them, so that recording gains nothing.
+
+        usual: the rows of a step. tokens, seconds: of the longest recorded pass. What two rows take is the host's time,
+        or more than that, since they give the GPU little to compute.
+        """
+        sizes, two = lengths_in_use(self.plan), usual[:2]
+        passes = cut_into_passes(usual, self.plan.max_pass_tokens)
+        usual_cost = cost_of([count_tokens([usual[index] for index in group]) for group in passes]) / len(passes)
+        computing = seconds * usual_cost / cost_of([recorded_tokens(tokens, sizes)])
+        with self._plainly():
+            started = time.perf_counter()
+            self.forward_backward(two, 1e-4).item()
+            launching = (time.perf_counter() - started) / len(cut_into_passes(two, self.plan.max_pass_tokens))
+        if in_time := launching < HOST_SHARE * computing:
+            say(
+                f"Passes are not recorded, since the host launches one in {launching:.2f} s and the GPU computes for"
+                f" {computing:.2f} s"
+            )
+        return in_time
 
     def _rehearse_longest(self, rows):
         """The tokens of the longest pass, and the seconds that it takes once nothing is left to be made ready."""
@@ -600,11 +640,18 @@ class StepRunner:
             # compared on the host, since two more copies of the gradients would add to the peak of the memory
             return torch.cat([parameter.grad.cpu().flatten() for parameter in self.parameters])
 
-        found, used = gradient(), self.plan
-        self.lower(compiled=False, recorded=False)
-        expected = gradient()
-        self.lower(compiled=used.compiled, recorded=used.recorded)
+        found = gradient()
+        with self._plainly():
+            expected = gradient()
         return bool(torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected))  # nan: no
+
+    @contextmanager
+    def _plainly(self):
+        """Neither compiled layers nor recorded passes inside."""
+        used = self.plan
+        self.lower(compiled=False, recorded=False)
+        yield
+        self.lower(compiled=used.compiled, recorded=used.recorded)
 
     # ---- Scores and clipping ----
     def score(self, rows, before_pass=lambda: None, max_pass_tokens=None, what="Evaluating", passes=0):

@@ -16,13 +16,16 @@ from engine_blocks import has_blocks
 from engine_lora import all_plain, triton
 from engine_passes import (
     GRAPH_TOKENS,
+    LAST_PASSES,
+    PASS_TOKENS,
     PLAIN,
     Kernels,
     LinearCrossEntropy,
     block_mask_tokens,
+    cost_of,
+    cut_step,
     decoder_layers,
     own_dropout,
-    pack_rows,
     recorded_tokens,
     transformers_model,
 )
@@ -34,6 +37,7 @@ PASSES_WORTH_RECORDING = 20
 # What recording a pass costs in tokens that could be trained meanwhile, measured on an H100 whose host is slow
 LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
 GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
+MOST_CANDIDATES = 32  # among which the lengths of recorded passes are chosen
 # Passes of more hidden values fill a GPU no better, where nothing is done but once a pass
 ENOUGH_TOKENS, ENOUGH_VALUES = 4096, 4096 * 4096
 ALLOCATOR = 1.06  # PyTorch reserves so much more than its tensors take, as measured on an H200
@@ -46,12 +50,6 @@ def row_lengths(rows):
     if isinstance(rows, list):
         return np.array([len(row["input_ids"]) for row in rows])
     return rows.index["length"]
-
-
-def typical_rows(rows, count):
-    """`count` rows of usual length: from the median length upwards."""
-    order = np.argsort(row_lengths(rows), kind="stable")
-    return [rows[int(index)] for index in order[len(order) // 2 :][:count]]
 
 
 def longest_rows(rows, count):
@@ -86,32 +84,54 @@ def count_passes(rows, settings, max_pass_tokens, processes=1):
     return count_steps(len(rows), settings, processes) * passes
 
 
-def draw_passes(rows, plan, steps):
-    """The tokens of the passes of steps whose rows are drawn at random, (passes,), and how many steps were drawn.
+def draw_steps(rows, rows_a_step, steps):
+    """The lengths of the rows of steps that are drawn at random, a list for each step.
 
-    No more than the run has, nor than take long to cut into passes.
+    No more steps than the run has, nor than take long to cut into passes.
     """
     lengths, generator = row_lengths(rows), np.random.default_rng(0)
-    rows_a_step = min(plan.rows_a_step, len(lengths))
+    rows_a_step = min(rows_a_step, len(lengths))
     count = min(steps, max(50, 16_000 // rows_a_step))
-    drawn = [generator.choice(lengths, rows_a_step, replace=False) for _ in range(count)]
-    groups = ((step, group) for step in drawn for group in pack_rows(step.tolist(), plan.max_pass_tokens))
-    return np.array([int(step[group].sum()) for step, group in groups]), count
+    return [generator.choice(lengths, rows_a_step, replace=False).tolist() for _ in range(count)]
 
 
-def choose_lengths(passes, price):
-    """Lengths to which passes are filled up, so that they, and `price` for each length, make the fewest tokens in all.
+def filled_tokens(steps, lengths):
+    """The fewest tokens in all, PASS_TOKENS for each pass counted in, to which steps are filled up by such passes.
 
-    passes: the tokens of each, (passes,). Lengths are multiples of GRAPH_TOKENS; the last one serves the longest pass.
+    steps: the tokens of each, (steps,), which are taken to fit into any passes that hold so many.
     """
-    candidates, counts = np.unique(-(-passes // GRAPH_TOKENS) * GRAPH_TOKENS, return_counts=True)
-    up_to = np.concatenate([[0], counts.cumsum()])  # how many passes the first candidates serve
-    fewest, chosen = [0.0], [()]
-    for end, length in enumerate(candidates.tolist(), start=1):
-        begin = int(np.argmin(fewest - up_to[:end] * length))
-        fewest.append(fewest[begin] + int(up_to[end] - up_to[begin]) * length + price)
-        chosen.append((*chosen[begin], length))
-    return chosen[-1]
+    sizes = np.array([0, *lengths])
+    sums, times = sizes, sizes + PASS_TOKENS * (sizes > 0)
+    for _ in range(LAST_PASSES - 1):  # of all combinations of that many passes, or fewer
+        sums, times = np.add.outer(sums, sizes), np.add.outer(times, sizes + PASS_TOKENS * (sizes > 0))
+    order = np.argsort(sums, axis=None)
+    sums, times = sums.ravel()[order], times.ravel()[order]
+    fewest = np.minimum.accumulate(times[::-1])[::-1]  # of those that hold as much, or more
+    whole = np.maximum(0, -(-steps // sizes.max()) - LAST_PASSES)
+    return (whole * (sizes.max() + PASS_TOKENS) + fewest[np.searchsorted(sums, steps - whole * sizes.max())]).sum()
+
+
+def choose_lengths(steps, longest_row, longest_pass, price):
+    """Lengths of recorded passes, ascending, so that steps filled up by them, and `price` for each, are few tokens.
+
+    steps: the tokens of each, (steps,). One length holds the longest row. Lengths are added or exchanged for as long as
+    that gains something.
+    """
+    spacing = GRAPH_TOKENS * math.ceil(longest_pass / (MOST_CANDIDATES * GRAPH_TOKENS))
+    last = recorded_tokens(longest_pass)
+    candidates = [*range(spacing, last, spacing), last]
+
+    def tokens(lengths):
+        return filled_tokens(steps, lengths) + price * len(lengths) if max(lengths) >= longest_row else math.inf
+
+    chosen = (last,)
+    while True:
+        others = [(*chosen, more) for more in candidates]
+        others += [(*set(chosen) - {old}, new) for old in chosen for new in candidates]
+        best = min((tuple(sorted(set(lengths))) for lengths in others), key=tokens)
+        if tokens(best) >= tokens(chosen):
+            return chosen
+        chosen = best
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -195,7 +215,8 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         return plan
     # in the memory of recorded passes there is room for those that are only scored
     plan = plan_recorded_scores(plan, held_out, settings.eval_rows, count_rounds(steps, settings.eval_steps))
-    return plan._replace(lengths=plan_lengths(plan, shapes, rows, steps))
+    lengths = plan_lengths(plan, shapes, rows, steps)
+    return plan._replace(lengths=lengths, max_pass_tokens=lengths[-1])
 
 
 def plan_recorded_scores(plan, rows, most=0, times=1):
@@ -207,15 +228,16 @@ def plan_recorded_scores(plan, rows, most=0, times=1):
 
 
 def plan_lengths(plan, shapes, rows, steps):
-    """The lengths of recorded passes of a run of so many steps; the last one serves its longest pass.
+    """The lengths of recorded passes of a run of so many steps; the last one is what a pass holds at most.
 
     What recording costs is the same whenever it is asked, so that a run that goes on computes as it did before.
     """
     seconds = len(decoder_layers(shapes)) * (CHECKPOINTED_LAYER_SECONDS if plan.checkpointing else LAYER_SECONDS)
     operations = (6 if plan.checkpointing else 4) * count_parameters(shapes)[0]
     price = seconds * min(GPU_OPERATIONS / operations, GPU_TOKENS)
-    passes, drawn = draw_passes(rows, plan, steps)
-    return choose_lengths(np.append(passes, longest_tokens(plan, rows)), price * drawn / steps)
+    drawn = draw_steps(rows, plan.rows_a_step, steps)
+    totals = np.array([sum(step) for step in drawn])
+    return choose_lengths(totals, row_lengths(rows).max(), longest_tokens(plan, rows), price * len(drawn) / steps)
 
 
 def longest_tokens(plan, rows):
@@ -423,10 +445,11 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     tokens = steps * tokens_a_step(rows, plan.rows_a_step, processes)
     if not plan.recorded:
         return tokens / rehearsal.tokens * rehearsal.seconds
-    passes, _ = draw_passes(rows, plan, steps)
-    filled = [recorded_tokens(size, plan.lengths) for size in passes.tolist()]
+    drawn = draw_steps(rows, plan.rows_a_step, steps)
+    cut = [(step, group) for step in drawn for group in cut_step(step, plan.max_pass_tokens, plan.lengths)]
+    filled = [recorded_tokens(sum(step[index] for index in group), plan.lengths) for step, group in cut]
     longest = recorded_tokens(rehearsal.tokens, plan.lengths)
-    training = tokens * sum(filled) / sum(passes) / longest * rehearsal.seconds
+    training = tokens * cost_of(filled) / sum(map(sum, drawn)) / cost_of([longest]) * rehearsal.seconds
     return training + len(set(filled) - {longest}) * rehearsal.recording_seconds
 
 

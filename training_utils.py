@@ -27,7 +27,6 @@ from plan_utils import (
     expected_seconds,
     longest_rows,
     row_lengths,
-    typical_rows,
 )
 from process_utils import StopSignals, from_first_process
 from progress_utils import progress
@@ -157,7 +156,9 @@ class LoraTrainer(Trainer):
         done = self.state.global_step
         steps = self.times.steps - done
         with progress("Rehearsing"):
-            rehearsal = self.runner.rehearse(longest_rows(rows, rows_a_step), typical_rows(rows, 2))
+            rehearsal = self.runner.rehearse(
+                longest_rows(rows, rows_a_step), self._usual_step(), self._recorded_before()
+            )
             peak = measured_peak(self.args.device)
             say(
                 f"Rehearsal: the longest pass, {rehearsal.tokens:,} tokens, takes {rehearsal.seconds:.2f} s and"
@@ -166,7 +167,7 @@ class LoraTrainer(Trainer):
             seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, processes)
             if not self.runner.plan.recorded:
                 enough = min(SHARE_REHEARSED * seconds, LONGEST_REHEARSAL)
-                tokens, taken = self.runner.time_passes(self._typical_step(), enough)
+                tokens, taken = self.runner.time_passes(self._usual_step(), enough)
                 rehearsal = rehearsal._replace(tokens=tokens, seconds=taken)
                 seconds = expected_seconds(self.runner.plan, rehearsal, rows, steps, processes)
             self.runner.lower(expected_seconds=seconds)
@@ -174,6 +175,11 @@ class LoraTrainer(Trainer):
             if max(gather_object([self._rough_seconds()])) >= SHORT_RUN:
                 self._rehearse_rounds(scratch)
         say(self.times.describe(done, *self._round()))
+
+    def _recorded_before(self):
+        """Whether the run that goes on had recorded its passes, which decides the last digits; None of a new run."""
+        resumption = self.checkpoints and self.checkpoints.resumption
+        return resumption.progress.get("passes_recorded") if resumption else None
 
     def _processes(self):
         return self.accelerator.num_processes
@@ -186,7 +192,7 @@ class LoraTrainer(Trainer):
         rounds = max(1, count_rounds(self.times.steps, self.times.eval_steps, self.state.global_step))
         return step * (self.times.steps - self.state.global_step) + rounds * scored / tokens * step / 3
 
-    def _typical_step(self):
+    def _usual_step(self):
         """The rows of a step, drawn at random."""
         rows, count = self.train_dataset, self.args.per_device_train_batch_size
         chosen = np.random.default_rng(0).choice(len(rows), min(count, len(rows)), replace=False)
@@ -401,6 +407,7 @@ class LoraTrainer(Trainer):
             "loss_since_log": loss,
             "last_logged_step": self._globalstep_last_logged,
             "evaluation_due": self.evaluation_due,
+            "passes_recorded": self.runner.plan.recorded,
         }
         started = time.perf_counter()
         with progress("Saving"), self.checkpoints.save(self.state, self.control.should_training_stop, record):

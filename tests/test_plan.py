@@ -1,6 +1,7 @@
 """The plan: memory expected before a model is loaded, and what is decided by it."""
 
-from itertools import combinations
+import math
+from itertools import chain, combinations, combinations_with_replacement
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 import model_utils
 import plan_utils
 from conftest import refusal, small_run
-from engine_passes import Kernels
+from engine_passes import PASS_TOKENS, Kernels, cost_of
 from message_utils import UserError
 from model_utils import GIB, attach_lora, count_parameters, grow_gpu_memory
 from plan_utils import (
@@ -20,10 +21,10 @@ from plan_utils import (
     count_passes,
     dequantized_bytes,
     expected_peak,
+    filled_tokens,
     longest_rows,
     plan_steps,
     tokens_a_step,
-    typical_rows,
     weight_bytes,
 )
 from settings_utils import DEFAULTS, Settings
@@ -268,7 +269,7 @@ def test_checkpoints_wait_on_the_host_where_smaller_passes_do_not_fit_either(sev
         return plan(seven_billion, free=free, num_epochs=60, **rows)
 
     whole, fewer, offloaded = found(512, 64, 40), found(512, 64, 14), found(32768, 1, 16)
-    assert (whole.max_pass_tokens, whole.offloaded) == (64 * 512, False)
+    assert (whole.max_pass_tokens, whole.offloaded) == (40 * 512, False)
     assert (fewer.max_pass_tokens, fewer.offloaded, fewer.recorded) == (plan_utils.ENOUGH_TOKENS, False, True)
     assert (offloaded.offloaded, offloaded.recorded, offloaded.blocks) == (True, False, True)
     assert "; the 7.5 GiB that it keeps wait in the host's memory, which is slower" in capsys.readouterr().err
@@ -348,25 +349,38 @@ def test_a_step_has_the_tokens_of_its_rows():
 
 
 def test_passes_are_filled_up_to_few_lengths_where_recording_costs_much():
-    passes = np.array([300, 500, 520, 1000, 1010, 2000])
-    assert choose_lengths(passes, price=0) == (384, 512, 640, 1024, 2048)
-    assert choose_lengths(passes, price=1e6) == (2048,)
-    assert choose_lengths(passes, price=2000) == (1024, 2048)  # 640 as well would save three passes 384 tokens each
+    steps = np.array([1280, 1792, 2304, 2816] * 5)
+
+    def chosen(price):
+        return choose_lengths(steps, longest_row=512, longest_pass=2048, price=price)
+
+    assert filled_tokens(steps, chosen(0)) == steps.sum() + 30 * PASS_TOKENS  # nothing is filled up
+    assert len(chosen(0)) > len(chosen(2000)) > len(chosen(1e5)) == 1
 
 
-def test_no_other_lengths_of_pass_would_be_fewer_tokens():
+def cheapest_by_trying(tokens, lengths):
+    """Of all passes of these lengths that together hold so many tokens, the cost of the cheapest."""
+    most = math.ceil(tokens / min(lengths))
+    every = chain.from_iterable(combinations_with_replacement(lengths, count) for count in range(1, most + 1))
+    return min(cost_of(some) for some in every if sum(some) >= tokens)
+
+
+def test_steps_are_filled_up_to_the_cheapest_passes_of_given_lengths():
+    for lengths in ((512,), (384, 1024), (640, 896, 1024)):
+        steps = np.arange(100, 3000, 190)
+        assert filled_tokens(steps, lengths) == sum(cheapest_by_trying(step, lengths) for step in steps.tolist())
+
+
+def test_hardly_any_other_lengths_of_pass_would_be_fewer_tokens():
     draw = np.random.default_rng(3)
     for price in (0, 300, 2000, 20_000):
-        passes = draw.integers(1, 2000, 30)
-        candidates = sorted({int(-(-size // 128) * 128) for size in passes})
-
-        def tokens(lengths, passes=passes, price=price):
-            return sum(min(length for length in lengths if length >= size) for size in passes) + price * len(lengths)
-
-        every = [
-            (*some, candidates[-1]) for count in range(len(candidates)) for some in combinations(candidates[:-1], count)
-        ]
-        assert tokens(choose_lengths(passes, price)) == min(map(tokens, every))
+        steps = draw.normal(1500, 250, 30).astype(int)
+        candidates = range(128, 1152, 128)
+        every = [some for count in range(1, 9) for some in combinations(candidates, count) if some[-1] >= 500]
+        fewest = min(filled_tokens(steps, some) + price * len(some) for some in every)
+        chosen = choose_lengths(steps, longest_row=500, longest_pass=1024, price=price)
+        assert chosen[-1] >= 500
+        assert filled_tokens(steps, chosen) + price * len(chosen) <= 1.01 * fewest
 
 
 def test_a_run_records_the_more_lengths_the_longer_it_is_and_its_longest_pass(seven_billion):
@@ -374,7 +388,8 @@ def test_a_run_records_the_more_lengths_the_longer_it_is_and_its_longest_pass(se
     short = plan(seven_billion, rows, torch_compile=True).lengths
     assert short == plan(seven_billion, rows, torch_compile=True).lengths  # a run that goes on meets the same
     assert len(short) < len(plan(seven_billion, rows, torch_compile=True, num_epochs=50).lengths) <= 16
-    assert short[-1] == 2048
+    assert short[-1] <= 2048
+    assert plan(seven_billion, rows, torch_compile=True).max_pass_tokens == short[-1]
     assert plan(seven_billion, rows, max_steps=2).lengths == ()
 
 
@@ -389,8 +404,6 @@ def test_passes_hold_what_fills_a_gpu_where_no_pass_dequantizes(seven_billion):
 def test_the_longest_rows_come_first_whatever_holds_them():
     rows = rows_of(3, 9, 5, 9)
     assert [row["row"] for row in longest_rows(rows, 3)] == [1, 3, 2]
-    assert [row["row"] for row in typical_rows(rows, 1)] == [1]
-    assert [row["row"] for row in typical_rows(rows_of(8, 1, 5), 2)] == [2, 0]
 
     class OnDisk:
         """As TokenizedRows, whose lengths are known without reading the rows."""

@@ -1,5 +1,6 @@
 """The runner carries out a plan, lowers it where it must, and leaves the model as it was."""
 
+import time
 from functools import partial
 from itertools import pairwise
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from conftest import refusal
-from engine_passes import Kernels, decoder_layers, mean_loss, recorded_tokens, score_rows, transformers_model
+from engine_passes import (
+    Kernels,
+    decoder_layers,
+    mean_loss,
+    pass_losses,
+    recorded_tokens,
+    score_rows,
+    transformers_model,
+)
 from engine_runner import StepRunner, fill_up, planned_length
 from plan_utils import StepPlan
 from tiny import (
@@ -27,7 +36,7 @@ LONG = StepPlan(max_pass_tokens=1000)
 
 # ---- Everything is taken back ----------------------------------------------------------------------------------------
 def test_a_row_longer_than_passes_may_be_is_recorded_in_a_planned_length_and_lengths_that_did_not_fit_are_not_used():
-    plan = StepPlan(max_pass_tokens=4096, lengths=(1024, 4096, 6144, 8192))
+    plan = StepPlan(max_pass_tokens=4096, lengths=(1024, 4096, 6144, 8192), recorded=True)
     assert [planned_length(plan, count) for count in (1000, 1025, 4096, 5000, 6145)] == [1024, 4096, 4096, 6144, 8192]
     lowered = plan._replace(max_pass_tokens=2000)  # memory ran out with passes of 4,096
     assert [planned_length(lowered, count) for count in (1000, 1025, 1900)] == [
@@ -210,6 +219,39 @@ def test_the_rehearsal_tells_the_longest_pass_and_leaves_no_trace():
     assert rehearsal.seconds > 0
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name])
+
+
+def record_slowly(monkeypatch, seconds):
+    """Let a CPU record passes, which then take so many seconds a token, and their launching nothing."""
+
+    def replay(self, rows, scale):
+        time.sleep(seconds * sum(len(row["input_ids"]) for row in rows))
+        losses, _ = pass_losses(self.model, rows, self.plan.kernels)
+        loss = losses.sum() * scale
+        loss.backward()
+        return loss.detach()
+
+    monkeypatch.setattr(StepRunner, "_replay", replay)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "before", "recorded"),
+    [(0.02, None, False), (0.0, None, True), (0.02, True, True), (0.0, False, False)],
+)
+def test_passes_are_recorded_where_the_gpu_would_wait_or_the_run_had_recorded_them(
+    seconds, before, recorded, monkeypatch, capsys
+):
+    record_slowly(monkeypatch, seconds)
+    model, rows = make_model(), make_rows()
+    expected, runner = reference_gradients(model, rows), StepRunner(model, LONG)
+    runner.lower(recorded=True)
+    runner.rehearse(rows, rows, before)
+    assert runner.plan.recorded is recorded
+    assert ("Passes are not recorded, since the host launches one in" in capsys.readouterr().err) is (
+        before is None and not recorded
+    )
+    runner.step(rows)
+    assert_same(gradients(model), expected)
 
 
 # ---- Recorded passes -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 import plan_utils
 import training_utils
 from conftest import refusal
-from engine_passes import score_rows
+from engine_passes import cost_of, score_rows
 from engine_runner import Rehearsal
 from engine_shards import ShardEngine
 from plan_utils import StepPlan, count_steps
@@ -139,7 +139,8 @@ def test_the_expected_time_counts_the_lengths_of_pass_that_will_be_recorded():
     plan = StepPlan(rows_a_step=1, max_pass_tokens=512, recorded=True, lengths=(256, 512))
     rehearsal = Rehearsal(300, 10.0, 90.0)  # of a pass that is filled up to 512 tokens
     seconds = plan_utils.expected_seconds(plan, rehearsal, make_rows((20,) * 8), steps=8)
-    assert seconds == pytest.approx(8 * 5 + 90)  # eight passes of 256 tokens, and what the first of them takes more
+    of_256 = 10 * cost_of([256]) / cost_of([512])
+    assert seconds == pytest.approx(8 * of_256 + 90)  # eight passes, and what the first of them takes more
 
 
 @pytest.mark.parametrize(("wish", "shards"), [(False, None), (True, ShardEngine("FSDP2", 2, None))])
