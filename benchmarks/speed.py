@@ -326,6 +326,7 @@ def measure(options):
 def plan_of(plan):
     """What a result says of the plan that was in force at its end."""
     return {
+        "recorded": plan.recorded,
         "dequantized": plan.dequantized,
         "offloaded": plan.offloaded,
         "lengths": plan.lengths,
