@@ -9,10 +9,11 @@ import numpy as np
 import psutil
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch._dynamo.exc import TorchDynamoException
 
 from checkpoint_utils import output_bytes
-from engine_blocks import has_blocks
+from engine_blocks import activation, has_blocks
 from engine_lora import all_plain, triton
 from engine_passes import (
     GRAPH_TOKENS,
@@ -547,16 +548,47 @@ def dora_shapes(model):
     return outputs, weights, max((shape[1] for shape in shapes), default=0)
 
 
+def expert_values(model):
+    """How many numbers the experts chosen for a token keep of it in a layer, and the width within the MLPs beside them.
+
+    (0, None) for a model without experts. transformers stacks the weights of all experts of a layer in one module,
+    which engine_blocks leaves as it is.
+    """
+    base = transformers_model(model)
+    config = base.config.get_text_config()
+    mixtures = [
+        (layer, module)
+        for layer in decoder_layers(base)
+        for module in layer.modules()
+        if isinstance(getattr(module, "down_proj", None), torch.nn.Parameter)
+    ]
+    if not mixtures:
+        return 0, None
+    layer, experts = mixtures[-1]  # the first layers of some models have none
+    width = experts.down_proj[0].numel() // config.hidden_size
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
+    # gate, up and the activated gate, or the steps of gpt-oss's own activation, which is no module; and the output
+    kept = (3 if activation(experts) else 6) * width + config.hidden_size
+    if any(isinstance(module, ParamWrapper) for module in layer.modules()):  # the inputs of both matrices too
+        kept += width + config.hidden_size
+    beside = [
+        module.in_features
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.endswith(("down_proj", "down_proj.base_layer"))
+    ]
+    return chosen * kept, sum(beside)
+
+
 def expected_peak(model, settings, dtype, tokens, checkpointing, lean, recorded, fused_loss=True):
     """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
     It counts the weights; the adapter in float32 with its gradients, AdamW's two moments (a byte each in 8 bits) and
     the copies that the layers multiply with; what each layer keeps for its backward pass, or with checkpointing each
     layer's input and one layer whole; the largest weight dequantized; and a chunk of logits, or all of them where the
-    loss is not fused with the output layer. lean: whether outputs of norms and gates are computed again in the backward
-    pass, as compiled layers and engine_blocks do, and not kept. peft's DoRA computes in float32, keeps more of each
-    output, keeps each weight dequantized where there is dropout, and multiplies with unit matrices. The allocator
-    rounds up and leaves gaps.
+    loss is not fused with the output layer. Of a mixture of experts all layers count as if they had one. lean: whether
+    outputs of norms and gates are computed again in the backward pass, as compiled layers and engine_blocks do, and not
+    kept. peft's DoRA computes in float32, keeps more of each output, keeps each weight dequantized where there is
+    dropout, and multiplies with unit matrices. The allocator rounds up and leaves gaps.
     """
     base = transformers_model(model)
     config, unit = base.config.get_text_config(), dtype.itemsize
@@ -567,17 +599,21 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, lean, recorded,
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or max((max(shape) for shape in shapes), default=4 * hidden)
+    experts, beside = expert_values(model)
+    inner = beside if experts else inner
     trainable = count_parameters(model)[1]
     moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
     # a layer keeps two residuals; query, key, value and attention's output; gate and up
-    kept = unit * (2 * hidden + 2 * (heads + groups) * width + 2 * inner)
+    kept = unit * (2 * hidden + 2 * (heads + groups) * width + 2 * inner + experts)
     if recorded:  # such a pass has gradients of its own, which are then added to the step's
         fixed += trainable * 4
     if not lean:  # norms, copied in float32, and the product of gate and up
         kept += unit * (2 * hidden + inner) + 2 * (4 + unit) * hidden
-    inputs, constant = unit * hidden, 0
-    working = tokens * unit * (3 * inner + 3 * hidden)
+    # peft keeps the sums of stacked weights and their adapters
+    stacked = sum(module.get_param().numel() for module in model.modules() if isinstance(module, ParamWrapper))
+    inputs, constant = unit * hidden, unit * stacked / layers
+    working = tokens * unit * (3 * inner + 3 * hidden + experts)
     if settings.use_dora:
         outputs, weights, widest = dora_shapes(model)
         inputs, kept = 4 * hidden, kept + 8 * outputs / layers

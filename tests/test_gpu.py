@@ -28,6 +28,7 @@ from message_utils import Stopped
 from model_utils import attach_lora, build_quantization_config, choose_dtype, load_base_model, resolve_device
 from plan_utils import StepPlan
 from settings_utils import DEFAULTS, Settings
+from test_blocks import NORMS, rounded_otherwise
 from test_replies import FAMILIES, GREEDY, by_turns, generated, joined, make_prompts, tiny, tuned_model, written
 from tiny import state_of
 from training_utils import LoraTrainer
@@ -181,7 +182,7 @@ def norm_of(x, more=0.0):
     weight = torch.linspace(0.5, 1.5, x.shape[-1], device=CUDA, dtype=x.dtype)
     values = x.float()
     normed = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-    return engine_blocks.ScaledNorm.apply(x, weight, 1e-6, more), normed * (weight + more)
+    return engine_blocks.ScaledNorm.apply(x, weight, 1e-6, more, False), normed * (weight + more)
 
 
 def gate_of(x, gelu=False, joint=False):
@@ -224,6 +225,11 @@ def test_fused_blocks_have_torchs_outputs_and_gradients(block, dtype):
     upper = torch.randn_like(found)
     gradients = [torch.autograd.grad(out, x, upper, retain_graph=True)[0] for out in (found, wanted)]
     torch.testing.assert_close(*gradients, **close)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_fused_norms_round_where_the_models_own_do(kind):
+    assert rounded_otherwise(kind, CUDA, trained=True) < 0.02
 
 
 def test_a_runner_fuses_the_blocks_of_a_model_that_it_does_not_compile():

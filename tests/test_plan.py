@@ -21,6 +21,7 @@ from plan_utils import (
     count_passes,
     dequantized_bytes,
     expected_peak,
+    expert_values,
     filled_tokens,
     longest_rows,
     plan_steps,
@@ -114,6 +115,77 @@ def test_the_expected_memory_is_that_of_weights_activations_and_logits():
     long = {"tokens": 32_768, "checkpointing": True}
     logits = expected_bytes(config, fused_loss=False, **long) - expected_bytes(config, **long)
     assert logits > 32_768 * 32_000 * 2  # which without the fused loss are there at once
+
+
+EXPERTS = {"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 96}
+
+
+def model_with_experts(kind, chosen, targets="q_proj,v_proj"):
+    """Two layers, of each of which so many of eight experts are chosen for a token."""
+    shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    base = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **shape, **heads, **EXPERTS, num_experts_per_tok=chosen), dtype=torch.bfloat16
+    )
+    return attach_lora(base, SETTINGS._replace(lora_target_modules=targets, lora_dropout=0.0))
+
+
+def kept_bytes(model, tokens):
+    """Bytes that a forward pass keeps for the backward pass, beside the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=torch.arange(tokens)[None], use_cache=False)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("mixtral", "q_proj,v_proj"),
+        ("mixtral", "all-linear"),
+        ("qwen2_moe", "all-linear"),
+        ("qwen3_moe", "q_proj,v_proj"),
+        ("gpt_oss", "q_proj,v_proj"),
+    ],
+)
+def test_each_expert_chosen_for_a_token_keeps_what_is_expected(kind, targets):
+    few, many = (model_with_experts(kind, chosen, targets) for chosen in (2, 6))
+    kept = (kept_bytes(many, 200) - kept_bytes(few, 200)) / (2 * 200)  # of a token in a layer
+    assert 2 * (expert_values(many)[0] - expert_values(few)[0]) == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_expected_memory_grows_by_what_experts_keep(lean):
+    few, many = (
+        expected_peak(model_with_experts("mixtral", chosen), SETTINGS, torch.bfloat16, 10_000, False, lean, False)
+        for chosen in (2, 6)
+    )
+    assert many - few > 10_000 * 2 * 4 * 2 * (3 * 96 + 64)  # tokens, layers, experts more, bytes; values of each
+
+
+def test_adapted_experts_are_expected_to_keep_their_sums_with_the_adapter():
+    plain, adapted = (model_with_experts("mixtral", 2, targets) for targets in ("q_proj,v_proj", "all-linear"))
+    sums = 2 * 8 * (3 * 96 * 64 + 64) * 2  # layers, experts, weights of each and of the router for it, bytes
+
+    def expected(model):
+        """In a pass of no tokens, without the adapter, of which each weight takes 18 bytes."""
+        peak = expected_peak(model, SETTINGS, torch.bfloat16, 0, checkpointing=False, lean=True, recorded=False)
+        return peak / plan_utils.ALLOCATOR - 18 * count_parameters(model)[1]
+
+    assert expected(adapted) - expected(plain) == pytest.approx(sums)
+
+
+def test_mlps_beside_experts_count_by_their_own_width():
+    assert expert_values(model_with_experts("qwen2_moe", 2, "all-linear"))[1] == 96
+    assert expert_values(model_with_experts("mixtral", 2))[1] == 0
+    with torch.device("meta"):
+        assert expert_values(AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1))) == (0, None)
 
 
 @pytest.mark.parametrize(("rows", "fused"), [((300, 8192), True), ((300, 1000), False)])
