@@ -55,8 +55,11 @@ from message_utils import UserError, printable, say
 KEEP_LITTLE = partial(functorch_config.patch, ban_recompute_materialized_backward=False)
 
 
-def layer_forward(layer, runner):
-    """A forward for a decoder layer that checkpoints and compiles it while it trains, as the runner's plan has it."""
+def layer_forward(layer, runner, last):
+    """A forward for a decoder layer that checkpoints and compiles it while it trains, as the runner's plan has it.
+
+    What the last layer keeps is needed next, and is not computed again: memory is needed for one layer's in any case.
+    """
     plain = MethodType(type(layer).forward, layer)
     compiled = MethodType(torch.compile(type(layer).forward, dynamic=True), layer) if runner.plan.compiled else plain
 
@@ -65,7 +68,7 @@ def layer_forward(layer, runner):
             return plain(*args, **kwargs)
         inner = compiled if runner.plan.compiled else plain
         with KEEP_LITTLE():
-            if not runner.plan.checkpointing:
+            if last or not runner.plan.checkpointing:
                 with KeepLittle() if runner.plan.blocks else nullcontext():
                     return inner(*args, **kwargs)
             how = {"use_reentrant": False, "preserve_rng_state": not runner.seeded_dropout}
@@ -319,7 +322,7 @@ class StepRunner:
             self.model.train(training)
         if self.plan.checkpointing or self.plan.compiled or self.plan.blocks:
             for layer in layers:
-                self.patches.set(layer, "forward", layer_forward(layer, self))
+                self.patches.set(layer, "forward", layer_forward(layer, self, last=layer is layers[-1]))
         if self.plan.checkpointing and not layers:  # transformers' own way is left
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
             self.patches.callback(self.base.gradient_checkpointing_disable)
