@@ -29,7 +29,6 @@ from engine_passes import (
     block_mask_tokens,
     build_pass,
     chosen_attention,
-    cost_of,
     count_tokens,
     count_trained_tokens,
     cut_into_passes,
@@ -227,9 +226,9 @@ def lengths_in_use(plan):
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
-HOST_SHARE = 0.7  # of a pass's time on the GPU that the host may take to launch it, without the GPU waiting
-# the tokens of the longest pass, the seconds that it takes, and those that recording one more length takes
-Rehearsal = namedtuple("Rehearsal", "tokens seconds recording_seconds")
+# the tokens of the longest pass, the seconds that it takes, those that recording one more length takes, and those that
+# the host takes to launch a pass which is not recorded
+Rehearsal = namedtuple("Rehearsal", "tokens seconds recording_seconds launch_seconds")
 
 
 class StepRunner:
@@ -551,58 +550,41 @@ class StepRunner:
             torch.cuda.empty_cache()
 
     # ---- Before the first step ----
-    def rehearse(self, longest, usual, recorded=None):
+    def rehearse(self, longest, usual):
         """Compute the longest pass that these rows ask for, and leave no trace; returns what it takes, a Rehearsal.
 
-        longest: the longest rows, as many as a step has. usual: the rows of a step. By the gradients of two of them
-        compiled layers and recorded passes are compared with plain ones. recorded: whether a run that goes on had
-        recorded its passes; None: what is faster.
+        longest: the longest rows, as many as a step has. usual: two rows of usual length, by whose gradients compiled
+        layers and recorded passes are compared with plain ones.
         """
-        cuda = self.base.device.type == "cuda"
+        cuda, launch_seconds = self.base.device.type == "cuda", 0.0
         if cuda:
             torch.cuda.empty_cache()  # what loading left
-        if recorded is False:
-            self._record_nothing()
         with torch.random.fork_rng([self.base.device] if cuda else []):
             tokens, seconds = self._rehearse_longest(longest)
-            tried = self.plan.compiled or self.plan.recorded
-            if tried and not self._computes_as_plain_passes(usual[:2]):
+            if (self.plan.compiled or self.plan.recorded) and not self._computes_as_plain_passes(usual):
                 what = "Compiled layers" if self.plan.compiled else "Recorded passes"
                 say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
                 self.lower(compiled=False)
-                self._record_nothing()
+                self.record_nothing()
                 tokens, seconds = self._rehearse_longest(longest)
-            elif self.plan.recorded and recorded is None and self._is_launched_in_time(usual, tokens, seconds):
-                self._record_nothing()
-                tokens, seconds = self._rehearse_longest(longest)
+            if self.plan.recorded:
+                launch_seconds = self._time_launching(usual)
         self.release_gradients()
-        # recorded last was the length of two usual rows, for which nothing had to be compiled or loaded any more
-        return Rehearsal(tokens, seconds, self.recording_seconds)
+        # recorded last was the length of the usual rows, for which nothing had to be compiled or loaded any more
+        return Rehearsal(tokens, seconds, self.recording_seconds, launch_seconds)
 
-    def _record_nothing(self):
+    def record_nothing(self):
+        """From here on launch the kernels of each pass one by one."""
         self.lower(recorded=False, scores_recorded=False)
         self.release()
 
-    def _is_launched_in_time(self, usual, tokens, seconds):
-        """Whether the host launches plain passes faster than the GPU computes them, so that recording gains nothing.
-
-        usual: the rows of a step. tokens, seconds: of the longest recorded pass. What two rows take is the host's time,
-        or more than that, since they give the GPU little to compute.
-        """
-        sizes, two = lengths_in_use(self.plan), usual[:2]
-        passes = cut_into_passes(usual, self.plan.max_pass_tokens)
-        usual_cost = cost_of([count_tokens([usual[index] for index in group]) for group in passes]) / len(passes)
-        computing = seconds * usual_cost / cost_of([recorded_tokens(tokens, sizes)])
+    def _time_launching(self, rows):
+        """The seconds of a plain pass over few rows, which have been computed so before; mostly the host's."""
         with self._plainly():
             started = time.perf_counter()
-            self.forward_backward(two, 1e-4).item()
-            launching = (time.perf_counter() - started) / len(cut_into_passes(two, self.plan.max_pass_tokens))
-        if in_time := launching < HOST_SHARE * computing:
-            say(
-                f"Passes are not recorded, since the host launches one in {launching:.2f} s and the GPU computes for"
-                f" {computing:.2f} s"
-            )
-        return in_time
+            self.forward_backward(rows, 1e-4).item()
+            passes = len(cut_into_passes(rows, self.plan.max_pass_tokens))
+            return (time.perf_counter() - started) / passes
 
     def _rehearse_longest(self, rows):
         """The tokens of the longest pass, and the seconds that it takes once nothing is left to be made ready."""

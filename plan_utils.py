@@ -38,6 +38,7 @@ PASSES_WORTH_RECORDING = 20
 # What recording a pass costs in tokens that could be trained meanwhile, measured on an H100 whose host is slow
 LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
 GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
+SURELY_LONGER = 1.03  # so many times as long as plain passes must recorded ones be expected to take, to be left out
 MOST_CANDIDATES = 32  # among which the lengths of recorded passes are chosen
 # Passes of more hidden values fill a GPU no better, where nothing is done but once a pass
 ENOUGH_TOKENS, ENOUGH_VALUES = 4096, 4096 * 4096
@@ -94,6 +95,14 @@ def draw_steps(rows, rows_a_step, steps):
     rows_a_step = min(rows_a_step, len(lengths))
     count = min(steps, max(50, 16_000 // rows_a_step))
     return [generator.choice(lengths, rows_a_step, replace=False).tolist() for _ in range(count)]
+
+
+def draw_passes(rows, plan, steps, lengths=()):
+    """The tokens of the rows of steps that are drawn at random, and those of the passes into which they are cut."""
+    drawn = draw_steps(rows, plan.rows_a_step, steps)
+    cut = ((step, cut_step(step, plan.max_pass_tokens, lengths)) for step in drawn)
+    passes = [sum(step[index] for index in group) for step, groups in cut for group in groups]
+    return sum(passes), passes
 
 
 def filled_tokens(steps, lengths):
@@ -203,21 +212,19 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
         plan = plan._replace(shards=shards.processes, compiled=False, kernels=kernels)
     if gpu is None:
         return plan
-    if shards:
-        return plan_memory(plan, shapes, settings, dtype, rows, gpu)
     steps = count_steps(len(rows), settings, processes)
+    if shards:
+        return plan_memory(plan, shapes, settings, dtype, rows, steps, gpu)
     worth = count_passes(rows, settings, max_pass_tokens, processes) >= PASSES_WORTH_RECORDING
     fused = kernels.lora and all_plain(shapes)
     plan = plan._replace(
         recorded=worth and fused and all(kernels), blocks=fused and not plan.compiled and has_blocks(shapes)
     )
-    plan = plan_memory(plan, shapes, settings, dtype, rows, gpu)
+    plan = plan_memory(plan, shapes, settings, dtype, rows, steps, gpu)
     if not plan.recorded:
         return plan
     # in the memory of recorded passes there is room for those that are only scored
-    plan = plan_recorded_scores(plan, held_out, settings.eval_rows, count_rounds(steps, settings.eval_steps))
-    lengths = plan_lengths(plan, shapes, rows, steps)
-    return plan._replace(lengths=lengths, max_pass_tokens=lengths[-1])
+    return plan_recorded_scores(plan, held_out, settings.eval_rows, count_rounds(steps, settings.eval_steps))
 
 
 def plan_recorded_scores(plan, rows, most=0, times=1):
@@ -292,24 +299,30 @@ def plan_pass_tokens(base, settings, kernels):
     return ceiling if kernels.attention else min(ceiling, block_mask_tokens(base))
 
 
-def plan_memory(plan, shapes, settings, dtype, rows, gpu):
+def plan_memory(plan, shapes, settings, dtype, rows, steps, gpu):
     """Complete a StepPlan by what depends on a GPU's memory, and say how much training should take.
 
     The fastest way is taken that leaves a tenth of the free memory over; where none does, the one that takes least.
     GRADIENT_CHECKPOINTING = "auto" recomputes where all others do not fit. Checkpoints wait on the host where they do
     not fit on the GPU beside the rest, as those of rows of tens of thousands of tokens.
     """
-    ways = memory_ways(plan, shapes, settings, dtype, rows)
-    plan, more = next((way for way in ways if way[0].expected_bytes <= 0.9 * gpu.free), ways[-1])
+    tried = []
+    for way in memory_ways(plan, shapes, settings, dtype, rows, steps):
+        tried.append(way)
+        if way.expected_bytes <= 0.9 * gpu.free:
+            break
+    plan = tried[-1]
     tokens, peak = longest_tokens(plan, rows), plan.expected_bytes
     reason = ""
     if settings.gradient_checkpointing == "auto":
-        plain = peak if not plan.checkpointing else [way.expected_bytes for way, _ in ways if not way.checkpointing][-1]
+        plain = [way.expected_bytes for way in tried if not way.checkpointing][-1]
         reason = f", as {plain / GIB:.1f} GiB would {'not fit' if plan.checkpointing else 'fit'} without it"
     if plan.dequantized:
+        more = dequantized_bytes(shapes, dtype)
         reason += f"; {more / GIB:.1f} GiB are for weights that are dequantized once, which is faster"
     if plan.offloaded:
-        reason += f"; the {more / GIB:.1f} GiB that it keeps wait in the host's memory, which is slower"
+        kept = checkpoint_bytes(shapes, settings, dtype) * tokens
+        reason += f"; the {kept / GIB:.1f} GiB that it keeps wait in the host's memory, which is slower"
     say(
         f"Memory: about {peak / GIB:.1f} GiB at most, passes of up to {tokens:,} tokens; {gpu.free / GIB:.1f} of"
         f" {gpu.total / GIB:.1f} GiB are free; gradient checkpointing {'on' if plan.checkpointing else 'off'}{reason}"
@@ -319,42 +332,44 @@ def plan_memory(plan, shapes, settings, dtype, rows, gpu):
     return plan
 
 
-def memory_ways(plan, shapes, settings, dtype, rows):
-    """The ways in which memory can be used, the fastest first: of each a StepPlan, and bytes that are told of it.
+def memory_ways(plan, shapes, settings, dtype, rows, steps):
+    """The ways in which memory can be used, the fastest first: StepPlans.
 
-    They are those of weights that stay dequantized, or those on the host, which may take half of what is free there.
-    Passes need no more tokens than fill the GPU, unless each of them dequantizes the frozen 4-bit weights.
+    Weights stay dequantized, or checkpoints wait on the host, where they may take half of what is free. Passes need no
+    more tokens than fill the GPU, unless each of them dequantizes the frozen 4-bit weights.
     """
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
     whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
     fused = plan.kernels.lora and all_plain(shapes)
-    keeps = fused and plan.shards == 1
-    more = dequantized_bytes(shapes, dtype) if settings.use_4bit_quantization and keeps else 0
+    dequantizes = settings.use_4bit_quantization and fused and plan.shards == 1
     few = min(whole, enough) if fused else whole
     elsewhere = 0
     if plan.shards > 1:
         all_weights, held, gathered = shard_bytes(shapes, settings, dtype, plan.shards)
         elsewhere = ALLOCATOR * (all_weights - held - gathered)
 
-    def way(checkpointing, tokens, more=0):
-        tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
-        longest = longest_tokens(tried, rows)
+    def way(checkpointing, tokens, dequantized=False):
+        tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=dequantized)
+        if plan.recorded:
+            lengths = plan_lengths(tried, shapes, rows, steps)
+            tried = tried._replace(lengths=lengths, max_pass_tokens=lengths[-1])
         how = (plan.compiled or plan.blocks, plan.recorded, plan.kernels.loss)
-        peak = expected_peak(shapes, settings, dtype, longest, checkpointing, *how)
-        peak -= elsewhere
-        return tried._replace(expected_bytes=peak + more), more
+        peak = expected_peak(shapes, settings, dtype, longest_tokens(tried, rows), checkpointing, *how) - elsewhere
+        return tried._replace(expected_bytes=peak + (dequantized_bytes(shapes, dtype) if dequantized else 0))
 
-    ways = []
     if settings.gradient_checkpointing is not True:
-        ways += [way(False, few, more)] if more or not settings.use_4bit_quantization else []
-        ways += [way(False, whole), way(False, few)]
+        if dequantizes or not settings.use_4bit_quantization:
+            yield way(False, few, dequantizes)
+        yield way(False, whole)
+        yield way(False, few)
     if settings.gradient_checkpointing is not False:
-        ways += [way(True, whole), way(True, few)]
-        kept = checkpoint_bytes(shapes, settings, dtype) * longest_tokens(ways[-1][0], rows)
-        peak = ways[-1][0].expected_bytes - ALLOCATOR * kept
+        yield way(True, whole)
+        last = way(True, few)
+        yield last
+        kept = checkpoint_bytes(shapes, settings, dtype) * longest_tokens(last, rows)
         if kept <= psutil.virtual_memory().available / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-            ways.append((ways[-1][0]._replace(offloaded=True, recorded=False, expected_bytes=peak), kept))
-    return ways
+            peak = last.expected_bytes - ALLOCATOR * kept
+            yield last._replace(offloaded=True, recorded=False, lengths=(), expected_bytes=peak)
 
 
 def checkpoint_bytes(model, settings, dtype):
@@ -446,12 +461,21 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     tokens = steps * tokens_a_step(rows, plan.rows_a_step, processes)
     if not plan.recorded:
         return tokens / rehearsal.tokens * rehearsal.seconds
-    drawn = draw_steps(rows, plan.rows_a_step, steps)
-    cut = [(step, group) for step in drawn for group in cut_step(step, plan.max_pass_tokens, plan.lengths)]
-    filled = [recorded_tokens(sum(step[index] for index in group), plan.lengths) for step, group in cut]
-    longest = recorded_tokens(rehearsal.tokens, plan.lengths)
-    training = tokens * cost_of(filled) / sum(map(sum, drawn)) / cost_of([longest]) * rehearsal.seconds
-    return training + len(set(filled) - {longest}) * rehearsal.recording_seconds
+    drawn, passes = draw_passes(rows, plan, steps, plan.lengths)
+    filled, longest = (
+        [recorded_tokens(size, plan.lengths) for size in sizes] for sizes in (passes, [rehearsal.tokens])
+    )
+    training = tokens / drawn * cost_of(filled) / cost_of(longest) * rehearsal.seconds
+    return training + len({*filled} - {*longest}) * rehearsal.recording_seconds
+
+
+def worth_recording(plan, rehearsal, rows, steps, processes=1):
+    """Whether so many steps take less time with recorded passes than with plain ones, for which the GPU may wait."""
+    drawn, passes = draw_passes(rows, plan, steps)
+    a_token = rehearsal.seconds / cost_of([recorded_tokens(rehearsal.tokens, plan.lengths)])
+    plain = sum(max(rehearsal.launch_seconds, a_token * cost_of([size])) for size in passes)
+    plain *= steps * tokens_a_step(rows, plan.rows_a_step, processes) / drawn
+    return expected_seconds(plan, rehearsal, rows, steps, processes) <= plain * SURELY_LONGER
 
 
 def check_compiler(plan, device):

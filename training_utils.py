@@ -27,6 +27,7 @@ from plan_utils import (
     expected_seconds,
     longest_rows,
     row_lengths,
+    worth_recording,
 )
 from process_utils import StopSignals, from_first_process
 from progress_utils import progress
@@ -151,14 +152,12 @@ class LoraTrainer(Trainer):
         Nothing that is tried here leaves a trace in the weights or the random numbers. scratch: a folder to save in,
         which is removed; None: no save is tried.
         """
-        rows, rows_a_step, processes = self.train_dataset, self.args.per_device_train_batch_size, self._processes()
+        rows, processes = self.train_dataset, self._processes()
         self.times.steps, self.times.eval_steps = self.state.max_steps, self.args.save_steps
         done = self.state.global_step
         steps = self.times.steps - done
         with progress("Rehearsing"):
-            rehearsal = self.runner.rehearse(
-                longest_rows(rows, rows_a_step), self._usual_step(), self._recorded_before()
-            )
+            rehearsal = self._rehearse_passes(steps)
             peak = measured_peak(self.args.device)
             say(
                 f"Rehearsal: the longest pass, {rehearsal.tokens:,} tokens, takes {rehearsal.seconds:.2f} s and"
@@ -176,10 +175,23 @@ class LoraTrainer(Trainer):
                 self._rehearse_rounds(scratch)
         say(self.times.describe(done, *self._round()))
 
-    def _recorded_before(self):
-        """Whether the run that goes on had recorded its passes, which decides the last digits; None of a new run."""
-        resumption = self.checkpoints and self.checkpoints.resumption
-        return resumption.progress.get("passes_recorded") if resumption else None
+    def _rehearse_passes(self, steps):
+        """The Rehearsal of the passes, after which they are recorded only if that is faster over so many steps.
+
+        A run that goes on does as it did before, since this decides the last digits.
+        """
+        longest = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
+        usual, resumption = self._usual_step()[:2], self.checkpoints and self.checkpoints.resumption
+        before = resumption.progress.get("passes_recorded") if resumption else None
+        if before is False:
+            self.runner.record_nothing()
+        rehearsal = self.runner.rehearse(longest, usual)
+        known = (self.runner.plan, rehearsal, self.train_dataset, steps, self._processes())
+        if self.runner.plan.recorded and before is None and not worth_recording(*known):
+            say("Passes are not recorded, since the host launches them faster than the GPU computes them")
+            self.runner.record_nothing()
+            rehearsal = self.runner.rehearse(longest, usual)
+        return rehearsal
 
     def _processes(self):
         return self.accelerator.num_processes

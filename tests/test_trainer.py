@@ -132,15 +132,35 @@ def test_the_first_step_is_rehearsed_once_and_said(tmp_path, capsys):
 def test_the_expected_time_counts_the_short_last_step_of_an_epoch():
     plan = StepPlan(rows_a_step=4, max_pass_tokens=1000)
     # eight steps are four epochs of a step of 80 tokens and one of 20; a pass of 80 tokens takes 80 seconds
-    assert plan_utils.expected_seconds(plan, Rehearsal(80, 80.0, 0.0), make_rows((20,) * 5), steps=8) == 400
+    assert plan_utils.expected_seconds(plan, Rehearsal(80, 80.0, 0.0, 0.0), make_rows((20,) * 5), steps=8) == 400
 
 
 def test_the_expected_time_counts_the_lengths_of_pass_that_will_be_recorded():
     plan = StepPlan(rows_a_step=1, max_pass_tokens=512, recorded=True, lengths=(256, 512))
-    rehearsal = Rehearsal(300, 10.0, 90.0)  # of a pass that is filled up to 512 tokens
+    rehearsal = Rehearsal(300, 10.0, 90.0, 0.0)  # of a pass that is filled up to 512 tokens
     seconds = plan_utils.expected_seconds(plan, rehearsal, make_rows((20,) * 8), steps=8)
     of_256 = 10 * cost_of([256]) / cost_of([512])
     assert seconds == pytest.approx(8 * of_256 + 90)  # eight passes, and what the first of them takes more
+
+
+def test_passes_are_recorded_unless_plain_ones_take_less_time_over_the_whole_run():
+    plan = StepPlan(rows_a_step=4, max_pass_tokens=2048, recorded=True, lengths=(2048,))
+
+    def worth(rows, seconds, launching, recording=1.0, **changes):
+        rehearsal = Rehearsal(2048, seconds, recording, launching)
+        return plan_utils.worth_recording(plan._replace(**changes), rehearsal, rows, steps=100)
+
+    filled_up = make_rows((450,) * 40)  # each pass by a tenth
+    assert worth(filled_up, seconds=0.1, launching=0.3)  # the GPU would wait
+    assert worth(filled_up, seconds=0.3, launching=0.3)
+    assert not worth(filled_up, seconds=0.5, launching=0.3)
+    whole = make_rows((512,) * 40)
+    assert worth(whole, seconds=0.5, launching=0.3)
+    several = {"lengths": (1024, 2048), "rows_a_step": 6}  # recording of the shorter one takes a tenth of the run
+    assert not worth(whole, seconds=0.5, launching=0.1, recording=8.0, **several)
+    # the host launches a pass of few tokens no faster than a long one
+    rests = {"lengths": (512, 2048), "rows_a_step": 5}
+    assert worth(whole, seconds=0.5, launching=0.3, **rests)
 
 
 @pytest.mark.parametrize(("wish", "shards"), [(False, None), (True, ShardEngine("FSDP2", 2, None))])
