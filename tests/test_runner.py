@@ -12,7 +12,6 @@ from engine_passes import (
     Kernels,
     decoder_layers,
     mean_loss,
-    pass_losses,
     recorded_tokens,
     score_rows,
     transformers_model,
@@ -26,6 +25,7 @@ from tiny import (
     gradients,
     make_model,
     make_rows,
+    plain_pass,
     reference_gradients,
     run_out_of_memory,
     state_of,
@@ -231,13 +231,6 @@ def test_the_rehearsal_of_recorded_passes_tells_what_launching_plain_ones_takes(
     assert runner.plan.recorded
     runner.record_nothing()
     assert runner.rehearse(rows, rows[:2]).launch_seconds == 0
-
-
-def plain_pass(runner, rows, scale):
-    losses, _ = pass_losses(runner.model, rows, runner.plan.kernels)
-    loss = losses.sum() * scale
-    loss.backward()
-    return loss.detach()
 
 
 # ---- Recorded passes -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ import plan_utils
 import training_utils
 from conftest import refusal
 from engine_passes import cost_of, score_rows
-from engine_runner import Rehearsal
+from engine_runner import Rehearsal, StepRunner
 from engine_shards import ShardEngine
 from plan_utils import StepPlan, count_steps
-from tiny import CPU, SETTINGS, make_model, make_rows
+from tiny import CPU, SETTINGS, make_model, make_rows, plain_pass
 from training_utils import LoraTrainer, SpeedMeter, build_training_arguments
 
 
@@ -161,6 +162,22 @@ def test_passes_are_recorded_unless_plain_ones_take_less_time_over_the_whole_run
     # the host launches a pass of few tokens no faster than a long one
     rests = {"lengths": (512, 2048), "rows_a_step": 5}
     assert worth(whole, seconds=0.5, launching=0.3, **rests)
+
+
+@pytest.mark.parametrize("before", [None, True, False])
+@pytest.mark.parametrize("worth", [True, False])
+def test_a_run_that_goes_on_records_its_passes_if_it_had_before(before, worth, tmp_path, monkeypatch, capsys):
+    trainer = make_trainer(make_model(), make_rows(), tmp_path)
+    trainer.runner.lower(recorded=True)
+    monkeypatch.setattr(StepRunner, "_replay", plain_pass)  # a CPU can record none
+    monkeypatch.setattr(training_utils, "worth_recording", lambda *_: worth)
+    progress = {} if before is None else {"passes_recorded": before}
+    trainer.checkpoints = SimpleNamespace(resumption=SimpleNamespace(progress=progress))
+    trainer.state.max_steps = 4
+    trainer.rehearse(None)
+    assert trainer.runner.plan.recorded is (worth if before is None else before)
+    said = "Passes are not recorded, since the host launches them faster" in capsys.readouterr().err
+    assert said is (before is None and not worth)
 
 
 @pytest.mark.parametrize(("wish", "shards"), [(False, None), (True, ShardEngine("FSDP2", 2, None))])

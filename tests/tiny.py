@@ -137,3 +137,11 @@ def state_of(model):
         own = {key: value for key, value in vars(module).items() if key not in ("training", "_parameters", "_buffers")}
         held[name] = {key: dict(value) if isinstance(value, dict) else value for key, value in own.items()}
     return held, model.get_base_model().config.to_dict(), model.get_base_model().config._attn_implementation
+
+
+def plain_pass(runner, rows, scale):
+    """What StepRunner._replay computes, without a recording."""
+    losses, _ = pass_losses(runner.model, rows, runner.plan.kernels)
+    loss = losses.sum() * scale
+    loss.backward()
+    return loss.detach()
