@@ -225,6 +225,11 @@ def lengths_in_use(plan):
     return tuple(length for length in plan.lengths if length <= longest) if plan.recorded else ()
 
 
+def alike(found, expected):
+    """Whether a gradient is another one but for rounding; one that is not a number is not."""
+    return bool(torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected))
+
+
 # ---- The step --------------------------------------------------------------------------------------------------------
 # the tokens of the longest pass, the seconds that it takes, those that recording one more length takes, and those that
 # the host takes to launch a pass which is not recorded
@@ -556,35 +561,50 @@ class StepRunner:
         longest: the longest rows, as many as a step has. usual: two rows of usual length, by whose gradients compiled
         layers and recorded passes are compared with plain ones.
         """
-        cuda, launch_seconds = self.base.device.type == "cuda", 0.0
+        cuda, expected, launch_seconds = self.base.device.type == "cuda", None, 0.0
         if cuda:
             torch.cuda.empty_cache()  # what loading left
         with torch.random.fork_rng([self.base.device] if cuda else []):
+            if self.plan.compiled or self.plan.recorded:
+                with self._plainly():
+                    expected = self._gradient(usual)
+                    launch_seconds = self._time_launching(usual)
+                self.release()  # plain passes have memory of their own, which recorded ones cannot use
             tokens, seconds = self._rehearse_longest(longest)
-            if (self.plan.compiled or self.plan.recorded) and not self._computes_as_plain_passes(usual):
+            if (self.plan.compiled or self.plan.recorded) and not alike(self._gradient(usual), expected):
                 what = "Compiled layers" if self.plan.compiled else "Recorded passes"
                 say(f"{what} have other gradients than plain ones; none is used, which is slower", each_process=True)
                 self.lower(compiled=False)
                 self.record_nothing()
                 tokens, seconds = self._rehearse_longest(longest)
-            if self.plan.recorded:
-                launch_seconds = self._time_launching(usual)
         self.release_gradients()
         # recorded last was the length of the usual rows, for which nothing had to be compiled or loaded any more
         return Rehearsal(tokens, seconds, self.recording_seconds, launch_seconds)
+
+    @contextmanager
+    def _plainly(self):
+        """Neither compiled layers nor recorded passes inside."""
+        used = self.plan
+        self.lower(compiled=False, recorded=False)
+        yield
+        self.lower(compiled=used.compiled, recorded=used.recorded)
+
+    def _gradient(self, rows):
+        """The gradient of rows with the same dropout each time, (trained parameters,), on the host, which has room."""
+        torch.manual_seed(0)
+        self.forward_backward(rows, 1e-4)  # a small factor, since that of float16's loss scaling comes on top
+        return torch.cat([parameter.grad.cpu().flatten() for parameter in self.parameters])
+
+    def _time_launching(self, rows):
+        """The seconds of a plain pass over few rows, which have been computed so before; mostly the host's."""
+        started = time.perf_counter()
+        self.forward_backward(rows, 1e-4).item()
+        return (time.perf_counter() - started) / len(cut_into_passes(rows, self.plan.max_pass_tokens))
 
     def record_nothing(self):
         """From here on launch the kernels of each pass one by one."""
         self.lower(recorded=False, scores_recorded=False)
         self.release()
-
-    def _time_launching(self, rows):
-        """The seconds of a plain pass over few rows, which have been computed so before; mostly the host's."""
-        with self._plainly():
-            started = time.perf_counter()
-            self.forward_backward(rows, 1e-4).item()
-            passes = len(cut_into_passes(rows, self.plan.max_pass_tokens))
-            return (time.perf_counter() - started) / passes
 
     def _rehearse_longest(self, rows):
         """The tokens of the longest pass, and the seconds that it takes once nothing is left to be made ready."""
@@ -614,29 +634,6 @@ class StepRunner:
                     break
         self.release_gradients()
         return tokens, seconds
-
-    def _computes_as_plain_passes(self, rows):
-        """Whether these rows' gradients are those of plain passes."""
-
-        def gradient():
-            torch.manual_seed(0)  # the same dropout
-            # a small factor, since that of float16's loss scaling comes on top
-            self.forward_backward(rows, 1e-4)
-            # compared on the host, since two more copies of the gradients would add to the peak of the memory
-            return torch.cat([parameter.grad.cpu().flatten() for parameter in self.parameters])
-
-        found = gradient()
-        with self._plainly():
-            expected = gradient()
-        return bool(torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected))  # nan: no
-
-    @contextmanager
-    def _plainly(self):
-        """Neither compiled layers nor recorded passes inside."""
-        used = self.plan
-        self.lower(compiled=False, recorded=False)
-        yield
-        self.lower(compiled=used.compiled, recorded=used.recorded)
 
     # ---- Scores and clipping ----
     def score(self, rows, before_pass=lambda: None, max_pass_tokens=None, what="Evaluating", passes=0):
