@@ -51,7 +51,7 @@ from message_utils import UserError, printable, say
 # ---- Decoder layers --------------------------------------------------------------------------------------------------
 # A compiled layer's backward pass computes again what takes no matrix product, the normalized inputs and the product of
 # gate and up: 44 of the 136 KB that a layer of Mistral-7B keeps of each token, for one or two percent of its time.
-KEEP_LITTLE = partial(functorch_config.patch, ban_recompute_materialized_backward=False)
+RECOMPUTE_CHEAP = partial(functorch_config.patch, ban_recompute_materialized_backward=False)
 
 
 def layer_forward(layer, runner, last):
@@ -66,7 +66,7 @@ def layer_forward(layer, runner, last):
         if not layer.training or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         inner = compiled if runner.plan.compiled else plain
-        with KEEP_LITTLE():
+        with RECOMPUTE_CHEAP():
             if last or not runner.plan.checkpointing:
                 with KeepLittle() if runner.plan.blocks else nullcontext():
                     return inner(*args, **kwargs)

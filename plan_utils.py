@@ -216,7 +216,7 @@ def plan_steps(shapes, settings, dtype, rows, gpu=None, processes=1, held_out=()
     if shards:
         return plan_memory(plan, shapes, settings, dtype, rows, steps, gpu)
     worth = count_passes(rows, settings, max_pass_tokens, processes) >= PASSES_WORTH_RECORDING
-    fused = kernels.lora and all_plain(shapes)
+    fused = computes_fused(plan, shapes)
     plan = plan._replace(
         recorded=worth and fused and all(kernels), blocks=fused and not plan.compiled and has_blocks(shapes)
     )
@@ -299,6 +299,11 @@ def plan_pass_tokens(base, settings, kernels):
     return ceiling if kernels.attention else min(ceiling, block_mask_tokens(base))
 
 
+def computes_fused(plan, shapes):
+    """Whether all of a model's LoRA layers compute with the fused operation."""
+    return plan.kernels.lora and all_plain(shapes)
+
+
 def plan_memory(plan, shapes, settings, dtype, rows, steps, gpu):
     """Complete a StepPlan by what depends on a GPU's memory, and say how much training should take.
 
@@ -340,7 +345,7 @@ def memory_ways(plan, shapes, settings, dtype, rows, steps):
     """
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
     whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
-    fused = plan.kernels.lora and all_plain(shapes)
+    fused = computes_fused(plan, shapes)
     dequantizes = settings.use_4bit_quantization and fused and plan.shards == 1
     few = min(whole, enough) if fused else whole
     elsewhere = 0
