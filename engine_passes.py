@@ -168,9 +168,16 @@ def recorded_tokens(count, lengths=()):
 def block_mask_tokens(base):
     """How many tokens a pass may have where a block mask keeps the rows apart.
 
-    Its cost grows with the square of the pass, and outweighs the rest of a layer from some multiple of its width on.
+    Its cost grows with the square of the pass, and outweighs the rest of a layer from some multiple of its width on;
+    earlier where the scores are stored.
     """
-    return 2 * base.config.get_text_config().hidden_size
+    hidden = base.config.get_text_config().hidden_size
+    return hidden // 2 if stores_scores(base) else 2 * hidden
+
+
+def stores_scores(base):
+    """Whether attention stores the scores of all pairs of tokens, since no fused kernel has its soft caps or sinks."""
+    return base.config.get_text_config()._attn_implementation == "eager"
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from engine_passes import (
     recorded_tokens,
     same_losses,
     score_rows,
+    stores_scores,
     to_device,
     transformers_model,
 )
@@ -287,7 +288,8 @@ class StepRunner:
         if planned.attention and not kernels.attention:
             self.lower(max_pass_tokens=min(self.plan.max_pass_tokens, block_mask_tokens(self.base)))
         if self.base.device.type == "cuda":
-            attention = "varlen flash attention" if kernels.attention else "SDPA with a block mask"
+            masked = f"{'eager' if stores_scores(self.base) else 'SDPA'} with a block mask"
+            attention = "varlen flash attention" if kernels.attention else masked
             say(f"Attention: {attention}; loss: {'fused with' if kernels.loss else 'after'} the output layer")
         if self.plan.max_pass_tokens and mixes_rows(self.model, kernels, self.plan.longest_row):
             say("This model mixes rows that are laid end to end, so each row is computed by itself, which is slower")

@@ -28,6 +28,7 @@ from engine_passes import (
     decoder_layers,
     own_dropout,
     recorded_tokens,
+    stores_scores,
     transformers_model,
 )
 from message_utils import UserError, counted, say
@@ -281,7 +282,9 @@ def plan_kernels(model, settings, dtype, gpu, longest):
         tokens = max(plan_pass_tokens(base, settings, PLAIN), longest)
         return Kernels(loss=loss and tokens * head.out_features > LinearCrossEntropy.LOGITS)
     return Kernels(
-        attention=half and gpu.flash_attention and not own_dropout(base), loss=loss, lora=half and gpu.triton
+        attention=half and gpu.flash_attention and not own_dropout(base) and not stores_scores(base),
+        loss=loss,
+        lora=half and gpu.triton,
     )
 
 
@@ -608,6 +611,19 @@ def expert_values(model):
     return chosen * kept, sum(beside)
 
 
+def score_bytes(base, unit):
+    """Bytes that a layer keeps of each score, of a pair of tokens in a head, where attention is not one fused kernel.
+
+    unit: bytes of a number. The softmax is in float32, and so kept twice, but for gpt-oss's with its sinks.
+    """
+    config = base.config.get_text_config()
+    if not (stores_scores(base) and getattr(config, "num_attention_heads", None)):
+        return 0
+    if any(name.endswith("sinks") for name, _ in base.named_parameters()):
+        return unit
+    return 4 + unit + (unit if getattr(config, "attn_logit_softcapping", None) else 0)
+
+
 def expected_peak(model, settings, dtype, tokens, checkpointing, lean, recorded, fused_loss=True):
     """Expected peak of PyTorch's memory on a CUDA GPU in bytes, when passes of so many tokens are trained.
 
@@ -633,8 +649,9 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, lean, recorded,
     trainable = count_parameters(model)[1]
     moments = 2 if settings.optimizer == "paged_adamw_8bit" else 8
     fixed = weight_bytes(model, settings, dtype) + trainable * (4 + 4 + moments + unit)
-    # a layer keeps two residuals; query, key, value and attention's output; gate and up
-    kept = unit * (2 * hidden + 2 * (heads + groups) * width + 2 * inner + experts)
+    # a layer keeps two residuals; query, key, value and attention's output; gate and up; and attention's scores
+    scores = heads * tokens * score_bytes(base, unit)
+    kept = unit * (2 * hidden + 2 * (heads + groups) * width + 2 * inner + experts) + scores
     if recorded:  # such a pass has gradients of its own, which are then added to the step's
         fixed += trainable * 4
     if not lean:  # norms, copied in float32, and the product of gate and up
@@ -642,7 +659,7 @@ def expected_peak(model, settings, dtype, tokens, checkpointing, lean, recorded,
     # peft keeps the sums of stacked weights and their adapters
     stacked = sum(module.get_param().numel() for module in model.modules() if isinstance(module, ParamWrapper))
     inputs, constant = unit * hidden, unit * stacked / layers
-    working = tokens * unit * (3 * inner + 3 * hidden + experts)
+    working = tokens * (unit * (3 * inner + 3 * hidden + experts) + 2 * scores)
     if settings.use_dora:
         outputs, weights, widest = dora_shapes(model)
         inputs, kept = 4 * hidden, kept + 8 * outputs / layers

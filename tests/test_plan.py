@@ -7,7 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 
 import model_utils
 import plan_utils
@@ -186,6 +197,35 @@ def test_mlps_beside_experts_count_by_their_own_width():
     assert expert_values(model_with_experts("mixtral", 2))[1] == 0
     with torch.device("meta"):
         assert expert_values(AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1))) == (0, None)
+
+
+SHAPE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+STORING_SCORES = {
+    "gemma2 (soft caps)": Gemma2Config(**SHAPE, **HEADS),
+    "gpt_oss (sinks)": GptOssConfig(**SHAPE, **HEADS, num_local_experts=4),
+    "bloom (biases)": BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4),
+}
+
+
+@pytest.mark.parametrize("name", STORING_SCORES)
+def test_attention_keeps_its_scores_as_expected_where_no_kernel_is_fused(name):
+    base = AutoModelForCausalLM.from_config(STORING_SCORES[name]).to(torch.bfloat16)
+    squared = (kept_bytes(base, 280) - 2 * kept_bytes(base, 140)) / (280**2 - 2 * 140**2)  # bytes of a pair of tokens
+    assert squared == pytest.approx(2 * 4 * plan_utils.score_bytes(base, unit=2), rel=0.02)  # layers, heads
+
+
+def test_the_expected_memory_and_the_passes_are_those_of_attention_that_stores_its_scores():
+    of_one_kernel, storing = (
+        [expected_bytes(config, tokens=tokens) for tokens in (1000, 2000, 4000)]
+        for config in (GemmaConfig(**SHAPE, **HEADS), Gemma2Config(**SHAPE, **HEADS))
+    )
+    assert of_one_kernel[2] - of_one_kernel[1] == pytest.approx(2 * (of_one_kernel[1] - of_one_kernel[0]), rel=0.05)
+    assert storing[2] - storing[1] > 3 * (storing[1] - storing[0])
+    with torch.device("meta"):
+        found = plan(attach_lora(AutoModelForCausalLM.from_config(Gemma2Config(**SHAPE, **HEADS)), SETTINGS))
+    assert (found.kernels.attention, found.recorded) == (False, False)
+    assert found.max_pass_tokens == 32
 
 
 @pytest.mark.parametrize(("rows", "fused"), [((300, 8192), True), ((300, 1000), False)])

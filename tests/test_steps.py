@@ -108,7 +108,10 @@ def test_rows_within_the_original_length_are_still_laid_end_to_end(rope_type):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_that_keeps_rows_apart_gets_the_passes_that_were_planned(name):
     model = make_model(name)
-    for batch_size, expected in ((1, 50), (20, 2 * TINY["hidden_size"])):  # a block mask grows with the square
+    most = (
+        TINY["hidden_size"] // 2 if name.startswith("gemma 2") else 2 * TINY["hidden_size"]
+    )  # what a block mask allows
+    for batch_size, expected in ((1, min(50, most)), (20, most)):
         settings = SETTINGS._replace(batch_size=batch_size, max_seq_length=50)
         plan = StepPlan(max_pass_tokens=plan_pass_tokens(model.get_base_model(), settings, StepPlan().kernels))
         assert StepRunner(model, plan).plan.max_pass_tokens == expected
