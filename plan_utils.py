@@ -470,11 +470,10 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     if not plan.recorded:
         return tokens / rehearsal.tokens * rehearsal.seconds
     drawn, passes = draw_passes(rows, plan, steps, plan.lengths)
-    filled, longest = (
-        [recorded_tokens(size, plan.lengths) for size in sizes] for sizes in (passes, [rehearsal.tokens])
-    )
-    training = tokens / drawn * cost_of(filled) / cost_of(longest) * rehearsal.seconds
-    return training + len({*filled} - {*longest}) * rehearsal.recording_seconds
+    filled = [recorded_tokens(size, plan.lengths) for size in passes]
+    longest = recorded_tokens(rehearsal.tokens, plan.lengths)
+    training = tokens / drawn * cost_of(filled) / cost_of([longest]) * rehearsal.seconds
+    return training + len({*filled} - {longest}) * rehearsal.recording_seconds
 
 
 def worth_recording(plan, rehearsal, rows, steps, processes=1):
