@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+from bisect import bisect_left, insort
 from functools import lru_cache, partial
 from itertools import combinations_with_replacement
 from typing import NamedTuple
@@ -54,14 +55,14 @@ def fit_rows(lengths, sizes):
 
     Best-fit decreasing.
     """
-    passes, room = [[] for _ in sizes], list(sizes)
+    passes, room = [[] for _ in sizes], sorted((size, number) for number, size in enumerate(sizes))
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [number for number, free in enumerate(room) if lengths[index] <= free]
-        if not fitting:
+        fitting = bisect_left(room, (lengths[index], 0))
+        if fitting == len(room):
             return None
-        chosen = min(fitting, key=room.__getitem__)
+        free, chosen = room.pop(fitting)
         passes[chosen].append(index)
-        room[chosen] -= lengths[index]
+        insort(room, (free - lengths[index], chosen))
     return [group for group in passes if group]
 
 

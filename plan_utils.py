@@ -3,6 +3,8 @@
 import math
 import os
 import time
+from functools import cache, lru_cache
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,7 @@ from engine_passes import (
     recorded_tokens,
     transformers_model,
 )
+from engine_runner import lengths_in_use, planned_length
 from message_utils import UserError, counted, say
 from model_utils import GIB, count_parameters
 from progress_utils import format_duration
@@ -39,6 +42,7 @@ PASSES_WORTH_RECORDING = 20
 LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
 GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
 SURELY_LONGER = 1.03  # so many times as long as plain passes must recorded ones be expected to take, to be left out
+ENOUGH_GAIN = 0.9995  # of the tokens left, where another length is worth trying for more
 MOST_CANDIDATES = 32  # among which the lengths of recorded passes are chosen
 # Passes of more hidden values fill a GPU no better, where nothing is done but once a pass
 ENOUGH_TOKENS, ENOUGH_VALUES = 4096, 4096 * 4096
@@ -93,55 +97,85 @@ def draw_steps(rows, rows_a_step, steps):
     """
     lengths, generator = row_lengths(rows), np.random.default_rng(0)
     rows_a_step = min(rows_a_step, len(lengths))
-    count = min(steps, max(50, 16_000 // rows_a_step))
+    count = min(steps, max(10, 16_000 // rows_a_step))
     return [generator.choice(lengths, rows_a_step, replace=False).tolist() for _ in range(count)]
 
 
 def draw_passes(rows, plan, steps, lengths=()):
     """The tokens of the rows of steps that are drawn at random, and those of the passes into which they are cut."""
     drawn = draw_steps(rows, plan.rows_a_step, steps)
-    cut = ((step, cut_step(step, plan.max_pass_tokens, lengths)) for step in drawn)
-    passes = [sum(step[index] for index in group) for step, groups in cut for group in groups]
-    return sum(passes), passes
+    return sum(map(sum, drawn)), cut_steps(drawn, plan.max_pass_tokens, lengths)
 
 
-def filled_tokens(steps, lengths):
+def cut_steps(steps, max_tokens, lengths=()):
+    """The tokens of all passes into which steps are cut. steps: the lengths of the rows of each."""
+    cut = ((step, cut_step(step, max_tokens, lengths)) for step in steps)
+    return [sum(step[index] for index in group) for step, groups in cut for group in groups]
+
+
+@lru_cache
+def choices_of(count):
+    """All ways to choose LAST_PASSES of so many things, in any order and repeatedly: indices, (ways, LAST_PASSES)."""
+    return np.array(list(combinations_with_replacement(range(count), LAST_PASSES)))
+
+
+def filled_tokens(steps, lengths, times=1):
     """The fewest tokens in all, PASS_TOKENS for each pass counted in, to which steps are filled up by such passes.
 
-    steps: the tokens of each, (steps,), which are taken to fit into any passes that hold so many.
+    steps: the tokens of each, (steps,), which are taken to fit into any passes that hold so many. times: how often each
+    of them comes.
     """
     sizes = np.array([0, *lengths])
-    sums, times = sizes, sizes + PASS_TOKENS * (sizes > 0)
-    for _ in range(LAST_PASSES - 1):  # of all combinations of that many passes, or fewer
-        sums, times = np.add.outer(sums, sizes), np.add.outer(times, sizes + PASS_TOKENS * (sizes > 0))
-    order = np.argsort(sums, axis=None)
-    sums, times = sums.ravel()[order], times.ravel()[order]
-    fewest = np.minimum.accumulate(times[::-1])[::-1]  # of those that hold as much, or more
+    some = sizes[choices_of(len(sizes))]  # of all combinations of LAST_PASSES passes, or fewer
+    sums, costs = some.sum(1), some.sum(1) + PASS_TOKENS * (some > 0).sum(1)
+    order = np.argsort(sums)
+    fewest = np.minimum.accumulate(costs[order][::-1])[::-1]  # of those that hold as much, or more
     whole = np.maximum(0, -(-steps // sizes.max()) - LAST_PASSES)
-    return (whole * (sizes.max() + PASS_TOKENS) + fewest[np.searchsorted(sums, steps - whole * sizes.max())]).sum()
+    rest = fewest[np.searchsorted(sums[order], steps - whole * sizes.max())]
+    return (times * (whole * (sizes.max() + PASS_TOKENS) + rest)).sum()
+
+
+def candidate_lengths(longest_pass):
+    """Among which the lengths of recorded passes are chosen, ascending; the last one holds the longest pass."""
+    spacing = GRAPH_TOKENS * math.ceil(longest_pass / (MOST_CANDIDATES * GRAPH_TOKENS))
+    last = recorded_tokens(longest_pass)
+    return [*range(spacing, last, spacing), last]
 
 
 def choose_lengths(steps, longest_row, longest_pass, price):
     """Lengths of recorded passes, ascending, so that steps filled up by them, and `price` for each, are few tokens.
 
     steps: the tokens of each, (steps,). One length holds the longest row. Lengths are added or exchanged for as long as
-    that gains something.
+    that gains something worth the time.
     """
-    spacing = GRAPH_TOKENS * math.ceil(longest_pass / (MOST_CANDIDATES * GRAPH_TOKENS))
-    last = recorded_tokens(longest_pass)
-    candidates = [*range(spacing, last, spacing), last]
+    candidates = candidate_lengths(longest_pass)
+    steps, times = np.unique(-(-steps // GRAPH_TOKENS) * GRAPH_TOKENS, return_counts=True)  # as lengths are
 
+    @cache
     def tokens(lengths):
-        return filled_tokens(steps, lengths) + price * len(lengths) if max(lengths) >= longest_row else math.inf
+        return filled_tokens(steps, lengths, times) + price * len(lengths) if lengths[-1] >= longest_row else math.inf
 
-    chosen = (last,)
+    chosen = (candidates[-1],)
     while True:
         others = [(*chosen, more) for more in candidates]
         others += [(*set(chosen) - {old}, new) for old in chosen for new in candidates]
         best = min((tuple(sorted(set(lengths))) for lengths in others), key=tokens)
-        if tokens(best) >= tokens(chosen):
+        if tokens(best) >= ENOUGH_GAIN * tokens(chosen):
             return chosen
         chosen = best
+
+
+def lengths_of_passes(passes, longest_pass, price):
+    """As choose_lengths, but for passes that are cut already, whose tokens are given; the best of all such lengths."""
+    candidates = candidate_lengths(longest_pass)
+    counts = np.bincount(np.searchsorted(candidates, passes), minlength=len(candidates))
+    up_to = np.concatenate([[0], counts.cumsum()])  # how many passes the first candidates serve
+    fewest, chosen = [0.0], [()]
+    for end, length in enumerate(candidates, start=1):
+        begin = int(np.argmin(fewest - up_to[:end] * length))
+        fewest.append(fewest[begin] + int(up_to[end] - up_to[begin]) * length + price)
+        chosen.append((*chosen[begin], length))
+    return chosen[-1]
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -244,8 +278,20 @@ def plan_lengths(plan, shapes, rows, steps):
     operations = (6 if plan.checkpointing else 4) * count_parameters(shapes)[0]
     price = seconds * min(GPU_OPERATIONS / operations, GPU_TOKENS)
     drawn = draw_steps(rows, plan.rows_a_step, steps)
-    totals = np.array([sum(step) for step in drawn])
-    return choose_lengths(totals, row_lengths(rows).max(), longest_tokens(plan, rows), price * len(drawn) / steps)
+    price *= len(drawn) / steps
+    longest_row = int(row_lengths(rows).max())  # the plan's may be one that is only scored
+    longest = longest_tokens(plan._replace(longest_row=longest_row), rows)
+    found = (
+        choose_lengths(np.array([sum(step) for step in drawn]), longest_row, longest, price),
+        # what steps can be filled up to depends on how rows fit; those of one length fit into few passes without gaps
+        lengths_of_passes(cut_steps(drawn, plan.max_pass_tokens), longest, price),
+    )
+
+    def tokens(lengths):
+        passes = cut_steps(drawn, lengths[-1], lengths)
+        return cost_of([recorded_tokens(size, lengths) for size in passes]) + price * len(lengths)
+
+    return min(found, key=tokens)
 
 
 def longest_tokens(plan, rows):
@@ -461,10 +507,8 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     tokens = steps * tokens_a_step(rows, plan.rows_a_step, processes)
     if not plan.recorded:
         return tokens / rehearsal.tokens * rehearsal.seconds
-    drawn, passes = draw_passes(rows, plan, steps, plan.lengths)
-    filled, longest = (
-        [recorded_tokens(size, plan.lengths) for size in sizes] for sizes in (passes, [rehearsal.tokens])
-    )
+    drawn, passes = draw_passes(rows, plan, steps, lengths_in_use(plan))
+    filled, longest = ([planned_length(plan, size) for size in sizes] for sizes in (passes, [rehearsal.tokens]))
     training = tokens / drawn * cost_of(filled) / cost_of(longest) * rehearsal.seconds
     return training + len({*filled} - {*longest}) * rehearsal.recording_seconds
 
@@ -472,7 +516,7 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
 def worth_recording(plan, rehearsal, rows, steps, processes=1):
     """Whether so many steps take less time with recorded passes than with plain ones, for which the GPU may wait."""
     drawn, passes = draw_passes(rows, plan, steps)
-    a_token = rehearsal.seconds / cost_of([recorded_tokens(rehearsal.tokens, plan.lengths)])
+    a_token = rehearsal.seconds / cost_of([planned_length(plan, rehearsal.tokens)])
     plain = sum(max(rehearsal.launch_seconds, a_token * cost_of([size])) for size in passes)
     plain *= steps * tokens_a_step(rows, plan.rows_a_step, processes) / drawn
     return expected_seconds(plan, rehearsal, rows, steps, processes) <= plain * SURELY_LONGER

@@ -1,6 +1,7 @@
 """The plan: memory expected before a model is loaded, and what is decided by it."""
 
 import math
+import time
 from itertools import chain, combinations, combinations_with_replacement
 from types import SimpleNamespace
 
@@ -12,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 import model_utils
 import plan_utils
 from conftest import refusal, small_run
-from engine_passes import PASS_TOKENS, Kernels, cost_of
+from engine_passes import PASS_TOKENS, Kernels, cost_of, recorded_tokens
 from message_utils import UserError
 from model_utils import GIB, attach_lora, count_parameters, grow_gpu_memory
 from plan_utils import (
     Gpu,
     choose_lengths,
     count_passes,
+    cut_steps,
     dequantized_bytes,
     expected_peak,
     expert_values,
@@ -463,6 +465,29 @@ def test_a_run_records_the_more_lengths_the_longer_it_is_and_its_longest_pass(se
     assert short[-1] <= 2048
     assert plan(seven_billion, rows, torch_compile=True).max_pass_tokens == short[-1]
     assert plan(seven_billion, rows, max_steps=2).lengths == ()
+
+
+@pytest.mark.parametrize("length", [700, 1100, 2000])
+def test_rows_of_one_length_are_recorded_in_what_few_of_them_take(seven_billion, length):
+    rows = rows_of(*[length] * 160)
+    found = plan(seven_billion, rows, max_seq_length=length, gradient_checkpointing=False, num_epochs=90)
+    sizes = cut_steps([[length] * 16], found.max_pass_tokens, found.lengths)
+    filled = sum(recorded_tokens(size, found.lengths) for size in sizes)
+    assert filled < 1.06 * 16 * length
+
+
+def test_a_long_row_that_is_only_scored_makes_no_pass_longer(seven_billion):
+    rows, changes = rows_of(*[500] * 640), {"max_seq_length": 32768, "num_epochs": 9, "gradient_checkpointing": False}
+    alone = plan(seven_billion, rows, **changes)
+    assert alone.lengths
+    assert alone.max_pass_tokens <= plan_utils.ENOUGH_TOKENS
+    assert plan(seven_billion, rows, held_out=rows_of(30000), **changes).lengths == alone.lengths
+
+
+def test_lengths_are_chosen_in_no_time():
+    draw, began = np.random.default_rng(0), time.perf_counter()
+    choose_lengths(draw.integers(20, 32768, 16_000), longest_row=32768, longest_pass=32768, price=100)
+    assert time.perf_counter() - began < 4  # 0.2 s where nothing else runs
 
 
 def test_passes_hold_what_fills_a_gpu_where_no_pass_dequantizes(seven_billion):
