@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+from bisect import bisect_left, insort
 from functools import lru_cache, partial
 from itertools import combinations_with_replacement
 from typing import NamedTuple
@@ -54,14 +55,14 @@ def fit_rows(lengths, sizes):
 
     Best-fit decreasing.
     """
-    passes, room = [[] for _ in sizes], list(sizes)
+    passes, room = [[] for _ in sizes], sorted((size, number) for number, size in enumerate(sizes))
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [number for number, free in enumerate(room) if lengths[index] <= free]
-        if not fitting:
+        fitting = bisect_left(room, (lengths[index], 0))
+        if fitting == len(room):
             return None
-        chosen = min(fitting, key=room.__getitem__)
+        free, chosen = room.pop(fitting)
         passes[chosen].append(index)
-        room[chosen] -= lengths[index]
+        insort(room, (free - lengths[index], chosen))
     return [group for group in passes if group]
 
 
@@ -163,6 +164,21 @@ def longest_pass(rows, max_tokens):
 def recorded_tokens(count, lengths=()):
     """The tokens of the recorded pass that serves a pass of so many: the next of the lengths that are planned."""
     return min((length for length in lengths if length >= count), default=-(-count // GRAPH_TOKENS) * GRAPH_TOKENS)
+
+
+def planned_length(plan, count):
+    """The tokens of the recorded pass that serves a pass of so many: the next of the plan's lengths.
+
+    Of those, the memory ran out with the ones that are longer than passes may be; only a row that is longer itself, and
+    is a pass of its own, is served by them.
+    """
+    lengths = plan.lengths if count > recorded_tokens(plan.max_pass_tokens) else lengths_in_use(plan)
+    return recorded_tokens(count, lengths)
+
+
+def lengths_in_use(plan):
+    """The plan's lengths of recorded passes but those that the memory ran out with; () where none is recorded."""
+    return tuple(length for length in plan.lengths if length <= plan.max_pass_tokens) if plan.recorded else ()
 
 
 def block_mask_tokens(base):

@@ -33,10 +33,12 @@ from engine_passes import (
     count_trained_tokens,
     cut_into_passes,
     decoder_layers,
+    lengths_in_use,
     longest_pass,
     mixes_rows,
     own_dropout,
     pass_losses,
+    planned_length,
     probe_backward,
     probe_losses,
     probe_rows,
@@ -210,22 +212,6 @@ def first_line(error):
     return printable(f"{type(error).__name__}: {error}".split("\n")[0])
 
 
-def planned_length(plan, count):
-    """The tokens of the recorded pass that serves a pass of so many: the next of the plan's lengths.
-
-    Of those, the memory ran out with the ones that are longer than passes may be; only a row that is longer itself, and
-    is a pass of its own, is served by them.
-    """
-    lengths = plan.lengths if count > recorded_tokens(plan.max_pass_tokens) else lengths_in_use(plan)
-    return recorded_tokens(count, lengths)
-
-
-def lengths_in_use(plan):
-    """The plan's lengths of recorded passes but those that the memory ran out with; () where none is recorded."""
-    longest = recorded_tokens(plan.max_pass_tokens)
-    return tuple(length for length in plan.lengths if length <= longest) if plan.recorded else ()
-
-
 def alike(found, expected):
     """Whether a gradient is another one but for rounding; one that is not a number is not."""
     return bool(torch.linalg.vector_norm(found - expected) <= 0.3 * torch.linalg.vector_norm(expected))
@@ -395,12 +381,21 @@ class StepRunner:
     def _run_passes(self, rows, scale, passes=0):
         self.begin()
         loss = torch.zeros((), device=self.base.device)
-        groups = cut_into_passes(rows, self.plan.max_pass_tokens, lengths_in_use(self.plan))
+        groups = self._cut(rows)
         for indices in groups:
             loss += self.run_pass([rows[index] for index in indices], scale)
         for _ in range(passes - len(groups)):
             self.run_pass(probe_rows(self.model)[:1], 0.0)
         return loss
+
+    def _cut(self, rows):
+        """The passes of a step: lists of the indices of its rows."""
+        return cut_into_passes(rows, self.plan.max_pass_tokens, lengths_in_use(self.plan))
+
+    def _longest_pass(self, rows):
+        """The rows of the longest pass of a step."""
+        groups = [[rows[index] for index in group] for group in self._cut(rows)]
+        return max(groups, key=count_tokens)
 
     def begin(self):
         """Begin a step: without gradients, and with the adapter as the optimizer left it."""
@@ -520,7 +515,7 @@ class StepRunner:
         self.lower(max_pass_tokens=largest // 2)
 
     def _too_large(self, rows):
-        tokens = count_tokens(longest_pass(rows, self.plan.max_pass_tokens))
+        tokens = count_tokens(self._longest_pass(rows))
         return UserError(
             f"out of memory with a pass of {tokens:,} tokens, and a process cannot make its passes smaller alone where"
             " the weights are shared out; halve --batch_size and double --gradient_accumulation_steps, or switch on"
@@ -530,7 +525,7 @@ class StepRunner:
 
     def _largest_pass(self, rows, error):
         """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
-        group = longest_pass(rows, self.plan.max_pass_tokens)
+        group = self._longest_pass(rows)
         largest = count_tokens(group)
         if len(group) == 1:
             raise UserError(

@@ -17,20 +17,19 @@ from engine_blocks import activation, has_blocks
 from engine_lora import all_plain, triton
 from engine_passes import (
     GRAPH_TOKENS,
-    LAST_PASSES,
-    PASS_TOKENS,
     PLAIN,
     Kernels,
     LinearCrossEntropy,
     block_mask_tokens,
     cost_of,
-    cut_step,
     decoder_layers,
+    lengths_in_use,
     own_dropout,
-    recorded_tokens,
+    planned_length,
     stores_scores,
     transformers_model,
 )
+from length_utils import best_lengths, cut_steps
 from message_utils import UserError, counted, say
 from model_utils import GIB, count_parameters
 from progress_utils import format_duration
@@ -40,7 +39,6 @@ PASSES_WORTH_RECORDING = 20
 LAYER_SECONDS, CHECKPOINTED_LAYER_SECONDS = 0.012, 0.025
 GPU_OPERATIONS, GPU_TOKENS = 4e14, 250_000  # a second, at most: small models keep no GPU busy
 SURELY_LONGER = 1.03  # so many times as long as plain passes must recorded ones be expected to take, to be left out
-MOST_CANDIDATES = 32  # among which the lengths of recorded passes are chosen
 # Passes of more hidden values fill a GPU no better, where nothing is done but once a pass
 ENOUGH_TOKENS, ENOUGH_VALUES = 4096, 4096 * 4096
 ALLOCATOR = 1.06  # PyTorch reserves so much more than its tensors take, as measured on an H200
@@ -94,55 +92,14 @@ def draw_steps(rows, rows_a_step, steps):
     """
     lengths, generator = row_lengths(rows), np.random.default_rng(0)
     rows_a_step = min(rows_a_step, len(lengths))
-    count = min(steps, max(50, 16_000 // rows_a_step))
+    count = min(steps, max(10, 16_000 // rows_a_step))
     return [generator.choice(lengths, rows_a_step, replace=False).tolist() for _ in range(count)]
 
 
 def draw_passes(rows, plan, steps, lengths=()):
     """The tokens of the rows of steps that are drawn at random, and those of the passes into which they are cut."""
     drawn = draw_steps(rows, plan.rows_a_step, steps)
-    cut = ((step, cut_step(step, plan.max_pass_tokens, lengths)) for step in drawn)
-    passes = [sum(step[index] for index in group) for step, groups in cut for group in groups]
-    return sum(passes), passes
-
-
-def filled_tokens(steps, lengths):
-    """The fewest tokens in all, PASS_TOKENS for each pass counted in, to which steps are filled up by such passes.
-
-    steps: the tokens of each, (steps,), which are taken to fit into any passes that hold so many.
-    """
-    sizes = np.array([0, *lengths])
-    sums, times = sizes, sizes + PASS_TOKENS * (sizes > 0)
-    for _ in range(LAST_PASSES - 1):  # of all combinations of that many passes, or fewer
-        sums, times = np.add.outer(sums, sizes), np.add.outer(times, sizes + PASS_TOKENS * (sizes > 0))
-    order = np.argsort(sums, axis=None)
-    sums, times = sums.ravel()[order], times.ravel()[order]
-    fewest = np.minimum.accumulate(times[::-1])[::-1]  # of those that hold as much, or more
-    whole = np.maximum(0, -(-steps // sizes.max()) - LAST_PASSES)
-    return (whole * (sizes.max() + PASS_TOKENS) + fewest[np.searchsorted(sums, steps - whole * sizes.max())]).sum()
-
-
-def choose_lengths(steps, longest_row, longest_pass, price):
-    """Lengths of recorded passes, ascending, so that steps filled up by them, and `price` for each, are few tokens.
-
-    steps: the tokens of each, (steps,). One length holds the longest row. Lengths are added or exchanged for as long as
-    that gains something.
-    """
-    spacing = GRAPH_TOKENS * math.ceil(longest_pass / (MOST_CANDIDATES * GRAPH_TOKENS))
-    last = recorded_tokens(longest_pass)
-    candidates = [*range(spacing, last, spacing), last]
-
-    def tokens(lengths):
-        return filled_tokens(steps, lengths) + price * len(lengths) if max(lengths) >= longest_row else math.inf
-
-    chosen = (last,)
-    while True:
-        others = [(*chosen, more) for more in candidates]
-        others += [(*set(chosen) - {old}, new) for old in chosen for new in candidates]
-        best = min((tuple(sorted(set(lengths))) for lengths in others), key=tokens)
-        if tokens(best) >= tokens(chosen):
-            return chosen
-        chosen = best
+    return sum(map(sum, drawn)), cut_steps(drawn, plan.max_pass_tokens, lengths)
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -245,8 +202,7 @@ def plan_lengths(plan, shapes, rows, steps):
     operations = (6 if plan.checkpointing else 4) * count_parameters(shapes)[0]
     price = seconds * min(GPU_OPERATIONS / operations, GPU_TOKENS)
     drawn = draw_steps(rows, plan.rows_a_step, steps)
-    totals = np.array([sum(step) for step in drawn])
-    return choose_lengths(totals, row_lengths(rows).max(), longest_tokens(plan, rows), price * len(drawn) / steps)
+    return best_lengths(drawn, plan.max_pass_tokens, longest_row(rows), price * len(drawn) / steps)
 
 
 def longest_tokens(plan, rows):
@@ -349,7 +305,7 @@ def memory_ways(plan, shapes, settings, dtype, rows, steps):
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
     whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
     fused = computes_fused(plan, shapes)
-    dequantizes = settings.use_4bit_quantization and fused and plan.shards == 1
+    dequantizes = settings.use_4bit_quantization and fused and plan.shards == 1 and dequantized_bytes(shapes, dtype) > 0
     few = min(whole, enough) if fused else whole
     elsewhere = 0
     if plan.shards > 1:
@@ -369,11 +325,14 @@ def memory_ways(plan, shapes, settings, dtype, rows, steps):
         if dequantizes or not settings.use_4bit_quantization:
             yield way(False, few, dequantizes)
         yield way(False, whole)
-        yield way(False, few)
+        if few < whole:
+            yield way(False, few)
     if settings.gradient_checkpointing is not False:
-        yield way(True, whole)
-        last = way(True, few)
+        last = way(True, whole)
         yield last
+        if few < whole:
+            last = way(True, few)
+            yield last
         kept = checkpoint_bytes(shapes, settings, dtype) * longest_tokens(last, rows)
         if kept <= psutil.virtual_memory().available / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             peak = last.expected_bytes - ALLOCATOR * kept
@@ -469,9 +428,8 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
     tokens = steps * tokens_a_step(rows, plan.rows_a_step, processes)
     if not plan.recorded:
         return tokens / rehearsal.tokens * rehearsal.seconds
-    drawn, passes = draw_passes(rows, plan, steps, plan.lengths)
-    filled = [recorded_tokens(size, plan.lengths) for size in passes]
-    longest = recorded_tokens(rehearsal.tokens, plan.lengths)
+    drawn, passes = draw_passes(rows, plan, steps, lengths_in_use(plan))
+    filled, longest = [planned_length(plan, size) for size in passes], planned_length(plan, rehearsal.tokens)
     training = tokens / drawn * cost_of(filled) / cost_of([longest]) * rehearsal.seconds
     return training + len({*filled} - {longest}) * rehearsal.recording_seconds
 
@@ -479,7 +437,7 @@ def expected_seconds(plan, rehearsal, rows, steps, processes=1):
 def worth_recording(plan, rehearsal, rows, steps, processes=1):
     """Whether so many steps take less time with recorded passes than with plain ones, for which the GPU may wait."""
     drawn, passes = draw_passes(rows, plan, steps)
-    a_token = rehearsal.seconds / cost_of([recorded_tokens(rehearsal.tokens, plan.lengths)])
+    a_token = rehearsal.seconds / cost_of([planned_length(plan, rehearsal.tokens)])
     plain = sum(max(rehearsal.launch_seconds, a_token * cost_of([size])) for size in passes)
     plain *= steps * tokens_a_step(rows, plan.rows_a_step, processes) / drawn
     return expected_seconds(plan, rehearsal, rows, steps, processes) <= plain * SURELY_LONGER

@@ -178,19 +178,24 @@ class LoraTrainer(Trainer):
     def _rehearse_passes(self, steps):
         """The Rehearsal of the passes, after which they are recorded only if that is faster over so many steps.
 
-        A run that goes on does as it did before, since this decides the last digits.
+        A run that goes on does as it did before, since this decides the last digits. All processes decide alike: a step
+        takes as long as in the slowest.
         """
         longest = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
-        usual, resumption = self._usual_step()[:2], self.checkpoints and self.checkpoints.resumption
+        usual = sorted(self._usual_step(), key=lambda row: len(row["input_ids"]))
+        usual = usual[(len(usual) - 1) // 2 :][:2]
+        resumption = self.checkpoints and self.checkpoints.resumption
         before = resumption.progress.get("passes_recorded") if resumption else None
         if before is False:
             self.runner.record_nothing()
         rehearsal = self.runner.rehearse(longest, usual)
-        known = (self.runner.plan, rehearsal, self.train_dataset, steps, self._processes())
-        if self.runner.plan.recorded and before is None and not worth_recording(*known):
-            say("Passes are not recorded, since the host launches them faster than the GPU computes them")
-            self.runner.record_nothing()
-            rehearsal = self.runner.rehearse(longest, usual)
+        if before is None:
+            plan, known = self.runner.plan, (rehearsal, self.train_dataset, steps, self._processes())
+            worth = any(gather_object([bool(plan.recorded and worth_recording(plan, *known))]))
+            if plan.recorded and not worth:
+                say("Passes are not recorded, since the run is expected to take no longer without")
+                self.runner.record_nothing()
+                rehearsal = self.runner.rehearse(longest, usual)
         return rehearsal
 
     def _processes(self):

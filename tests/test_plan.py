@@ -1,7 +1,5 @@
 """The plan: memory expected before a model is loaded, and what is decided by it."""
 
-import math
-from itertools import chain, combinations, combinations_with_replacement
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,17 +21,16 @@ from transformers import (
 import model_utils
 import plan_utils
 from conftest import refusal, small_run
-from engine_passes import PASS_TOKENS, Kernels, cost_of
+from engine_passes import Kernels, recorded_tokens
+from length_utils import cut_steps
 from message_utils import UserError
 from model_utils import GIB, attach_lora, count_parameters, grow_gpu_memory
 from plan_utils import (
     Gpu,
-    choose_lengths,
     count_passes,
     dequantized_bytes,
     expected_peak,
     expert_values,
-    filled_tokens,
     longest_rows,
     plan_steps,
     tokens_a_step,
@@ -460,41 +457,6 @@ def test_a_step_has_the_tokens_of_its_rows():
     assert tokens_a_step(rows, 20, 1) == 2000
 
 
-def test_passes_are_filled_up_to_few_lengths_where_recording_costs_much():
-    steps = np.array([1280, 1792, 2304, 2816] * 5)
-
-    def chosen(price):
-        return choose_lengths(steps, longest_row=512, longest_pass=2048, price=price)
-
-    assert filled_tokens(steps, chosen(0)) == steps.sum() + 30 * PASS_TOKENS  # nothing is filled up
-    assert len(chosen(0)) > len(chosen(2000)) > len(chosen(1e5)) == 1
-
-
-def cheapest_by_trying(tokens, lengths):
-    """Of all passes of these lengths that together hold so many tokens, the cost of the cheapest."""
-    most = math.ceil(tokens / min(lengths))
-    every = chain.from_iterable(combinations_with_replacement(lengths, count) for count in range(1, most + 1))
-    return min(cost_of(some) for some in every if sum(some) >= tokens)
-
-
-def test_steps_are_filled_up_to_the_cheapest_passes_of_given_lengths():
-    for lengths in ((512,), (384, 1024), (640, 896, 1024)):
-        steps = np.arange(100, 3000, 190)
-        assert filled_tokens(steps, lengths) == sum(cheapest_by_trying(step, lengths) for step in steps.tolist())
-
-
-def test_hardly_any_other_lengths_of_pass_would_be_fewer_tokens():
-    draw = np.random.default_rng(3)
-    for price in (0, 300, 2000, 20_000):
-        steps = draw.normal(1500, 250, 30).astype(int)
-        candidates = range(128, 1152, 128)
-        every = [some for count in range(1, 9) for some in combinations(candidates, count) if some[-1] >= 500]
-        fewest = min(filled_tokens(steps, some) + price * len(some) for some in every)
-        chosen = choose_lengths(steps, longest_row=500, longest_pass=1024, price=price)
-        assert chosen[-1] >= 500
-        assert filled_tokens(steps, chosen) + price * len(chosen) <= 1.01 * fewest
-
-
 def test_a_run_records_the_more_lengths_the_longer_it_is_and_its_longest_pass(seven_billion):
     rows = rows_of(*np.random.default_rng(0).integers(20, 512, 400).tolist())
     short = plan(seven_billion, rows, torch_compile=True).lengths
@@ -503,6 +465,23 @@ def test_a_run_records_the_more_lengths_the_longer_it_is_and_its_longest_pass(se
     assert short[-1] <= 2048
     assert plan(seven_billion, rows, torch_compile=True).max_pass_tokens == short[-1]
     assert plan(seven_billion, rows, max_steps=2).lengths == ()
+
+
+@pytest.mark.parametrize("length", [700, 1100, 2000])
+def test_rows_of_one_length_are_recorded_in_what_few_of_them_take(seven_billion, length):
+    rows = rows_of(*[length] * 160)
+    found = plan(seven_billion, rows, max_seq_length=length, gradient_checkpointing=False, num_epochs=90)
+    sizes = cut_steps([[length] * 16], found.max_pass_tokens, found.lengths)
+    filled = sum(recorded_tokens(size, found.lengths) for size in sizes)
+    assert filled < 1.06 * 16 * length
+
+
+def test_a_long_row_that_is_only_scored_makes_no_pass_longer(seven_billion):
+    rows, changes = rows_of(*[500] * 640), {"max_seq_length": 32768, "num_epochs": 9, "gradient_checkpointing": False}
+    alone = plan(seven_billion, rows, **changes)
+    assert alone.lengths
+    assert alone.max_pass_tokens <= plan_utils.ENOUGH_TOKENS
+    assert plan(seven_billion, rows, held_out=rows_of(30000), **changes).lengths == alone.lengths
 
 
 def test_passes_hold_what_fills_a_gpu_where_no_pass_dequantizes(seven_billion):

@@ -12,11 +12,12 @@ from engine_passes import (
     Kernels,
     decoder_layers,
     mean_loss,
+    planned_length,
     recorded_tokens,
     score_rows,
     transformers_model,
 )
-from engine_runner import StepRunner, fill_up, planned_length
+from engine_runner import StepRunner, fill_up
 from plan_utils import StepPlan
 from tiny import (
     SETTINGS,

@@ -144,6 +144,13 @@ def test_the_expected_time_counts_the_lengths_of_pass_that_will_be_recorded():
     assert seconds == pytest.approx(8 * of_256 + 90)  # eight passes, and what the first of them takes more
 
 
+def test_the_expected_time_leaves_out_lengths_that_the_memory_ran_out_with():
+    plan = StepPlan(rows_a_step=4, max_pass_tokens=512, recorded=True, lengths=(256, 2048))
+    rehearsal = Rehearsal(500, 10.0, 0.0, 0.0)
+    # two passes of 512 tokens a step, not one of 2,048
+    assert plan_utils.expected_seconds(plan, rehearsal, make_rows((250,) * 8), steps=8) == pytest.approx(8 * 2 * 10)
+
+
 def test_passes_are_recorded_unless_plain_ones_take_less_time_over_the_whole_run():
     plan = StepPlan(rows_a_step=4, max_pass_tokens=2048, recorded=True, lengths=(2048,))
 
@@ -176,8 +183,19 @@ def test_a_run_that_goes_on_records_its_passes_if_it_had_before(before, worth, t
     trainer.state.max_steps = 4
     trainer.rehearse(None)
     assert trainer.runner.plan.recorded is (worth if before is None else before)
-    said = "Passes are not recorded, since the host launches them faster" in capsys.readouterr().err
+    said = "Passes are not recorded, since the run is expected to take no longer without" in capsys.readouterr().err
     assert said is (before is None and not worth)
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_passes_are_recorded_in_all_processes_if_that_is_worth_it_in_one(other, tmp_path, monkeypatch):
+    trainer = make_trainer(make_model(), make_rows(), tmp_path)
+    trainer.runner.lower(recorded=True)
+    monkeypatch.setattr(StepRunner, "_replay", plain_pass)  # a CPU can record none
+    monkeypatch.setattr(training_utils, "worth_recording", lambda *_: False)
+    monkeypatch.setattr(training_utils, "gather_object", lambda found: [*found, other])
+    trainer._rehearse_passes(steps=4)
+    assert trainer.runner.plan.recorded is other
 
 
 @pytest.mark.parametrize(("wish", "shards"), [(False, None), (True, ShardEngine("FSDP2", 2, None))])
