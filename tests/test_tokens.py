@@ -595,10 +595,10 @@ def processor_seconds():
 @pytest.mark.parametrize("processes", [1, FORKED])
 def test_tokenizing_takes_less_than_two_and_a_half_times_as_long_as_the_bare_tokenizer(tokenizer, tmp_path, processes):
     # enough rows that what starting the processes takes does not count
-    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500 if processes == 1 else 9_000, 140))
+    stored = store_conversations(tmp_path / "rows.jsonl", made_conversations(1_500 if processes == 1 else 6_000, 140))
     texts = [prompt_utils.render(tokenizer, messages, False) for _, messages in stored]
     seconds = {"ours": [], "bare": []}
-    for repeat in range(3):
+    for repeat in range(2):
         started = processor_seconds()
         rows = tokenize_conversations(tokenizer, stored, 512, "data", tmp_path / str(repeat), processes, batch=250)
         seconds["ours"].append(processor_seconds() - started)
