@@ -78,6 +78,11 @@ def combinations_of(sizes):
     return sorted(found, key=cost_of)
 
 
+def tokens_of(groups, lengths):
+    """The tokens of each group of rows; groups: lists of indices, lengths: those of the rows."""
+    return [sum(lengths[index] for index in group) for group in groups]
+
+
 def cut_step(lengths, max_tokens, sizes=()):
     """pack_rows, or the cheapest passes that are found where they are filled up to one of these sizes.
 
@@ -87,7 +92,7 @@ def cut_step(lengths, max_tokens, sizes=()):
     if not sizes or max(lengths) > sizes[-1]:
         return usual
     tokens = sum(lengths)
-    usual_cost = cost_of([recorded_tokens(sum(lengths[index] for index in group), sizes) for group in usual])
+    usual_cost = cost_of([recorded_tokens(size, sizes) for size in tokens_of(usual, lengths)])
     whole = (sizes[-1],) * max(0, math.ceil(tokens / sizes[-1]) - LAST_PASSES)
     for last in combinations_of(sizes):
         filled = whole + last
@@ -154,11 +159,10 @@ def count_trained_tokens(rows):
     return sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
 
 
-def longest_pass(rows, max_tokens):
-    """Of the passes of at most max_tokens tokens into which these rows are cut, the rows of the longest."""
-    lengths = [len(row["input_ids"]) for row in rows]
-    passes = pack_rows(lengths, max_tokens)
-    return [rows[index] for index in max(passes, key=lambda group: sum(lengths[index] for index in group))]
+def longest_pass(rows, max_tokens, sizes=()):
+    """Of the passes into which cut_into_passes cuts these rows, the rows of the longest."""
+    passes = [[rows[index] for index in group] for group in cut_into_passes(rows, max_tokens, sizes)]
+    return max(passes, key=count_tokens)
 
 
 def recorded_tokens(count, lengths=()):

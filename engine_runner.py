@@ -381,21 +381,12 @@ class StepRunner:
     def _run_passes(self, rows, scale, passes=0):
         self.begin()
         loss = torch.zeros((), device=self.base.device)
-        groups = self._cut(rows)
+        groups = cut_into_passes(rows, self.plan.max_pass_tokens, lengths_in_use(self.plan))
         for indices in groups:
             loss += self.run_pass([rows[index] for index in indices], scale)
         for _ in range(passes - len(groups)):
             self.run_pass(probe_rows(self.model)[:1], 0.0)
         return loss
-
-    def _cut(self, rows):
-        """The passes of a step: lists of the indices of its rows."""
-        return cut_into_passes(rows, self.plan.max_pass_tokens, lengths_in_use(self.plan))
-
-    def _longest_pass(self, rows):
-        """The rows of the longest pass of a step."""
-        groups = [[rows[index] for index in group] for group in self._cut(rows)]
-        return max(groups, key=count_tokens)
 
     def begin(self):
         """Begin a step: without gradients, and with the adapter as the optimizer left it."""
@@ -515,7 +506,7 @@ class StepRunner:
         self.lower(max_pass_tokens=largest // 2)
 
     def _too_large(self, rows):
-        tokens = count_tokens(self._longest_pass(rows))
+        tokens = count_tokens(longest_pass(rows, self.plan.max_pass_tokens))
         return UserError(
             f"out of memory with a pass of {tokens:,} tokens, and a process cannot make its passes smaller alone where"
             " the weights are shared out; halve --batch_size and double --gradient_accumulation_steps, or switch on"
@@ -525,7 +516,7 @@ class StepRunner:
 
     def _largest_pass(self, rows, error):
         """The tokens of a step's largest pass, which did not fit; a UserError where passes cannot be made smaller."""
-        group = self._longest_pass(rows)
+        group = longest_pass(rows, self.plan.max_pass_tokens, lengths_in_use(self.plan))
         largest = count_tokens(group)
         if len(group) == 1:
             raise UserError(

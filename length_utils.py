@@ -6,7 +6,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-from engine_passes import GRAPH_TOKENS, LAST_PASSES, PASS_TOKENS, cost_of, cut_step, recorded_tokens
+from engine_passes import GRAPH_TOKENS, LAST_PASSES, PASS_TOKENS, cost_of, cut_step, recorded_tokens, tokens_of
 
 MOST_CANDIDATES = 32  # among which lengths are searched
 ENOUGH_GAIN = 0.9995  # of the tokens must be left, or less, for the search to go on
@@ -32,8 +32,7 @@ def best_lengths(steps, max_tokens, longest_row, price):
 
 def cut_steps(steps, max_tokens, lengths=()):
     """The tokens of all passes into which steps are cut. steps: the lengths of the rows of each, lists."""
-    cut = ((step, cut_step(step, max_tokens, lengths)) for step in steps)
-    return [sum(step[index] for index in group) for step, groups in cut for group in groups]
+    return [size for step in steps for size in tokens_of(cut_step(step, max_tokens, lengths), step)]
 
 
 # ---- For passes that are cut already ---------------------------------------------------------------------------------

@@ -305,25 +305,26 @@ def memory_ways(plan, shapes, settings, dtype, rows, steps):
     hidden = transformers_model(shapes).config.get_text_config().hidden_size
     whole, enough = plan.max_pass_tokens, max(ENOUGH_TOKENS, ENOUGH_VALUES // hidden // GRAPH_TOKENS * GRAPH_TOKENS)
     fused = computes_fused(plan, shapes)
-    dequantizes = settings.use_4bit_quantization and fused and plan.shards == 1 and dequantized_bytes(shapes, dtype) > 0
+    keeps = settings.use_4bit_quantization and fused and plan.shards == 1
+    more = dequantized_bytes(shapes, dtype) if keeps else 0
     few = min(whole, enough) if fused else whole
     elsewhere = 0
     if plan.shards > 1:
         all_weights, held, gathered = shard_bytes(shapes, settings, dtype, plan.shards)
         elsewhere = ALLOCATOR * (all_weights - held - gathered)
 
-    def way(checkpointing, tokens, dequantized=False):
-        tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=dequantized)
+    def way(checkpointing, tokens, more=0):
+        tried = plan._replace(max_pass_tokens=tokens, checkpointing=checkpointing, dequantized=more > 0)
         if plan.recorded:
             lengths = plan_lengths(tried, shapes, rows, steps)
             tried = tried._replace(lengths=lengths, max_pass_tokens=lengths[-1])
         how = (plan.compiled or plan.blocks, plan.recorded, plan.kernels.loss)
         peak = expected_peak(shapes, settings, dtype, longest_tokens(tried, rows), checkpointing, *how) - elsewhere
-        return tried._replace(expected_bytes=peak + (dequantized_bytes(shapes, dtype) if dequantized else 0))
+        return tried._replace(expected_bytes=peak + more)
 
     if settings.gradient_checkpointing is not True:
-        if dequantizes or not settings.use_4bit_quantization:
-            yield way(False, few, dequantizes)
+        if more or not settings.use_4bit_quantization:
+            yield way(False, few, more)
         yield way(False, whole)
         if few < whole:
             yield way(False, few)
